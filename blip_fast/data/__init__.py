@@ -1,0 +1,1 @@
+"""Input: packed shards, the DALI pipeline and the drawn scenes."""

@@ -1,0 +1,5 @@
+"""Kernels over packed segments. This package knows tensors and nothing of BLIP."""
+
+from blip_kernels.attention import attention
+
+__all__ = ["attention"]
