@@ -1,0 +1,108 @@
+"""The BLIP model: vision transformer, text stack(s) and heads. No training code, no decoding loop."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blip_fast.config import BlipConfig
+from blip_fast.packing import PackedTexts
+from blip_fast.text import ImageKV, LMHead, Mode, TextStack, TextStream
+from blip_fast.vision import VisionTransformer
+
+INITIAL_TEMPERATURE = 0.07
+
+
+class BlipModel(nn.Module):
+    """Everything that a checkpoint holds for inference.
+
+    Which parts exist follows from the config: `text_stacks` one or two text stacks, `contrastive` the projections and
+    the temperature, `matching` the ITM head, `reasoning` NLVR2's head; a decoder brings its LM head.
+    """
+
+    def __init__(self, config: BlipConfig) -> None:
+        super().__init__()
+        self.config = config
+        vision_width, width = config.vision.width, config.text.width
+        self.vision = VisionTransformer(config.vision)
+        stacks: dict[str, tuple[Mode, ...]] = {
+            "tied": {"tied": ("encoder", "decoder")},
+            "untied": {"encoder": ("encoder",), "decoder": ("decoder",)},
+            "encoder": {"encoder": ("encoder",)},
+            "decoder": {"decoder": ("decoder",)},
+        }[config.text_stacks]
+        self.text = nn.ModuleDict({name: TextStack(config.text, vision_width, modes) for name, modes in stacks.items()})
+        self.lm_head = LMHead(config.text) if config.has_decoder else None
+        if config.contrastive:
+            self.vision_projection = nn.Linear(vision_width, config.embed_dim)
+            self.text_projection = nn.Linear(width, config.embed_dim)
+            self.temperature = nn.Parameter(torch.tensor(INITIAL_TEMPERATURE))
+        self.itm_head = nn.Linear(width, 2) if config.matching else None
+        if config.reasoning:
+            self.reasoning_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2))
+        self._initialise()
+
+    def stack(self, mode: Mode) -> TextStack:
+        """The text stack that serves a mode. Raises ValueError where the model has none."""
+        if not (self.config.has_encoder if mode == "encoder" else self.config.has_decoder):
+            raise ValueError(f"this model has no text {mode} (text_stacks={self.config.text_stacks!r}): take a "
+                             f"checkpoint that has one")
+        stack = self.text["tied" if self.config.text_stacks == "tied" else mode]
+        assert isinstance(stack, TextStack)
+        return stack
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """[images, 3, size, size] → image_embeds [images, tokens, vision width]."""
+        return self.vision(pixels)
+
+    def image_features(self, image_embeds: Tensor) -> Tensor:
+        """[images, tokens, vision width] → unit vectors [images, embed_dim] for ITC, float32."""
+        self._require("contrastive")
+        return F.normalize(self.vision_projection(image_embeds[:, 0]).float(), dim=-1)
+
+    def text_features(self, texts: PackedTexts) -> Tensor:
+        """Texts that start with [CLS] → unit vectors [texts, embed_dim] for ITC, float32."""
+        self._require("contrastive")
+        (first_rows,) = self.stack("encoder")([TextStream(texts, "encoder", first_row_only=True)])
+        return F.normalize(self.text_projection(first_rows).float(), dim=-1)
+
+    def match_logits(self, texts: PackedTexts, images: Tensor, image_kv: ImageKV) -> Tensor:
+        """ITM logits (not matched, matched) of text-image pairs.
+
+        Args:
+            texts: the texts, first token as the checkpoint expects it ([ENC]; see docs/decisions.md for [CLS]).
+            images: int64 [texts], the image that each text is held against.
+            image_kv: `stack("encoder").image_kv(image_embeds)`.
+
+        Returns:
+            [texts, 2], float32.
+        """
+        self._require("matching")
+        (first_rows,) = self.stack("encoder")([TextStream(texts, "encoder", images, first_row_only=True)], image_kv)
+        return self.itm_head(first_rows).float()  # type: ignore[misc]
+
+    def lm_logits(self, texts: PackedTexts, images: Tensor, image_kv: ImageKV) -> Tensor:
+        """Next-token logits [rows, vocab_size] of texts that start with [DEC]."""
+        (hidden,) = self.stack("decoder")([TextStream(texts, "decoder", images)], image_kv)
+        return self.vocabulary_logits(hidden)
+
+    def vocabulary_logits(self, hidden: Tensor) -> Tensor:
+        """Decoder states [..., width] → logits [..., vocab_size]."""
+        assert self.lm_head is not None
+        return self.lm_head(hidden, self.stack("decoder").word_embeds.weight)
+
+    def _require(self, part: str) -> None:
+        if not getattr(self.config, part):
+            raise ValueError(f"this model has no {part} head: take a checkpoint that has one (an image-text retrieval "
+                             "or pre-training checkpoint)")
+
+    def _initialise(self) -> None:
+        """Truncated normal of std 0.02, zero biases, unit norms: ViT's and BERT's own rule."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+        nn.init.trunc_normal_(self.vision.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.vision.position_embeds, std=0.02)

@@ -1,0 +1,1 @@
+"""What a BLIP model is used for: one file a task."""

@@ -1,0 +1,326 @@
+"""The text stack: one BERT-shaped transformer, three modes, over packed texts (BLIP section 3.1, "MED").
+
+| mode                   | self-attention          | cross-attention |
+|------------------------|-------------------------|-----------------|
+| unimodal encoder       | encoder's, both ways    | off             |
+| image-grounded encoder | encoder's, both ways    | on              |
+| image-grounded decoder | decoder's, causal       | on              |
+
+A stack that serves both modes shares every parameter but self-attention between them, so texts of both modes pass it
+together: each `TextStream` takes its own self-attention, everything else is computed once over all rows. Cross-attention
+reads `ImageKV`: keys and values of all layers, projected once per image, shared by all texts of that image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from blip_kernels import attention
+from torch import Tensor, nn
+
+from blip_fast.config import TextConfig
+from blip_fast.packing import PackedTexts
+
+Mode = Literal["encoder", "decoder"]
+
+
+@dataclass(frozen=True)
+class TextStream:
+    """Texts that pass a stack in one mode.
+
+    `images` [texts] (int64) says which image each text meets; None leaves cross-attention out. With `first_row_only`
+    the last layer is computed for each text's first row alone: all that ITC and ITM read.
+    """
+
+    texts: PackedTexts
+    mode: Mode
+    images: Tensor | None = None
+    first_row_only: bool = False
+
+
+@dataclass(frozen=True)
+class ImageKV:
+    """Cross-attention keys and values of every layer for a batch of images.
+
+    `kv` is one tensor [image rows, layers, 2, heads, head_dim] per eye (two for NLVR2), `offsets` int32 [images + 1].
+    """
+
+    kv: tuple[Tensor, ...]
+    offsets: Tensor
+
+    def layer(self, index: int) -> list[tuple[Tensor, Tensor]]:
+        """(k, v) [image rows, heads, head_dim] of one layer, per eye."""
+        return [(kv[:, index, 0], kv[:, index, 1]) for kv in self.kv]
+
+
+class SelfCache:
+    """Self-attention keys and values of tokens already decoded: [rows, max_tokens, heads, head_dim] per layer."""
+
+    def __init__(self, layers: int, rows: int, max_tokens: int, heads: int, head_dim: int, like: Tensor) -> None:
+        shape = (layers, 2, rows, max_tokens, heads, head_dim)
+        self.kv = torch.empty(shape, dtype=like.dtype, device=like.device)
+        self.length = 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v [rows, new tokens, heads, head_dim]; return all keys and values so far, packed by row."""
+        end = self.length + k.shape[1]
+        self.kv[layer, 0, :, self.length : end] = k
+        self.kv[layer, 1, :, self.length : end] = v
+        return self.kv[layer, 0, :, :end].flatten(0, 1), self.kv[layer, 1, :, :end].flatten(0, 1)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the given rows, in that order (beams that go on, or a prompt's row once per beam)."""
+        self.kv = self.kv.index_select(2, rows)
+
+
+class SelfAttention(nn.Module):
+    """norm(x + out(attention(x))). One per mode and layer."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.heads, self.dropout = config.heads, config.dropout
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.out = nn.Linear(config.width, config.width)
+        self.norm = nn.LayerNorm(config.width, config.norm_eps)
+
+    def forward(self, x: Tensor, offsets: Tensor, causal: bool, first_row_only: bool) -> Tensor:
+        """x: [rows, width] → [rows, width], or [texts, width] with `first_row_only` (never with `causal`)."""
+        if first_row_only:
+            width = x.shape[1]
+            k, v = F.linear(x, self.qkv.weight[width:], self.qkv.bias[width:]).view(len(x), 2, self.heads, -1).unbind(1)
+            x = x.index_select(0, offsets[:-1].long())
+            q = F.linear(x, self.qkv.weight[:width], self.qkv.bias[:width]).view(len(x), self.heads, -1)
+            q_offsets = torch.arange(len(offsets), dtype=torch.int32, device=x.device)
+        else:
+            q, k, v = self.project(x)
+            q_offsets = offsets
+        dropout = self.dropout if self.training else 0.0
+        return self.finish(x, attention(q, k, v, q_offsets, offsets, causal=causal, dropout=dropout))
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """[rows, width] → q, k, v [rows, heads, head_dim]."""
+        return self.qkv(x).view(len(x), 3, self.heads, -1).unbind(1)
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        return self.norm(x + F.dropout(self.out(attended.flatten(1)), self.dropout, self.training))
+
+
+class CrossAttention(nn.Module):
+    """norm(x + out(attention to the image)); with two eyes their outputs are averaged, or merged by a linear layer."""
+
+    FIRST_MERGING_LAYER = 6  # of NLVR2's published model: below it the two eyes are averaged
+
+    def __init__(self, config: TextConfig, layer: int) -> None:
+        super().__init__()
+        eyes = 2 if config.twin_cross_attention else 1
+        self.heads, self.dropout = config.heads, config.dropout
+        self.query = nn.ModuleList(nn.Linear(config.width, config.width) for _ in range(eyes))
+        self.out = nn.ModuleList(nn.Linear(config.width, config.width) for _ in range(eyes))
+        merges = eyes == 2 and layer >= self.FIRST_MERGING_LAYER
+        self.merge = nn.Linear(2 * config.width, config.width) if merges else None
+        self.norm = nn.LayerNorm(config.width, config.norm_eps)
+
+    def forward(self, x: Tensor, rows: RowsByImage, image_kv: ImageKV, layer: int) -> Tensor:
+        """x: [rows, width] → the same."""
+        seen = []
+        dropout = self.dropout if self.training else 0.0
+        for query, out, (k, v) in zip(self.query, self.out, image_kv.layer(layer), strict=True):
+            q = rows.sort(query(x)).view(len(x), self.heads, -1)
+            attended = attention(q, k, v, rows.offsets, image_kv.offsets, dropout=dropout).flatten(1)
+            seen.append(out(rows.unsort(attended)))
+        if len(seen) == 1:
+            merged = seen[0]
+        elif self.merge is not None:
+            merged = self.merge(torch.cat(seen, dim=-1))
+        else:
+            merged = (seen[0] + seen[1]) / 2
+        return self.norm(x + F.dropout(merged, self.dropout, self.training))
+
+
+class FeedForward(nn.Module):
+    """norm(x + mlp(x))."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.mlp_in = nn.Linear(config.width, config.mlp_width)
+        self.mlp_out = nn.Linear(config.mlp_width, config.width)
+        self.norm = nn.LayerNorm(config.width, config.norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.mlp_out(F.gelu(self.mlp_in(x)))
+        return self.norm(x + F.dropout(hidden, self.dropout, self.training))
+
+
+class TextLayer(nn.Module):
+    """Self-attention of the stream's mode → cross-attention → feed-forward."""
+
+    def __init__(self, config: TextConfig, layer: int, modes: Sequence[Mode]) -> None:
+        super().__init__()
+        self.layer = layer
+        self.self_attention = nn.ModuleDict({mode: SelfAttention(config) for mode in modes})
+        self.cross_attention = CrossAttention(config, layer) if config.cross_attention else None
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, x: list[Tensor], streams: Sequence[TextStream], first_rows: Sequence[bool],
+                rows: RowsByImage | None, image_kv: ImageKV | None) -> list[Tensor]:
+        """x: per stream [rows, width] → the same, or [texts, width] where `first_rows` is set."""
+        x = [self.self_attention[s.mode](x_s, s.texts.offsets, s.mode == "decoder", first)
+             for x_s, s, first in zip(x, streams, first_rows, strict=True)]
+        together = torch.cat(x) if len(x) > 1 else x[0]
+        if rows is not None and self.cross_attention is not None and image_kv is not None:
+            together = self.cross_attention(together, rows, image_kv, self.layer)
+        return list(self.feed_forward(together).split([len(x_s) for x_s in x]))
+
+
+class TextStack(nn.Module):
+    """Embeddings, layers and, for cross-attention, one projection of an image to all layers' keys and values."""
+
+    def __init__(self, config: TextConfig, vision_width: int, modes: Sequence[Mode]) -> None:
+        super().__init__()
+        self.config, self.modes = config, tuple(modes)
+        self.word_embeds = nn.Embedding(config.vocab_size, config.width)
+        self.position_embeds = nn.Embedding(config.max_positions, config.width)
+        self.norm = nn.LayerNorm(config.width, config.norm_eps)
+        self.layers = nn.ModuleList(TextLayer(config, i, modes) for i in range(config.layers))
+        eyes = 0 if not config.cross_attention else 2 if config.twin_cross_attention else 1
+        self.image_to_kv = nn.ModuleList(
+            nn.Linear(vision_width, config.layers * 2 * config.width) for _ in range(eyes))
+
+    def forward(self, streams: Sequence[TextStream], image_kv: ImageKV | None = None) -> list[Tensor]:
+        """Pass all streams through the stack together.
+
+        Args:
+            streams: texts by mode; all of them name their images, or none does.
+            image_kv: from `image_kv`, needed where streams name images.
+
+        Returns:
+            Per stream [rows, width], or [texts, width] where the stream is `first_row_only`.
+
+        Raises:
+            ValueError: a mode that this stack does not have; images named without `image_kv`, or by some streams only.
+        """
+        self._check(streams, image_kv)
+        x = [self._embed(s.texts.token_ids, s.texts.positions()) for s in streams]
+        rows = last_rows = None
+        if image_kv is not None:
+            images = len(image_kv.offsets) - 1
+            rows = RowsByImage.of(streams, images, [False] * len(streams))
+            last_rows = RowsByImage.of(streams, images, [s.first_row_only for s in streams])
+        for layer in self.layers:
+            last = layer is self.layers[-1]
+            first_rows = [s.first_row_only and last for s in streams]
+            x = layer(x, streams, first_rows, last_rows if last else rows, image_kv)
+        return x
+
+    def image_kv(self, *image_embeds: Tensor) -> ImageKV:
+        """Project images to the keys and values of all layers, one GEMM an eye.
+
+        Args:
+            image_embeds: [images, tokens, vision width]; two of them for NLVR2's twin cross-attention.
+        """
+        if len(image_embeds) != len(self.image_to_kv):
+            raise ValueError(f"this text stack looks at {len(self.image_to_kv)} image(s) at a time, "
+                             f"got {len(image_embeds)}")
+        images, tokens = image_embeds[0].shape[:2]
+        shape = (images * tokens, self.config.layers, 2, self.config.heads, -1)
+        kv = tuple(project(embeds.flatten(0, 1)).view(shape)
+                   for project, embeds in zip(self.image_to_kv, image_embeds, strict=True))
+        offsets = torch.arange(images + 1, dtype=torch.int32, device=kv[0].device) * tokens
+        return ImageKV(kv, offsets)
+
+    def decode(self, token_ids: Tensor, cache: SelfCache, image_kv: ImageKV) -> Tensor:
+        """Next tokens of texts in generation, with the decoder's self-attention over a cache.
+
+        Args:
+            token_ids: int64 [rows, new tokens]; every image owns the same number of consecutive rows.
+            cache: of the tokens before these; the new ones are added.
+            image_kv: of the images.
+
+        Returns:
+            [rows, new tokens, width].
+        """
+        rows, new = token_ids.shape
+        end = cache.length + new
+        positions = torch.arange(cache.length, end, device=token_ids.device).repeat(rows)
+        x = self._embed(token_ids.flatten(), positions)
+        by_text = torch.arange(rows + 1, dtype=torch.int32, device=x.device)
+        images = len(image_kv.offsets) - 1
+        by_image = torch.arange(images + 1, dtype=torch.int32, device=x.device) * (rows // images * new)
+        for index, layer in enumerate(self.layers):
+            self_attention = layer.self_attention["decoder"]
+            q, k, v = self_attention.project(x)
+            k, v = cache.append(index, k.unflatten(0, (rows, new)), v.unflatten(0, (rows, new)))
+            # A single new token sees every key, so only a prompt needs the causal mask.
+            x = self_attention.finish(x, attention(q, k, v, by_text * new, by_text * end, causal=new > 1))
+            x = layer.cross_attention(x, RowsByImage(by_image, None, None), image_kv, index)
+            x = layer.feed_forward(x)
+        cache.length = end
+        return x.unflatten(0, (rows, new))
+
+    def _embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+        x = self.norm(self.word_embeds(token_ids) + self.position_embeds(positions))
+        return F.dropout(x, self.config.dropout, self.training)
+
+    def _check(self, streams: Sequence[TextStream], image_kv: ImageKV | None) -> None:
+        for stream in streams:
+            if stream.mode not in self.modes:
+                raise ValueError(f"this model has no text {stream.mode}: it was built with {', '.join(self.modes)} only")
+            if (stream.images is None) != (image_kv is None):
+                raise ValueError("every text stream must name its images when image_kv is given, and none without it")
+            if stream.mode == "decoder" and stream.first_row_only:
+                raise ValueError("first_row_only is for encoder streams: a decoder's first row is [DEC] alone")
+
+
+@dataclass(frozen=True)
+class RowsByImage:
+    """The order in which text rows stand sorted by image, so that each image's rows are one query segment."""
+
+    offsets: Tensor  # int32 [images + 1]
+    order: Tensor | None  # int64 [rows]: sorted position → row; None where rows stand sorted
+    inverse: Tensor | None  # int64 [rows]: row → sorted position
+
+    @classmethod
+    def of(cls, streams: Sequence[TextStream], images: int, first_rows: Sequence[bool]) -> RowsByImage:
+        row_image = torch.cat([s.images if first else torch.repeat_interleave(s.images, s.texts.lengths)
+                               for s, first in zip(streams, first_rows, strict=True) if s.images is not None])
+        order = torch.argsort(row_image, stable=True)
+        counts = torch.bincount(row_image, minlength=images)
+        return cls(F.pad(counts.cumsum(0), (1, 0)).int(), order, torch.argsort(order))
+
+    def sort(self, x: Tensor) -> Tensor:
+        return x if self.order is None else _Permute.apply(x, self.order, self.inverse)
+
+    def unsort(self, x: Tensor) -> Tensor:
+        return x if self.order is None else _Permute.apply(x, self.inverse, self.order)
+
+
+class _Permute(torch.autograd.Function):
+    """Rows in another order. The gradient is a gather too, where autograd's own would scatter-add."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        return grad.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class LMHead(nn.Module):
+    """dense → GELU → norm → word embeddings (given by the caller: they are the stack's) + bias."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.width, config.width)
+        self.norm = nn.LayerNorm(config.width, config.norm_eps)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, hidden: Tensor, word_embeds: Tensor) -> Tensor:
+        """[..., width] → logits [..., vocab_size]."""
+        return F.linear(self.norm(F.gelu(self.dense(hidden))), word_embeds, self.bias)

@@ -1,0 +1,121 @@
+"""blip_kernels.attention against the formula written per segment in float64."""
+
+import pytest
+import torch
+from blip_kernels import attention
+from blip_kernels.backends import attention_backend
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+BACKENDS = ("sdpa", "reference")
+
+
+def offsets_of(lengths):
+    return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+
+
+def textbook(q, k, v, q_lengths, kv_lengths, causal):
+    out, q_at, kv_at = [], 0, 0
+    for n, m in zip(q_lengths, kv_lengths, strict=True):
+        qs, ks, vs = q[q_at : q_at + n], k[kv_at : kv_at + m], v[kv_at : kv_at + m]
+        for i in range(n):
+            sees = m - n + i + 1 if causal else m
+            rows = []
+            for h in range(q.shape[1]):
+                if sees <= 0:
+                    rows.append(torch.zeros(q.shape[2], dtype=q.dtype))
+                    continue
+                logits = ks[:sees, h] @ qs[i, h] / q.shape[2] ** 0.5
+                rows.append(torch.softmax(logits, 0) @ vs[:sees, h])
+            out.append(torch.stack(rows))
+        q_at, kv_at = q_at + n, kv_at + m
+    return torch.stack(out) if out else q.new_zeros(q.shape)
+
+
+lengths = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(lengths=lengths, heads=st.sampled_from([1, 3]), head_dim=st.sampled_from([8, 32]), seed=st.integers(0, 99))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_full_attention_equals_the_formula(backend, lengths, heads, head_dim, seed):
+    check(backend, [n for n, _ in lengths], [m for _, m in lengths], heads, head_dim, seed, causal=False)
+
+
+@settings(max_examples=40, deadline=None)
+@given(lengths=st.lists(st.tuples(st.integers(0, 7), st.integers(0, 5)), min_size=1, max_size=6), seed=st.integers(0, 99))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_causal_attention_equals_the_formula(backend, lengths, seed):
+    check(backend, [n for n, _ in lengths], [n + extra for n, extra in lengths], 2, 16, seed, causal=True)
+
+
+def check(backend, q_lengths, kv_lengths, heads, head_dim, seed, causal):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(sum(q_lengths), heads, head_dim)] + [(sum(kv_lengths), heads, head_dim)] * 2
+    fast = [torch.randn(s, generator=generator).requires_grad_() for s in shapes]
+    exact = [t.detach().double().requires_grad_() for t in fast]
+    out = attention(*fast, offsets_of(q_lengths), offsets_of(kv_lengths), causal=causal, backend=backend)
+    expected = textbook(*exact, q_lengths, kv_lengths, causal)
+    torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=1e-5)
+    upstream = torch.randn(out.shape, generator=generator)
+    if not out.requires_grad or not expected.requires_grad:
+        return
+    out.backward(upstream)
+    expected.backward(upstream.double())
+    for name, a, b in zip("qkv", fast, exact, strict=True):
+        got = torch.zeros_like(a) if a.grad is None else a.grad
+        want = torch.zeros_like(b) if b.grad is None else b.grad
+        torch.testing.assert_close(got.double(), want, atol=5e-6, rtol=1e-5, msg=lambda m, n=name: f"d{n}: {m}")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_inputs(backend):
+    qkv = torch.randn(7, 3, 2, 16)
+    q, k, v = qkv.unbind(1)
+    offsets = offsets_of([3, 4])
+    got = attention(q, k, v, offsets, offsets, backend=backend)
+    want = attention(q.contiguous(), k.contiguous(), v.contiguous(), offsets, offsets, backend=backend)
+    assert torch.equal(got, want)
+
+
+def test_one_key_segment_serves_all_rows_of_its_query_segment():
+    """Two texts of one image in one segment give what each text alone would."""
+    k, v, q = torch.randn(5, 2, 8), torch.randn(5, 2, 8), torch.randn(6, 2, 8)
+    together = attention(q, k, v, offsets_of([6]), offsets_of([5]))
+    apart = [attention(q[rows], k, v, offsets_of([3]), offsets_of([5])) for rows in (slice(0, 3), slice(3, 6))]
+    torch.testing.assert_close(together, torch.cat(apart))
+
+
+def test_dropout_keeps_the_mean():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(64, 2, 8), torch.randn(64, 2, 8), torch.rand(64, 2, 8)
+    offsets = offsets_of([64])
+    clean = attention(q, k, v, offsets, offsets)
+    dropped = torch.stack([attention(q, k, v, offsets, offsets, dropout=0.3) for _ in range(400)])
+    assert not torch.equal(dropped[0], dropped[1])
+    assert (dropped.mean(0) - clean).abs().max() < 6 * (dropped.std(0) / 20).max()
+
+
+def faulty_calls():
+    x, ok = torch.randn(4, 2, 8), offsets_of([1, 3])
+    yield "q must be", (torch.randn(4, 8), x, x, ok, ok), {}
+    yield "k and v must be", (x, torch.randn(4, 1, 8), x, ok, ok), {}
+    yield "share one floating dtype", (x, x.double(), x.double(), ok, ok), {}
+    yield "q_offsets must be int32", (x, x, x, ok.long(), ok), {}
+    yield "kv_offsets must rise from 0 to 4", (x, x, x, ok, offsets_of([1, 2])), {}
+    yield "q_offsets must rise", (x, x, x, torch.tensor([0, 5, 4], dtype=torch.int32), ok), {}
+    yield "of one length", (x, x, x, ok, offsets_of([4])), {}
+    yield "dropout", (x, x, x, ok, ok), {"dropout": 1.0}
+    yield "backend 'fast' is not known", (x, x, x, ok, ok), {"backend": "fast"}
+
+
+@pytest.mark.parametrize(("message", "arguments", "options"), list(faulty_calls()), ids=lambda x: x if isinstance(x, str) else "")
+def test_bad_input_is_named(message, arguments, options):
+    with pytest.raises(ValueError, match=message):
+        attention(*arguments, **options)
+
+
+def test_the_environment_names_the_backend(monkeypatch):
+    monkeypatch.setenv("BLIP_FAST_ATTENTION", "reference")
+    assert attention_backend() == "reference"
+    assert attention_backend("sdpa") == "sdpa"
