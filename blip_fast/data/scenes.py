@@ -7,7 +7,7 @@ background:
 
 More than 10⁵ scenes with two objects differ (`distinct_scenes`). Every drawing jitters positions, sizes, colours and
 the background's shading. The pairs (colour, shape) in `HELD_OUT` never occur in the split "train", neither in a picture
-nor in a caption, right or wrong; every scene of the split "test" has at least one. Their parts are all seen in training.
+nor in a caption, right or wrong; every scene of the split "test" has at least one, its parts all seen in training.
 
 `corrupt` plants noise as the web does: half of the wrong captions are another scene's, half differ in one slot only.
 """
