@@ -1,0 +1,50 @@
+"""Momentum encoders: an exponential moving average of the model, read for contrastive keys and soft targets."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from blip_fast.model import BlipModel
+from blip_fast.packing import PackedTexts
+
+
+class MomentumEncoders(nn.Module):
+    """EMA copy of the vision transformer, the unimodal text encoder and both projections (MoCo, BLIP section 3.2).
+
+    Only what the features need is copied: no cross-attention, no decoder. It starts as the model's own weights.
+    """
+
+    def __init__(self, model: BlipModel) -> None:
+        super().__init__()
+        text = dataclasses.replace(model.config.text, cross_attention=False)
+        self.copy = BlipModel(dataclasses.replace(model.config, text=text, text_stacks="encoder", matching=False,
+                                                  reasoning=False))
+        self.copy.requires_grad_(False)
+        self.copy_from(model)
+
+    @torch.no_grad()
+    def copy_from(self, model: BlipModel) -> None:
+        averages, sources = self._pairs(model)
+        torch._foreach_copy_(averages, sources)
+
+    @torch.no_grad()
+    def update(self, model: BlipModel, momentum: float) -> None:
+        """average ← momentum · average + (1 − momentum) · weight."""
+        averages, sources = self._pairs(model)
+        torch._foreach_lerp_(averages, sources, 1.0 - momentum)
+
+    @torch.no_grad()
+    def features(self, pixels: Tensor, texts: PackedTexts) -> tuple[Tensor, Tensor]:
+        """Unit image and text features [batch, embed_dim]; of the vision transformer's last block only [CLS] is computed."""
+        image_embeds = self.copy.vision(pixels, cls_only=True)
+        return self.copy.image_features(image_embeds), self.copy.text_features(texts)
+
+    def _pairs(self, model: BlipModel) -> tuple[list[Tensor], list[Tensor]]:
+        source = dict(model.named_parameters())
+        stack = "text.tied." if model.config.text_stacks == "tied" else "text.encoder."
+        names = {name: name.replace("text.encoder.", stack, 1) for name, _ in self.copy.named_parameters()}
+        averages = dict(self.copy.named_parameters())
+        return [averages[name].data for name in names], [source[theirs].data for theirs in names.values()]

@@ -1,0 +1,244 @@
+"""One training step of BLIP: images and captions in, the three losses out, in two passes through the text stack.
+
+Pass 1 takes the captions alone (ITC needs their features to choose negatives). Pass 2 takes ITM's positives, both kinds
+of negatives and the LM captions together: they share every parameter but self-attention, and they read the same image
+keys and values, projected once per image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blip_fast.model import BlipModel
+from blip_fast.packing import PackedTexts
+from blip_fast.text import TextStream
+from blip_train import collectives
+from blip_train.momentum import MomentumEncoders
+from blip_train.objectives import (
+    IGNORED,
+    contrastive_loss,
+    draw_negatives,
+    language_loss,
+    negative_weights,
+    positive_targets,
+)
+from blip_train.queue import KeyQueue
+
+TEMPERATURE_RANGE = (0.001, 0.5)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a step computes, with the paper's values.
+
+    `losses` any of itc, itm, lm (itm takes its negatives from itc's features). `positives`: `pair` (pre-training) or
+    `id` (retrieval fine-tuning: captions of one image share the target). `negatives`: from the rank's own batch, or
+    from the batches of `all_ranks`. `negative_floor` is added to the softmax that negatives are drawn from.
+    """
+
+    losses: tuple[Literal["itc", "itm", "lm"], ...] = ("itc", "itm", "lm")
+    queue_size: int = 57600
+    momentum: float = 0.995
+    alpha: float = 0.4
+    alpha_ramp_epochs: float = 2.0
+    label_smoothing: float = 0.1
+    positives: Literal["pair", "id"] = "pair"
+    negatives: Literal["local", "all_ranks"] = "local"
+    negative_floor: float = 1e-4
+    prompt_tokens: int = 0  # leading tokens of a caption, [DEC] included, that carry no LM loss
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "losses", tuple(self.losses))
+        unknown = set(self.losses) - {"itc", "itm", "lm"}
+        if unknown or not self.losses:
+            raise ValueError(f"objective.losses must name some of itc, itm, lm; got {list(self.losses)}")
+        if "itm" in self.losses and "itc" not in self.losses:
+            raise ValueError("objective.losses has itm without itc: ITM draws its negatives from ITC's similarities")
+        if not 0.0 <= self.momentum <= 1.0 or not 0.0 <= self.alpha <= 1.0:
+            raise ValueError(f"objective.momentum and alpha must lie in [0, 1], got {self.momentum} and {self.alpha}")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's pairs: `images` [batch, 3, size, size], `texts` starting with [CLS], `ids` int64 [batch]."""
+
+    images: Tensor
+    texts: PackedTexts
+    ids: Tensor
+
+
+@dataclass(frozen=True)
+class Negatives:
+    """Indices into the candidates (the rank's batch, or all ranks' batches): int64 [batch], −1 where there is none."""
+
+    image_for_text: Tensor
+    text_for_image: Tensor
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """`losses` by name (scalars with gradients), and the negatives that were drawn."""
+
+    losses: dict[str, Tensor]
+    negatives: Negatives | None
+
+    @property
+    def total(self) -> Tensor:
+        return torch.stack(list(self.losses.values())).sum()
+
+
+@dataclass(frozen=True)
+class _Features:
+    """Unit vectors [batch, embed_dim] of the model and of its momentum copy."""
+
+    image: Tensor
+    text: Tensor
+    momentum_image: Tensor
+    momentum_text: Tensor
+
+
+class Pretraining(nn.Module):
+    """The model with its momentum copy and queue; `forward` is one step's losses.
+
+    Args:
+        model: the model to train; it needs the parts that the objective's losses read.
+        objective: what to compute.
+        seed: of the queue's first entries; ranks give the same.
+    """
+
+    def __init__(self, model: BlipModel, objective: Objective, seed: int) -> None:
+        super().__init__()
+        self.model, self.objective = model, objective
+        if "itc" in objective.losses:
+            self.momentum = MomentumEncoders(model)
+            self.queue = KeyQueue(objective.queue_size, model.config.embed_dim, seed)
+
+    def forward(self, batch: Batch, alpha: float) -> StepOutput:
+        """Losses of one rank's batch; updates the momentum copy and the queue (BLIP section 3.2; order as published).
+
+        Args:
+            alpha: share of ITC's soft targets at this step.
+        """
+        losses: dict[str, Tensor] = {}
+        negatives = None
+        image_embeds = self.model.encode_images(batch.images)
+        if "itc" in self.objective.losses:
+            features = self._features(batch, image_embeds)
+            losses["itc"] = self._contrastive(batch, features, alpha)
+            if "itm" in self.objective.losses:
+                negatives = self._negatives(batch, features)
+            self.queue.enqueue(*(collectives.gather(x) for x in (features.momentum_image, features.momentum_text,
+                                                                 batch.ids)))
+        losses.update(self._grounded(batch, image_embeds, negatives))
+        return StepOutput(losses, negatives)
+
+    def _features(self, batch: Batch, image_embeds: Tensor) -> _Features:
+        with torch.no_grad():
+            self.model.temperature.clamp_(*TEMPERATURE_RANGE)
+        image, text = self.model.image_features(image_embeds), self.model.text_features(batch.texts)
+        self.momentum.update(self.model, self.objective.momentum)
+        return _Features(image, text, *self.momentum.features(batch.images, batch.texts))
+
+    def _contrastive(self, batch: Batch, features: _Features, alpha: float) -> Tensor:
+        """ITC, mean of both directions. Keys: the batch's momentum features in front of the queue's."""
+        temperature = self.model.temperature
+        image_keys = torch.cat([features.momentum_image, self.queue.image])
+        text_keys = torch.cat([features.momentum_text, self.queue.text])
+        if self.objective.positives == "id":
+            positives = positive_targets(batch.ids, torch.cat([batch.ids, self.queue.ids]))
+        else:
+            positives = torch.eye(len(batch.ids), len(image_keys), device=image_keys.device)
+        image_to_text = contrastive_loss(features.image, features.momentum_image, text_keys, positives, temperature, alpha)
+        text_to_image = contrastive_loss(features.text, features.momentum_text, image_keys, positives, temperature, alpha)
+        return (image_to_text + text_to_image) / 2
+
+    @torch.no_grad()
+    def _negatives(self, batch: Batch, features: _Features) -> Negatives:
+        """Draw one negative image per text and one negative text per image.
+
+        Pre-training ranks candidates by the momentum features of the rank's batch; retrieval fine-tuning (`id`
+        positives, or negatives of all ranks) by the model's own features, as published.
+        """
+        objective, ids = self.objective, batch.ids
+        if objective.positives == "pair" and objective.negatives == "local":
+            image_keys, text_keys, key_ids = features.momentum_image, features.momentum_text, ids
+        elif objective.negatives == "local":
+            image_keys, text_keys, key_ids = features.image, features.text, ids
+        else:
+            image_keys, text_keys, key_ids = map(collectives.gather, (features.image, features.text, ids))
+        if objective.positives == "id":
+            excluded = ids[:, None] == key_ids[None, :]
+        else:
+            first = collectives.world()[0] * len(ids) if len(key_ids) > len(ids) else 0
+            excluded = torch.arange(first, first + len(ids), device=ids.device)[:, None] == torch.arange(
+                len(key_ids), device=ids.device)
+        temperature, floor = self.model.temperature, objective.negative_floor
+        drawn = [draw_negatives(negative_weights(queries @ keys.T / temperature, excluded, floor))
+                 for queries, keys in ((features.text, image_keys), (features.image, text_keys))]
+        return Negatives(image_for_text=drawn[0], text_for_image=drawn[1])
+
+    def _grounded(self, batch: Batch, image_embeds: Tensor, negatives: Negatives | None) -> dict[str, Tensor]:
+        """Pass 2: ITM and LM texts through the stack together, on shared image keys and values."""
+        tokens = self.model.config.tokens
+        own = torch.arange(len(batch.ids), device=image_embeds.device)
+        encoder_stream, labels = None, None
+        if negatives is not None:
+            image_embeds, encoder_stream, labels = self._matching_stream(batch, image_embeds, negatives, own)
+        decoder_stream = None
+        if "lm" in self.objective.losses:
+            captions = batch.texts.with_first(tokens.bos)
+            decoder_stream = TextStream(captions.without_last(), "decoder", own)
+        hidden = self._pass(image_embeds, encoder_stream, decoder_stream)
+
+        losses: dict[str, Tensor] = {}
+        if labels is not None:
+            losses["itm"] = F.cross_entropy(self.model.itm_head(hidden["encoder"]).float(), labels)  # type: ignore[misc]
+        if decoder_stream is not None:
+            targets = captions.without_first()
+            ignored = targets.positions() < self.objective.prompt_tokens - 1
+            losses["lm"] = language_loss(self.model.vocabulary_logits(hidden["decoder"]),
+                                         targets.token_ids.masked_fill(ignored, IGNORED),
+                                         self.objective.label_smoothing)
+        return losses
+
+    def _matching_stream(self, batch: Batch, image_embeds: Tensor, negatives: Negatives,
+                         own: Tensor) -> tuple[Tensor, TextStream, Tensor]:
+        """ITM's pairs: positives; text with negative image; negative text with image. Labels 1, 0, 0.
+
+        Returns the images to project (with those drawn from other ranks appended), the stream and the labels.
+        """
+        texts, candidates = batch.texts.with_first(self.model.config.tokens.enc), None
+        negative_images = negatives.image_for_text
+        if self.objective.negatives == "all_ranks":
+            candidates = collectives.gather_texts(texts)
+            everyone = collectives.gather_with_gradient(image_embeds)
+            chosen = everyone.index_select(0, negative_images.clamp(min=0))
+            image_embeds = torch.cat([image_embeds, chosen])
+            negative_images = torch.where(negative_images < 0, -1, own + len(own))
+        has_image, has_text = negative_images >= 0, negatives.text_for_image >= 0
+        negative_texts = (candidates or texts).select(negatives.text_for_image[has_text])
+        pairs = PackedTexts.cat([texts, texts.select(own[has_image]), negative_texts])
+        images = torch.cat([own, negative_images[has_image], own[has_text]])
+        labels = torch.zeros(len(pairs), dtype=torch.int64, device=own.device)
+        labels[: len(own)] = 1
+        return image_embeds, TextStream(pairs, "encoder", images, first_row_only=True), labels
+
+    def _pass(self, image_embeds: Tensor, encoder_stream: TextStream | None,
+              decoder_stream: TextStream | None) -> dict[str, Tensor]:
+        """Hidden states by mode. A tied stack takes both streams at once, untied stacks one each."""
+        streams = {"encoder": encoder_stream, "decoder": decoder_stream}
+        present = {mode: stream for mode, stream in streams.items() if stream is not None}
+        if self.model.config.text_stacks == "tied" and present:
+            stack = self.model.stack("encoder")
+            hidden = stack(list(present.values()), stack.image_kv(image_embeds))
+            return dict(zip(present, hidden, strict=True))
+        hidden = {}
+        for mode, stream in present.items():
+            stack = self.model.stack(stream.mode)
+            (hidden[mode],) = stack([stream], stack.image_kv(image_embeds))
+        return hidden
