@@ -56,25 +56,46 @@ class ImageKV:
         """(k, v) [image rows, heads, head_dim] of one layer, per eye."""
         return [(kv[:, index, 0], kv[:, index, 1]) for kv in self.kv]
 
+    def select(self, images: Tensor) -> ImageKV:
+        """The given images (int64 [n]) alone, in that order."""
+        offsets = F.pad(self.offsets.diff()[images].cumsum(0), (1, 0)).int()
+        shift = (self.offsets[images] - offsets[:-1]).repeat_interleave(offsets.diff())
+        rows = torch.arange(len(shift), device=shift.device) + shift
+        return ImageKV(tuple(kv.index_select(0, rows) for kv in self.kv), offsets)
+
 
 class SelfCache:
-    """Self-attention keys and values of tokens already decoded: [rows, max_tokens, heads, head_dim] per layer."""
+    """Self-attention keys and values of the tokens decoded so far, in slots that are written once and never moved.
 
-    def __init__(self, layers: int, rows: int, max_tokens: int, heads: int, head_dim: int, like: Tensor) -> None:
-        shape = (layers, 2, rows, max_tokens, heads, head_dim)
+    `slots` [rows, max_tokens] says where each row's tokens lie: beams share the slots of their common history, and a
+    new order of beams is a new order of that table alone.
+    """
+
+    def __init__(self, config: TextConfig, rows: int, max_rows: int, max_tokens: int, like: Tensor) -> None:
+        """Room for `max_tokens` tokens of `rows` texts at first (the prompts) and up to `max_rows` texts later."""
+        shape = (config.layers, 2, max_rows * max_tokens, config.heads, config.width // config.heads)
         self.kv = torch.empty(shape, dtype=like.dtype, device=like.device)
+        self.own_slots = torch.arange(max_rows * max_tokens, device=like.device).view(max_rows, max_tokens)
+        self.slots = self.own_slots[:rows]
         self.length = 0
 
+    def advance(self, tokens: int) -> None:
+        """Make the next `tokens` positions of every row current: `append` fills them, layer by layer."""
+        end = self.length + tokens
+        self._written, self._read = self.slots[:, self.length : end].flatten(), self.slots[:, :end].flatten()
+        self.length = end
+
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v [rows, new tokens, heads, head_dim]; return all keys and values so far, packed by row."""
-        end = self.length + k.shape[1]
-        self.kv[layer, 0, :, self.length : end] = k
-        self.kv[layer, 1, :, self.length : end] = v
-        return self.kv[layer, 0, :, :end].flatten(0, 1), self.kv[layer, 1, :, :end].flatten(0, 1)
+        """Store k, v [rows × current tokens, heads, head_dim]; return those of all tokens so far, packed by row."""
+        self.kv[layer, 0].index_copy_(0, self._written, k)
+        self.kv[layer, 1].index_copy_(0, self._written, v)
+        k, v = self.kv[layer].index_select(1, self._read).unbind(0)
+        return k, v
 
     def select(self, rows: Tensor) -> None:
-        """Keep the given rows, in that order (beams that go on, or a prompt's row once per beam)."""
-        self.kv = self.kv.index_select(2, rows)
+        """Go on from the given rows, in that order (beams that survive, or a prompt's row once per beam)."""
+        # Tokens to come get slots of their own: a row's own slots from here on hold nothing that others still read.
+        self.slots = torch.cat([self.slots[rows, : self.length], self.own_slots[: len(rows), self.length :]], dim=1)
 
 
 class SelfAttention(nn.Module):
@@ -227,10 +248,14 @@ class TextStack(nn.Module):
             raise ValueError(f"this text stack looks at {len(self.image_to_kv)} image(s) at a time, "
                              f"got {len(image_embeds)}")
         images, tokens = image_embeds[0].shape[:2]
-        shape = (images * tokens, self.config.layers, 2, self.config.heads, -1)
-        kv = tuple(project(embeds.flatten(0, 1)).view(shape)
-                   for project, embeds in zip(self.image_to_kv, image_embeds, strict=True))
-        offsets = torch.arange(images + 1, dtype=torch.int32, device=kv[0].device) * tokens
+        offsets = torch.arange(images + 1, dtype=torch.int32, device=image_embeds[0].device) * tokens
+        return self.states_kv(*(embeds.flatten(0, 1) for embeds in image_embeds), offsets=offsets)
+
+    def states_kv(self, *states: Tensor, offsets: Tensor) -> ImageKV:
+        """As `image_kv`, of packed rows [rows, vision width] with offsets int32 [images + 1]: VQA's answer decoder
+        looks at encoded questions, which differ in length."""
+        kv = tuple(project(rows).view(len(rows), self.config.layers, 2, self.config.heads, -1)
+                   for project, rows in zip(self.image_to_kv, states, strict=True))
         return ImageKV(kv, offsets)
 
     def decode(self, token_ids: Tensor, cache: SelfCache, image_kv: ImageKV) -> Tensor:
@@ -245,8 +270,9 @@ class TextStack(nn.Module):
             [rows, new tokens, width].
         """
         rows, new = token_ids.shape
-        end = cache.length + new
-        positions = torch.arange(cache.length, end, device=token_ids.device).repeat(rows)
+        cache.advance(new)
+        end = cache.length
+        positions = torch.arange(end - new, end, device=token_ids.device).repeat(rows)
         x = self._embed(token_ids.flatten(), positions)
         by_text = torch.arange(rows + 1, dtype=torch.int32, device=x.device)
         images = len(image_kv.offsets) - 1
@@ -254,12 +280,11 @@ class TextStack(nn.Module):
         for index, layer in enumerate(self.layers):
             self_attention = layer.self_attention["decoder"]
             q, k, v = self_attention.project(x)
-            k, v = cache.append(index, k.unflatten(0, (rows, new)), v.unflatten(0, (rows, new)))
+            k, v = cache.append(index, k, v)
             # A single new token sees every key, so only a prompt needs the causal mask.
             x = self_attention.finish(x, attention(q, k, v, by_text * new, by_text * end, causal=new > 1))
             x = layer.cross_attention(x, RowsByImage(by_image, None, None), image_kv, index)
             x = layer.feed_forward(x)
-        cache.length = end
         return x.unflatten(0, (rows, new))
 
     def _embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
