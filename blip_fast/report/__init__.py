@@ -1,0 +1,6 @@
+"""One self-contained HTML page about a run: metrics, loss curves, pictures with captions."""
+
+from blip_fast.report.page import Card, Line, Metric, Report
+from blip_fast.report.plot import Plot
+
+__all__ = ["Card", "Line", "Metric", "Plot", "Report"]

@@ -1,0 +1,194 @@
+"""The page: sections of metrics, tables, plots and picture cards in one HTML file.
+
+Everything is inside the file (style sheet, drawings, pictures as data URIs) and every text is escaped: it opens
+anywhere, without a network, and a caption can do no harm. There is no script in it.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from statistics import median
+
+from blip_fast.images import ImageSource, load_image
+from blip_fast.report.plot import Plot
+
+THUMBNAIL = 360  # longest side of a picture in the page
+LOSSLESS = 160  # pictures up to this size are kept as they are
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One figure of a run beside its target and what chance gives (None where there is none).
+
+    Shares of 1 are shown in per cent, with a bar; with `unit` ("nats per token") the number stands as it is. The
+    target is met at or above it, or at or below it where `lower_is_better`.
+    """
+
+    name: str
+    value: float
+    target: float | None = None
+    chance: float | None = None
+    unit: str | None = None
+    lower_is_better: bool = False
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the target is met; None without a target."""
+        if self.target is None:
+            return None
+        return self.value <= self.target if self.lower_is_better else self.value >= self.target
+
+
+@dataclass(frozen=True)
+class Line:
+    """One text of a card: `label` says whose it is, `right` marks it right or wrong, `struck` crosses it out."""
+
+    text: str
+    label: str = ""
+    score: str = ""
+    right: bool | None = None
+    struck: bool = False
+
+
+@dataclass(frozen=True)
+class Card:
+    """A picture with its texts."""
+
+    image: ImageSource
+    lines: Sequence[Line]
+
+
+class Report:
+    """Collects a page's parts in their order and writes it. Parts stand in the section that was opened last."""
+
+    def __init__(self, title: str, subtitle: str = "", facts: Mapping[str, str] | None = None) -> None:
+        """`facts` are short pairs under the title: model size, duration, seed."""
+        self.title, self.subtitle, self.facts = title, subtitle, dict(facts or {})
+        self._sections: list[list[str]] = []
+
+    def section(self, heading: str, text: str = "") -> Report:
+        """Open a section, with a sentence about what it shows."""
+        self._sections.append([f"<h2>{escape(heading)}</h2>", *([f"<p>{escape(text)}</p>"] if text else [])])
+        return self
+
+    def metrics(self, metrics: Sequence[Metric]) -> Report:
+        """Figures with bars, targets and chance levels."""
+        head = ('<th>Measure</th><th class="number">Value</th><th></th><th class="number"><i class="target"></i>Target'
+                '</th><th class="number"><i class="chance"></i>Chance</th>')
+        return self._add(f'<table class="metrics"><thead><tr>{head}</tr></thead>'
+                         f"<tbody>{''.join(map(_metric, metrics))}</tbody></table>")
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str | float]], caption: str = "") -> Report:
+        """A plain table; numbers are aligned right. Raises ValueError where a row has not one cell a column."""
+        for row in rows:
+            if len(row) != len(columns):
+                raise ValueError(f"a row of the table has {len(row)} cells for {len(columns)} columns: {row!r}")
+        numeric = [bool(rows) and all(isinstance(row[i], int | float) for row in rows) for i in range(len(columns))]
+        kinds = [' class="number"' if n else "" for n in numeric]
+        head = "".join(f"<th{kind}>{escape(name)}</th>" for name, kind in zip(columns, kinds, strict=True))
+        body = "".join("<tr>" + "".join(f"<td{kind}>{_cell(cell)}</td>" for cell, kind in zip(row, kinds, strict=True))
+                       + "</tr>" for row in rows)
+        title = f"<caption>{escape(caption)}</caption>" if caption else ""
+        return self._add(f'<div class="scroll"><table>{title}<thead><tr>{head}</tr></thead>'
+                         f"<tbody>{body}</tbody></table></div>")
+
+    def plots(self, plots: Sequence[Plot]) -> Report:
+        """Line plots, side by side where there is room."""
+        return self._add("".join(plot.html() for plot in plots), "plots")
+
+    def cards(self, cards: Sequence[Card]) -> Report:
+        """Pictures with their texts. Raises ImageError for a picture that cannot be read."""
+        return self._add("".join(_cards(cards)), "cards")
+
+    def write(self, path: str | Path) -> Path:
+        """Write the page (its directory too) and return its path."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self.html(), encoding="utf-8")
+        return path
+
+    def html(self) -> str:
+        style = files("blip_fast.report").joinpath("page.css").read_text(encoding="utf-8")
+        facts = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in self.facts.items())
+        head = [f"<h1>{escape(self.title)}</h1>", f"<p>{escape(self.subtitle)}</p>" if self.subtitle else "",
+                f'<dl class="facts">{facts}</dl>' if facts else ""]
+        sections = "\n".join(f"<section>{''.join(parts)}</section>" for parts in self._sections)
+        return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(self.title)}</title>'
+                '<meta name="viewport" content="width=device-width, initial-scale=1">'
+                f"<style>\n{style}</style></head>\n<body><header>{''.join(head)}</header>\n{sections}\n"
+                "</body></html>\n")
+
+    def _add(self, html: str, kind: str = "") -> Report:
+        if not self._sections:
+            raise ValueError("open a section first: report.section(heading)")
+        self._sections[-1].append(f'<div class="block {kind}">{html}</div>')
+        return self
+
+
+def _metric(metric: Metric) -> str:
+    mark = _mark(metric.met) if metric.met is not None else ""
+    side = "".join(f'<td class="side number" data-name="{name}">{_figure(value, metric.unit)}</td>'
+                   for name, value in (("target", metric.target), ("chance", metric.chance)))
+    unit = f" <small>{escape(metric.unit)}</small>" if metric.unit else ""
+    return (f'<tr><td>{escape(metric.name)}{unit}</td><td class="value number">{mark}'
+            f'{_figure(metric.value, metric.unit)}</td><td class="bar">{_bar(metric)}</td>{side}</tr>')
+
+
+def _bar(metric: Metric) -> str:
+    """The value as a bar from 0; its end is 1 for shares, else a little beyond the largest of the figures."""
+    known = [v for v in (metric.value, metric.target, metric.chance) if v is not None and math.isfinite(v)]
+    full = 1.0 if metric.unit is None else 1.1 * max([*known, 0.0]) or 1.0
+    parts = []
+    for kind, side, value in (("fill", "width", metric.value), ("chance", "left", metric.chance),
+                              ("target", "left", metric.target)):
+        if value is not None and math.isfinite(value):
+            parts.append(f'<i class="{kind}" style="{side}:{100 * min(max(value / full, 0.0), 1.0):.1f}%"></i>')
+    return f'<span class="track" aria-hidden="true">{"".join(parts)}</span>'
+
+
+def _figure(value: float | None, unit: str | None) -> str:
+    if value is None or not math.isfinite(value):
+        return "–" if value is None else "not finite"
+    return f"{100 * value:.1f} %" if unit is None else f"{value:.3g}"
+
+
+def _mark(right: bool) -> str:
+    kind, sign, said = ("good", "✓", "yes") if right else ("bad", "✗", "no")
+    return f'<span class="mark {kind}" role="img" aria-label="{said}">{sign}</span> '
+
+
+def _cell(cell: str | float) -> str:
+    return escape(cell) if isinstance(cell, str) else f"{cell:,}" if isinstance(cell, int) else f"{cell:,.4g}"
+
+
+def _cards(cards: Sequence[Card]) -> list[str]:
+    pictures = [load_image(card.image) for card in cards]
+    aspect = median(p.width / p.height for p in pictures) if pictures else 1.0
+    style = f"--aspect:{min(max(aspect, 0.75), 1.5):.3f}"
+    return [f'<article class="card" style="{style}"><img alt="" loading="lazy" src="{_data_uri(picture)}">'
+            f"<ul>{''.join(map(_line, card.lines))}</ul></article>"
+            for card, picture in zip(cards, pictures, strict=True)]
+
+
+def _line(line: Line) -> str:
+    label = ""
+    if line.label or line.score:
+        label = f'<span class="label">{escape(line.label)}<b>{escape(line.score)}</b></span>'
+    mark = "" if line.right is None else _mark(line.right)
+    text = f'<span class="struck">{escape(line.text)}</span>' if line.struck else escape(line.text)
+    return f"<li>{label}{mark}{text}</li>"
+
+
+def _data_uri(picture) -> str:
+    kind, options = ("png", {}) if max(picture.size) <= LOSSLESS else ("jpeg", {"quality": 82, "optimize": True})
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))  # in place, never larger than it was
+    encoded = io.BytesIO()
+    picture.save(encoded, kind, **options)
+    return f"data:image/{kind};base64,{base64.b64encode(encoded.getvalue()).decode()}"
