@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from argparse import ArgumentError
 from importlib.metadata import EntryPoint, entry_points
 
 from jsonargparse import ArgumentParser
@@ -30,12 +31,13 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ArgumentError) as error:
         return _fail(" ".join(str(error).split()))
 
 
 def _run(name: str, command: Command, arguments: list[str]) -> int:
-    parser = ArgumentParser(prog=f"blip-fast {name}", description=command.help, epilog=f"example: {command.example}")
+    parser = ArgumentParser(prog=f"blip-fast {name}", description=command.help, epilog=f"example: {command.example}",
+                            exit_on_error=False)
     command.arguments(parser)
     return command.run(parser.parse_args(arguments)) or 0
 

@@ -37,7 +37,8 @@ class BlipModel(nn.Module):
         if config.contrastive:
             self.vision_projection = nn.Linear(vision_width, config.embed_dim)
             self.text_projection = nn.Linear(width, config.embed_dim)
-            self.temperature = nn.Parameter(torch.tensor(INITIAL_TEMPERATURE))
+            # One element, not a scalar: DeepSpeed cannot broadcast parameters without a dimension.
+            self.temperature = nn.Parameter(torch.full((1,), INITIAL_TEMPERATURE))
         self.itm_head = nn.Linear(width, 2) if config.matching else None
         if config.reasoning:
             self.reasoning_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2))
@@ -51,6 +52,29 @@ class BlipModel(nn.Module):
         stack = self.text["tied" if self.config.text_stacks == "tied" else mode]
         assert isinstance(stack, TextStack)
         return stack
+
+    def restricted_to(self, config: BlipConfig) -> BlipModel:
+        """A new model with a part of this one's text modes and heads, its weights copied (a captioner from pre-training).
+
+        Args:
+            config: this model's sizes, with `text_stacks`, `contrastive`, `matching`, `reasoning` or drop-outs changed.
+
+        Raises:
+            ValueError: the config asks for a part that this model does not have, or for another size of one.
+        """
+        part = BlipModel(config)
+        own = self.state_dict()
+        weights = {}
+        for name, wanted in part.state_dict().items():
+            source = name
+            if name.startswith("text.") and self.config.text_stacks == "tied":
+                source = "text.tied." + name.split(".", 2)[2]
+            if source not in own or own[source].shape != wanted.shape:
+                raise ValueError(f"cannot take {name} {tuple(wanted.shape)} from this model: it has "
+                                 f"{'no such weight' if source not in own else tuple(own[source].shape)}")
+            weights[name] = own[source]
+        part.load_state_dict(weights)
+        return part
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """[images, 3, size, size] → image_embeds [images, tokens, vision width]."""

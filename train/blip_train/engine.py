@@ -1,0 +1,115 @@
+"""The distributed engine: a `Pretraining` module under DeepSpeed, one optimiser step at a time."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import random
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from blip_train import collectives
+from blip_train.launch import rank_environment
+from blip_train.pretraining import Batch, Pretraining, StepOutput
+from blip_train.recipe import Recipe
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # rank 0 packs the data set while the others wait
+
+
+def start_rank() -> torch.device:
+    """Join the process group (as the only rank where no launcher started this process) and name this rank's device.
+
+    One process joins once, however many runs it makes: DeepSpeed keeps groups that do not outlive the first.
+    """
+    cuda = torch.cuda.is_available()
+    if dist.is_initialized():
+        return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    os.environ.update(rank_environment())
+    for variable, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(variable, alone)
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(_free_port())
+    import deepspeed  # only now: importing it reads DS_ACCELERATOR
+
+    # Its shared-memory all-reduce for CPUs would compile C++ for a minute at the first run; gloo does without.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=COLLECTIVE_TIMEOUT, verbose=False)
+    atexit.register(dist.destroy_process_group)
+    return device
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and PyTorch; each rank adds its number, so that ranks draw different negatives and drop-outs."""
+    seed += collectives.world()[0]
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+class TrainingEngine:
+    """DeepSpeed around the training step: gradients averaged over ranks, optimiser state sharded by ZeRO stage.
+
+    Precision `bfloat16` is autocast over float32 weights, so that the momentum copy averages float32.
+    """
+
+    def __init__(self, pretraining: Pretraining, recipe: Recipe, device: torch.device) -> None:
+        import deepspeed
+
+        self.recipe, self.device = recipe, device
+        parameters = [p for p in pretraining.parameters() if p.requires_grad]
+        adamw = torch.optim.AdamW(parameters, lr=recipe.schedule.lr, betas=recipe.optimizer.betas,
+                                  eps=recipe.optimizer.eps, weight_decay=recipe.optimizer.weight_decay, fused=True)
+        self.engine: Any
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=pretraining.to(device), model_parameters=parameters, optimizer=adamw, config=self._config(),
+            dist_init_required=False)
+
+    @property
+    def pretraining(self) -> Pretraining:
+        return self.engine.module
+
+    def step(self, batch: Batch, alpha: float, lr: float) -> StepOutput:
+        """One optimiser step on this rank's batch at learning rate `lr`."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        enabled = self.recipe.runtime.precision == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
+            output = self.engine(batch, alpha)
+        self.engine.backward(output.total)
+        self.engine.step()
+        return output
+
+    def _config(self) -> dict[str, Any]:
+        return {
+            "train_micro_batch_size_per_gpu": self.recipe.runtime.batch_size,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": self.recipe.optimizer.clip,
+            "zero_optimization": {"stage": self.recipe.runtime.zero_stage},
+            "steps_per_print": 10**9,
+            "wall_clock_breakdown": False,
+        }
+
+
+def mean_over_ranks(losses: dict[str, Tensor]) -> dict[str, float]:
+    """Each loss averaged over ranks."""
+    values = torch.stack([loss.detach().float() for loss in losses.values()])
+    if collectives.world()[1] > 1:
+        dist.all_reduce(values)
+        values /= collectives.world()[1]
+    return dict(zip(losses, values.tolist(), strict=True))

@@ -1,0 +1,149 @@
+"""A recipe: everything that defines a training run. Read from YAML, overridden on the command line, saved with the run."""
+
+from __future__ import annotations
+
+import dataclasses
+from argparse import ArgumentError
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from blip_fast.config import BlipConfig
+from blip_train.pretraining import Objective
+from blip_train.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class TokenizerRecipe:
+    """Where token ids come from. They set the model's vocabulary size and special tokens.
+
+    `source`: a vocab.txt, a directory with tokenizer files or a Hub id; without it a WordPiece vocabulary of
+    `vocab_size` is trained on the training captions. `max_tokens` truncates captions, [SEP] kept.
+    """
+
+    source: str | None = None
+    vocab_size: int = 4000
+    max_tokens: int = 30
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """The pairs to train on, and how their pictures are changed.
+
+    `root`: webdataset shards, or a folder with annotations.jsonl and its images, packed into shards at the first run.
+    `crop_scale`: area share of the random resized crop; null resizes only. `prompt` is put before every caption.
+    """
+
+    root: str = "data"
+    train_split: str | None = "train"
+    test_split: str | None = "test"
+    crop_scale: tuple[float, float] | None = (0.2, 1.0)
+    flip: bool = True
+    rand_augment: bool = True
+    shuffle_buffer: int = 4096
+    threads: int = 2
+    max_words: int = 30
+    prompt: str = ""
+
+
+@dataclass(frozen=True)
+class OptimizerRecipe:
+    """AdamW (decoupled weight decay, on every parameter as published). `clip` is a gradient norm, 0: none."""
+
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    clip: float = 0.0
+
+
+@dataclass(frozen=True)
+class RuntimeRecipe:
+    """How the run is carried out. `batch_size` is one rank's; `ranks` processes are started where no launcher did."""
+
+    ranks: int = 1
+    batch_size: int = 75
+    zero_stage: Literal[0, 1, 2] = 1
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    log_every: int = 10
+    save_every: int = 1000
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.ranks < 1:
+            raise ValueError(f"runtime.batch_size and ranks must be at least 1, got {self.batch_size} and {self.ranks}")
+        if self.log_every < 1 or self.save_every < 1 or self.keep_checkpoints < 1:
+            raise ValueError("runtime.log_every, save_every and keep_checkpoints must be at least 1")
+
+
+@dataclass(frozen=True)
+class EvaluationRecipe:
+    """What is measured on the test split when the run has ended; 0 images: nothing."""
+
+    images: int = 0
+    rerank: int = 16
+    captions: int = 24
+    beams: int = 3
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run. `init` names a checkpoint (any layout) whose weights it starts from; its sizes then replace `model`'s."""
+
+    name: str = "pretrain"
+    runs: str = "runs"
+    seed: int = 0
+    init: str | None = None
+    model: BlipConfig = field(default_factory=BlipConfig)
+    tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
+    data: DataRecipe = field(default_factory=DataRecipe)
+    objective: Objective = field(default_factory=Objective)
+    schedule: Schedule = field(default_factory=Schedule)
+    optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
+    runtime: RuntimeRecipe = field(default_factory=RuntimeRecipe)
+    evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
+
+    def __post_init__(self) -> None:
+        if "itm" in self.objective.losses and self.objective.negatives == "local" and self.runtime.batch_size < 2:
+            raise ValueError("runtime.batch_size must be at least 2: ITM draws its negatives from the rank's own batch")
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.runs) / self.name
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False)
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe from YAML; `overrides` are command-line options (`["--schedule.lr=1e-4"]`).
+
+    Raises ValueError naming the key that is unknown or has a bad value, before anything is started.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    add_recipe_arguments(parser)
+    try:
+        return read_recipe(parser, parser.parse_args(["--config", str(path), *(overrides or [])]))
+    except ArgumentError as error:
+        raise ValueError(f"recipe {path}: {' '.join(str(error).split())}") from error
+
+
+def add_recipe_arguments(parser: ArgumentParser) -> None:
+    """Every key of a recipe as an option, and `--config` to read them from a file."""
+    parser.add_argument("--config", action="config", help="recipe (YAML); options after it override its values")
+    parser.add_class_arguments(Recipe, fail_untyped=True)
+
+
+def read_recipe(parser: ArgumentParser, arguments: Any) -> Recipe:
+    """The recipe that parsed arguments describe."""
+    values = parser.instantiate_classes(arguments)
+    return Recipe(**{f.name: values[f.name] for f in dataclasses.fields(Recipe)})
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists: YAML that any reader takes."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
