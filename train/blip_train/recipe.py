@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from blip_fast.config import BlipConfig
 from blip_train.pretraining import Objective
@@ -125,7 +125,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     parser = ArgumentParser(exit_on_error=False)
     add_recipe_arguments(parser)
     try:
-        return read_recipe(parser, parser.parse_args(["--config", str(path), *(overrides or [])]))
+        return read_recipe(parser.parse_args(["--config", str(path), *(overrides or [])]))
     except ArgumentError as error:
         raise ValueError(f"recipe {path}: {' '.join(str(error).split())}") from error
 
@@ -136,10 +136,13 @@ def add_recipe_arguments(parser: ArgumentParser) -> None:
     parser.add_class_arguments(Recipe, fail_untyped=True)
 
 
-def read_recipe(parser: ArgumentParser, arguments: Any) -> Recipe:
+def read_recipe(arguments: Namespace) -> Recipe:
     """The recipe that parsed arguments describe."""
-    values = parser.instantiate_classes(arguments)
-    return Recipe(**{f.name: values[f.name] for f in dataclasses.fields(Recipe)})
+    parser = ArgumentParser(exit_on_error=False)
+    add_recipe_arguments(parser)
+    names = [f.name for f in dataclasses.fields(Recipe)]
+    values = parser.instantiate_classes(Namespace({name: arguments[name] for name in names}))
+    return Recipe(**{name: values[name] for name in names})
 
 
 def _plain(value: Any) -> Any:

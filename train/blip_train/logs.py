@@ -1,0 +1,102 @@
+"""What a run tells: a progress bar, `log.jsonl`, TensorBoard and, at the end, a plot of the losses."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+SMOOTHED = 20  # logged rows in the plot's running mean
+
+
+class RunLog:
+    """Writes one row per `log_every` steps on rank 0; the other ranks write nothing.
+
+    Rows: `step`, `epoch`, `lr`, `temperature`, the losses by name and `loss`, `pairs_per_second`, `memory_gb`.
+    A resumed run goes on in the same file, behind the rows of the checkpoint that it resumes from.
+    """
+
+    def __init__(self, directory: Path, name: str, first_step: int, total_steps: int, writes: bool) -> None:
+        self.path, self.writes = directory / "log.jsonl", writes
+        if not writes:
+            return
+        directory.mkdir(parents=True, exist_ok=True)
+        _drop_rows_after(self.path, first_step)
+        self.file = self.path.open("a")
+        self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step)
+        self.bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                            TextColumn("{task.fields[note]}"))
+        self.task = self.bar.add_task(name, total=total_steps, completed=first_step, note="")
+        self.bar.start()
+
+    def row(self, step: int, values: dict[str, float]) -> None:
+        """Write one row; `step` is the number of steps done."""
+        if not self.writes:
+            return
+        values = {**values, "memory_gb": _peak_memory_gb()}
+        row = {"step": step, "time": round(time.time(), 3), **{key: round(value, 8) for key, value in values.items()}}
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        for key, value in values.items():
+            self.board.add_scalar(key, value, step)
+        note = "  ".join(f"{key} {values[key]:.3f}" for key in ("itc", "itm", "lm") if key in values)
+        self.bar.update(self.task, completed=step, note=f"{note}  {values['pairs_per_second']:.1f} pairs/s  "
+                                                        f"{values['memory_gb']:.1f} GB")
+
+    def close(self) -> None:
+        if self.writes:
+            self.bar.stop()
+            self.board.close()
+            self.file.close()
+
+
+def read_log(path: Path) -> dict[str, list[float]]:
+    """Columns of a `log.jsonl`."""
+    columns: dict[str, list[float]] = defaultdict(list)
+    for line in path.read_text().splitlines():
+        for key, value in json.loads(line).items():
+            columns[key].append(value)
+    return dict(columns)
+
+
+def plot_losses(log: Path, picture: Path) -> None:
+    """Draw each loss against the step, raw and as a running mean, to a PNG."""
+    from matplotlib.figure import Figure
+
+    columns = read_log(log)
+    names = [name for name in ("itc", "itm", "lm") if name in columns]
+    figure = Figure(figsize=(4 * len(names), 3), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        values = torch.tensor(columns[name])
+        means = [values[max(0, i - SMOOTHED + 1) : i + 1].mean().item() for i in range(len(values))]
+        axis.plot(columns["step"], values, alpha=0.3)
+        axis.plot(columns["step"], means)
+        axis.set(title=name, xlabel="step")
+    figure.savefig(picture, dpi=120)
+
+
+def _drop_rows_after(path: Path, step: int) -> None:
+    """Steps after the checkpoint are run again, so their rows go; also a row that was cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the run was killed while it wrote this line
+        if row["step"] <= step:
+            kept.append(line + "\n")
+    path.write_text("".join(kept))
+
+
+def _peak_memory_gb() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -1,0 +1,69 @@
+"""What a run needs before its first step: shards, a tokenizer and a model with its first weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from blip_fast.checkpoint import load_model
+from blip_fast.config import BlipConfig, SpecialTokens
+from blip_fast.data.pack import pack
+from blip_fast.data.shards import INDEX, iterate
+from blip_fast.model import BlipModel
+from blip_fast.tokenizer import Tokenizer, clean_caption
+from blip_train.recipe import Recipe
+
+ANNOTATIONS = "annotations.jsonl"
+
+
+def check_sources(recipe: Recipe) -> None:
+    """Raise ValueError, before anything is started, where the recipe names data that is not there."""
+    root = Path(recipe.data.root)
+    if not (root / ANNOTATIONS).is_file() and not (root / INDEX).is_file():
+        raise ValueError(f"data.root {root} holds neither {ANNOTATIONS} nor {INDEX}: name a folder of annotated images "
+                         "or of packed shards")
+
+
+def prepare_shards(recipe: Recipe) -> Path:
+    """The directory of training shards: `data.root` itself, or its images packed into the run's directory (once)."""
+    root = Path(recipe.data.root)
+    if (root / INDEX).is_file():
+        return root
+    shards = recipe.directory / "shards"
+    if not (shards / INDEX).is_file():
+        # Rows of one source often stand together, and DALI shuffles within a buffer only.
+        pack(root, root / ANNOTATIONS, shards, split=recipe.data.train_split, shuffle_seed=recipe.seed)
+    return shards
+
+
+def prepare_tokenizer(recipe: Recipe, shards: Path) -> Tokenizer:
+    """The recipe's tokenizer; the initial checkpoint's where it names none; else one trained on the captions."""
+    source = recipe.tokenizer.source or recipe.init
+    if source is None:
+        captions = (clean_caption(caption) for sample in iterate(shards) for caption in sample.record["captions"])
+        return Tokenizer.train(captions, recipe.tokenizer.vocab_size)
+    if Path(source).is_file() and Path(source).suffix == ".txt":
+        return Tokenizer.from_vocab_file(source)
+    return Tokenizer.from_pretrained(source)
+
+
+def prepare_model(recipe: Recipe, tokenizer: Tokenizer) -> BlipModel:
+    """A model of the recipe's sizes with fresh weights, or the initial checkpoint's with the recipe's parts."""
+    if recipe.init is None:
+        return BlipModel(with_tokenizer(recipe.model, tokenizer))
+    start = load_model(recipe.init, image_size=recipe.model.vision.image_size).model
+    parts = dataclasses.replace(
+        start.config,
+        vision=dataclasses.replace(start.config.vision, drop_path=recipe.model.vision.drop_path),
+        text=dataclasses.replace(start.config.text, dropout=recipe.model.text.dropout),
+        **{name: getattr(recipe.model, name) for name in ("text_stacks", "contrastive", "matching", "reasoning")},
+    )
+    return start.restricted_to(parts)
+
+
+def with_tokenizer(config: BlipConfig, tokenizer: Tokenizer) -> BlipConfig:
+    """The config with the tokenizer's vocabulary size and special tokens."""
+    tokens = SpecialTokens(pad=tokenizer.pad_id, cls=tokenizer.cls_id, sep=tokenizer.sep_id, bos=tokenizer.bos_id,
+                           enc=tokenizer.enc_id)
+    return dataclasses.replace(config, tokens=tokens, text=dataclasses.replace(config.text,
+                                                                               vocab_size=tokenizer.vocab_size))

@@ -1,0 +1,113 @@
+"""A training run from its recipe to its exported model: prepare, step, log, save, resume."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from blip_fast.checkpoint import save_native
+from blip_fast.data.pipeline import InputConfig, TrainInput
+from blip_fast.tokenizer import Tokenizer
+from blip_train import checkpoints, collectives
+from blip_train.engine import TrainingEngine, mean_over_ranks, seed_everything, start_rank
+from blip_train.logs import RunLog, plot_losses
+from blip_train.prepare import check_sources, prepare_model, prepare_shards, prepare_tokenizer
+from blip_train.pretraining import Batch, Pretraining
+from blip_train.recipe import Recipe
+from blip_train.schedule import alpha_at
+
+EXPORT = "model"
+
+
+def train(recipe: Recipe, resume: bool = False) -> Path:
+    """Carry out a recipe on this rank. Returns the directory of the exported model (`runs/NAME/model`, native layout).
+
+    Args:
+        recipe: the run.
+        resume: go on from the newest checkpoint of `runs/NAME`.
+
+    Raises:
+        ValueError: the run's directory holds a run and `resume` is not set, or the data is not there.
+    """
+    check_sources(recipe)
+    directory = recipe.directory
+    if not resume and (directory / "log.jsonl").exists():
+        raise ValueError(f"{directory} holds a run already: go on with --resume, or choose another --name")
+    device = start_rank()
+    rank, _ = collectives.world()
+    seed_everything(recipe.seed)
+    shards, tokenizer = _prepare(recipe)
+    # Every rank builds the same weights; afterwards each draws its own negatives and drop-outs.
+    torch.manual_seed(recipe.seed)
+    pretraining = Pretraining(prepare_model(recipe, tokenizer), recipe.objective, recipe.seed)
+    engine = TrainingEngine(pretraining.train(), recipe, device)
+    seed_everything(recipe.seed)
+    with _open_input(recipe, shards) as source:
+        _steps(recipe, engine, source, tokenizer, resume)
+    if rank == 0:
+        save_native(engine.pretraining.model, tokenizer, directory / EXPORT)
+        plot_losses(directory / "log.jsonl", directory / "losses.png")
+    dist.barrier()
+    return directory / EXPORT
+
+
+def _prepare(recipe: Recipe) -> tuple[Path, Tokenizer]:
+    """Shards and tokenizer: made by rank 0, read by all."""
+    saved = recipe.directory / "tokenizer"
+    if collectives.world()[0] == 0:
+        recipe.directory.mkdir(parents=True, exist_ok=True)
+        (recipe.directory / "recipe.yaml").write_text(recipe.to_yaml())
+        shards = prepare_shards(recipe)
+        if not saved.exists():
+            prepare_tokenizer(recipe, shards).save(saved)
+    dist.barrier()
+    return prepare_shards(recipe), Tokenizer.from_pretrained(saved)
+
+
+def _open_input(recipe: Recipe, shards: Path) -> TrainInput:
+    rank, ranks = collectives.world()
+    data = recipe.data
+    config = InputConfig(
+        shards=str(shards), image_size=recipe.model.vision.image_size, batch_size=recipe.runtime.batch_size,
+        seed=recipe.seed, crop_scale=data.crop_scale, flip=data.flip, rand_augment=data.rand_augment,
+        shuffle_buffer=data.shuffle_buffer, threads=data.threads, max_words=data.max_words, prompt=data.prompt)
+    return TrainInput(config, rank, ranks)
+
+
+def _steps(recipe: Recipe, engine: TrainingEngine, source: TrainInput, tokenizer: Tokenizer, resume: bool) -> None:
+    """Step until the schedule ends; log and save as the recipe says."""
+    steps_per_epoch = source.steps_per_epoch
+    total = recipe.schedule.total_steps(steps_per_epoch)
+    step, folder = 0, recipe.directory / "checkpoints"
+    if resume:
+        progress = checkpoints.load(engine.engine, folder)
+        step = progress.step
+        source.load_state_dict(progress.input_state)
+    log = RunLog(recipe.directory, recipe.name, step, total, writes=collectives.world()[0] == 0)
+    window, since = 0, time.perf_counter()
+    while step < total:
+        for pairs in source:
+            batch = Batch(pairs.images.to(engine.device), tokenizer.pack(
+                pairs.captions, max_tokens=recipe.tokenizer.max_tokens).to(engine.device), pairs.ids.to(engine.device))
+            alpha = alpha_at(step, steps_per_epoch, recipe.objective.alpha, recipe.objective.alpha_ramp_epochs)
+            lr = recipe.schedule.lr_at(step, steps_per_epoch)
+            output = engine.step(batch, alpha, lr)
+            step, window = step + 1, window + 1
+            if step % recipe.runtime.log_every == 0 or step == total:
+                row = mean_over_ranks({**output.losses, "loss": output.total})
+                seconds = time.perf_counter() - since
+                row |= {"epoch": step / steps_per_epoch, "lr": lr, "pairs_per_second": window * len(batch.ids)
+                        * collectives.world()[1] / seconds}
+                if "itc" in output.losses:
+                    row["temperature"] = engine.pretraining.model.temperature.item()
+                log.row(step, row)
+                window, since = 0, time.perf_counter()
+            if step % recipe.runtime.save_every == 0 or step == total:
+                checkpoints.save(engine.engine, folder, checkpoints.Progress(step, source.state_dict()),
+                                 recipe.runtime.keep_checkpoints)
+            if step == total:
+                break
+    log.close()
