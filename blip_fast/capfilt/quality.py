@@ -1,0 +1,57 @@
+"""How well a filter found planted noise, where it is known which captions are wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class FilterQuality:
+    """Two views of one decision per web caption, each 0 to 1.
+
+    Removal, where finding a wrong caption is the aim: `removal_precision` is the share of wrong captions among the
+    removed, `removal_recall` the share of removed ones among the wrong. Keeping, the other way round:
+    `keeping_precision` is the share of right captions among the kept, `keeping_recall` that of kept ones among the
+    right. A share of nothing (nothing removed, nothing kept) counts as 0.
+
+    `chance_*` is what removing as many captions at random is expected to have.
+    """
+
+    removal_precision: float
+    removal_recall: float
+    keeping_precision: float
+    keeping_recall: float
+    chance_removal_precision: float
+    chance_removal_recall: float
+    chance_keeping_precision: float
+    chance_keeping_recall: float
+
+
+def filter_quality(kept: Sequence[bool], right: Sequence[bool]) -> FilterQuality:
+    """Compare which web captions were kept with which are right.
+
+    Raises ValueError where the two differ in length, or where all captions are right or all wrong: then a recall is
+    undefined.
+    """
+    if len(kept) != len(right):
+        raise ValueError(f"kept and right must be of the same captions, got {len(kept)} and {len(right)}")
+    if all(right) or not any(right):
+        raise ValueError(f"of {len(right)} captions {sum(right)} are right: there must be right and wrong ones")
+    total, n_kept, n_right = len(kept), sum(kept), sum(right)
+    kept_right = sum(k and r for k, r in zip(kept, right, strict=True))
+    removed_wrong = total - n_kept - (n_right - kept_right)
+    return FilterQuality(
+        removal_precision=_share(removed_wrong, total - n_kept),
+        removal_recall=_share(removed_wrong, total - n_right),
+        keeping_precision=_share(kept_right, n_kept),
+        keeping_recall=_share(kept_right, n_right),
+        chance_removal_precision=_share(total - n_right, total) if n_kept < total else 0.0,
+        chance_removal_recall=_share(total - n_kept, total),
+        chance_keeping_precision=_share(n_right, total) if n_kept else 0.0,
+        chance_keeping_recall=_share(n_kept, total),
+    )
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0

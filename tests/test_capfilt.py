@@ -1,0 +1,175 @@
+"""CapFilt against captions and scores made one at a time; the filter's quality against plain counting."""
+
+import json
+import zlib
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from blip_fast.capfilt import CapFiltConfig, CapFiltResult, CapFiltRow, WebBatch, capfilt, filter_quality
+from blip_fast.capfilt.clean import NUCLEUS
+from blip_fast.config import BlipConfig, SpecialTokens, TextConfig, VisionConfig
+from blip_fast.generate import GenerationConfig, generate
+from blip_fast.model import BlipModel
+from blip_fast.packing import PackedTexts
+from blip_fast.tokenizer import BERT_TOKENS, Tokenizer
+
+WORDS = ["a", "picture", "of", "red", "green", "blue", "circle", "square", "ring", "cross", "on", "grey", "left"]
+TOKENIZER = Tokenizer([*BERT_TOKENS, *WORDS])
+CAPTIONS = [["A red circle!"], [], ["a blue ring on grey", "a green cross"], ["a red square", ""], ["a"]]
+
+
+@cache
+def model(seed, image_size=16):
+    torch.manual_seed(seed)
+    tokens = SpecialTokens(TOKENIZER.pad_id, TOKENIZER.cls_id, TOKENIZER.sep_id, TOKENIZER.bos_id, TOKENIZER.enc_id)
+    built = BlipModel(BlipConfig(
+        vision=VisionConfig(image_size=image_size, patch_size=8, width=32, layers=1, heads=2),
+        text=TextConfig(vocab_size=TOKENIZER.vocab_size, width=32, layers=2, heads=2, mlp_width=48, max_positions=40),
+        tokens=tokens, embed_dim=8))
+    with torch.no_grad():
+        for parameter in built.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return built
+
+
+def web_batch(captions=CAPTIONS, prefix="image"):
+    pixels = torch.randn(len(captions), 3, 16, 16, generator=torch.Generator().manual_seed(5))
+    return WebBatch([f"{prefix}{i}" for i in range(len(captions))], pixels, captions)
+
+
+def one_by_one(captioner, matcher, batch, config):
+    """Every caption and every score with an image of its own."""
+    captioner.eval(), matcher.eval()
+    expected = []
+    for name, pixels, captions in zip(batch.names, batch.pixels, batch.captions, strict=True):
+        prompt = [TOKENIZER.bos_id, *TOKENIZER.encode(config.prompt)[1:-1]]
+        with torch.no_grad():
+            embeds = captioner.encode_images(pixels[None])
+            seed = zlib.crc32(f"{config.generation.seed} {name}".encode())
+            (written,) = generate(captioner, captioner.stack("decoder").image_kv(embeds), torch.tensor([prompt]),
+                                  config.generation, [seed])
+            synthetic = TOKENIZER.decode(written.token_ids[len(prompt):])
+            for text in [*captions, synthetic]:
+                ids = [TOKENIZER.enc_id, *TOKENIZER.encode(text.replace("!", ""))[1:]]
+                image_kv = matcher.stack("encoder").image_kv(matcher.encode_images(pixels[None]))
+                logits = matcher.match_logits(PackedTexts.from_lists([ids]), torch.tensor([0]), image_kv)
+                expected.append((name, text, float(logits.softmax(-1)[0, 1])))
+    return expected
+
+
+@pytest.mark.parametrize("same_model", [False, True])
+def test_rows_equal_captions_and_scores_made_one_at_a_time(same_model, monkeypatch):
+    monkeypatch.setattr("blip_fast.inference.IMAGE_BATCH", 2)
+    captioner, matcher = model(1), model(1 if same_model else 2)
+    config = CapFiltConfig(generation=GenerationConfig(top_p=0.9, max_length=12, min_length=6, seed=7))
+    batch = web_batch()
+    expected = one_by_one(captioner, matcher, batch, config)
+    rows = capfilt(captioner, matcher, TOKENIZER, [batch], config).rows
+    assert [(row.image, row.text) for row in rows] == [(name, text) for name, text, _ in expected]
+    assert [row.itm for row in rows] == pytest.approx([itm for *_, itm in expected], abs=1e-5)
+    origins = [origin for captions in CAPTIONS for origin in ["web"] * len(captions) + ["synthetic"]]
+    assert [row.origin for row in rows] == origins
+    assert [row.kept for row in rows] == [row.itm >= 0.5 and row.text != "" for row in rows]
+    assert len({row.text for row in rows if row.origin == "synthetic"}) > 1
+
+
+def test_a_caption_depends_on_seed_and_name_alone():
+    def synthetic(batches, seed=0):
+        generation = GenerationConfig(top_p=0.95, max_length=14, min_length=8, seed=seed)
+        result = capfilt(model(1), model(2), TOKENIZER, batches, CapFiltConfig(generation=generation))
+        return {row.image: row.text for row in result.of_origin("synthetic")}
+
+    whole = web_batch()
+    halves = [WebBatch(whole.names[a:b], whole.pixels[a:b], whole.captions[a:b]) for a, b in ((3, 5), (0, 3))]
+    assert synthetic(halves) == synthetic([whole])
+    assert synthetic([whole], seed=1) != synthetic([whole])
+    renamed = synthetic([web_batch(prefix="other")])
+    assert list(renamed.values()) != list(synthetic([whole]).values())
+
+
+@pytest.mark.parametrize("threshold, kept", [(0.0, {True}), (1.0, {False})])
+def test_the_threshold_decides_and_a_text_without_words_is_never_kept(threshold, kept):
+    result = capfilt(model(1), model(2), TOKENIZER, [web_batch([["red"], ["", " . "]])],
+                     CapFiltConfig(threshold=threshold))
+    assert {row.kept for row in result.rows if row.text.strip(" .")} == kept
+    assert not any(row.kept for row in result.rows if not row.text.strip(" ."))
+
+
+def test_an_image_is_encoded_once_where_one_model_does_both(monkeypatch):
+    encoded, encode = [], BlipModel.encode_images
+    monkeypatch.setattr(BlipModel, "encode_images", lambda self, p: encoded.append(len(p)) or encode(self, p))
+    capfilt(model(1), model(1), TOKENIZER, [web_batch()])
+    assert sum(encoded) == len(CAPTIONS)
+
+
+def test_models_in_training_give_the_same_rows_and_go_on_training():
+    expected = capfilt(model(1).eval(), model(2).eval(), TOKENIZER, [web_batch()]).rows
+    assert capfilt(model(1).train(), model(2).train(), TOKENIZER, [web_batch()]).rows == expected
+    assert model(1).training and model(2).training
+
+
+def test_published_settings():
+    assert (NUCLEUS.top_p, NUCLEUS.beams, NUCLEUS.max_length, NUCLEUS.min_length) == (0.9, 1, 20, 5)
+    assert CapFiltConfig().threshold == 0.5
+
+
+def test_bad_input_is_named():
+    with pytest.raises(ValueError, match=r"threshold is 1\.5"):
+        CapFiltConfig(threshold=1.5)
+    with pytest.raises(ValueError, match="same images, got 1, 2 and 0"):
+        WebBatch(["a"], torch.zeros(2, 3, 16, 16), [])
+    with pytest.raises(ValueError, match="captioner takes images of 16 px, the filter of 24"):
+        capfilt(model(1), model(2, 24), TOKENIZER, [web_batch()])
+
+
+def test_jsonl(tmp_path):
+    rows = [CapFiltRow("a.jpg", "café \u2028 “ring”", "web", 0.25, False), CapFiltRow("b", "x", "synthetic", 1.0, True)]
+    CapFiltResult(rows).write_jsonl(tmp_path / "rows.jsonl")
+    lines = (tmp_path / "rows.jsonl").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    assert [CapFiltRow(**json.loads(line)) for line in lines] == rows
+    assert list(json.loads(lines[0])) == ["image", "text", "origin", "itm", "kept"]
+
+
+# ---------------------------------------------------------------- quality
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=30))
+def test_quality_equals_counting_sets(decisions):
+    kept = {i for i, (k, _) in enumerate(decisions) if k}
+    right = {i for i, (_, r) in enumerate(decisions) if r}
+    every = set(range(len(decisions)))
+    assume(right and right != every)
+    removed, wrong = every - kept, every - right
+    quality = filter_quality(*zip(*decisions, strict=True))
+    assert quality.removal_precision == (len(removed & wrong) / len(removed) if removed else 0)
+    assert quality.removal_recall == len(removed & wrong) / len(wrong)
+    assert quality.keeping_precision == (len(kept & right) / len(kept) if kept else 0)
+    assert quality.keeping_recall == len(kept & right) / len(right)
+
+
+def test_quality_of_perfect_idle_and_random_filters():
+    right = [True, True, True, False]
+    perfect = filter_quality(right, right)
+    assert (perfect.removal_precision, perfect.removal_recall) == (1, 1)
+    assert (perfect.keeping_precision, perfect.keeping_recall) == (1, 1)
+    assert (perfect.chance_removal_precision, perfect.chance_removal_recall) == (0.25, 0.25)
+    idle = filter_quality([True] * 4, right)
+    assert (idle.removal_precision, idle.removal_recall, idle.keeping_recall) == (0, 0, 1)
+
+    generator = torch.Generator().manual_seed(0)
+    right = (torch.rand(40_000, generator=generator) < 0.7).tolist()
+    kept = (torch.rand(40_000, generator=generator) < 0.6).tolist()
+    drawn = filter_quality(kept, right)
+    for name in ("removal_precision", "removal_recall", "keeping_precision", "keeping_recall"):
+        assert getattr(drawn, name) == pytest.approx(getattr(drawn, f"chance_{name}"), abs=0.01)
+
+
+def test_quality_needs_right_and_wrong_captions():
+    with pytest.raises(ValueError, match="of 2 captions 2 are right"):
+        filter_quality([True, False], [True, True])
+    with pytest.raises(ValueError, match="got 1 and 2"):
+        filter_quality([True], [True, False])
