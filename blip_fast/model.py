@@ -32,7 +32,10 @@ class BlipModel(nn.Module):
             "encoder": {"encoder": ("encoder",)},
             "decoder": {"decoder": ("decoder",)},
         }[config.text_stacks]
-        self.text = nn.ModuleDict({name: TextStack(config.text, vision_width, modes) for name, modes in stacks.items()})
+        # VQA's decoder reads the encoder's states of the question, which are as wide as the text, not as the image.
+        read_width = {"decoder": width} if config.text_stacks == "untied" else {}
+        self.text = nn.ModuleDict({name: TextStack(config.text, read_width.get(name, vision_width), modes)
+                                   for name, modes in stacks.items()})
         self.lm_head = LMHead(config.text) if config.has_decoder else None
         if config.contrastive:
             self.vision_projection = nn.Linear(vision_width, config.embed_dim)

@@ -61,7 +61,7 @@ class VisionBlock(nn.Module):
     def __init__(self, config: VisionConfig, index: int) -> None:
         super().__init__()
         self.heads, self.tokens = config.heads, config.tokens
-        hidden = int(config.width * config.mlp_ratio)
+        hidden = round(config.width * config.mlp_ratio)  # a ratio of two widths may lie a rounding error below
         self.norm1 = nn.LayerNorm(config.width, config.norm_eps)
         self.qkv = nn.Linear(config.width, 3 * config.width)
         self.attention_out = nn.Linear(config.width, config.width)
