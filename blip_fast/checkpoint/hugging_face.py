@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from blip_fast.checkpoint.files import find, read_json, read_weights, write_json, write_tensors
+from blip_fast.checkpoint.files import read_weights, write_json, write_tensors
 from blip_fast.checkpoint.names import Stored, hugging_face_layout
 from blip_fast.config import BlipConfig, SpecialTokens, TextConfig, VisionConfig
 from blip_fast.images import MEAN, STD

@@ -16,7 +16,6 @@ from blip_fast.config import BlipConfig
 from blip_fast.text import CrossAttention
 
 
-
 @dataclass(frozen=True)
 class Layout:
     """The tensors of one file form for one config.
@@ -136,8 +135,7 @@ def original_layout(config: BlipConfig) -> Layout:
 def hugging_face_layout(config: BlipConfig) -> Layout:
     """The form of transformers: the published one but for the names in the vision transformer."""
     layout = original_layout(config)
-    parts = {name: tuple(map(_hugging_face_name, parts)) for name, parts in layout.parts.items()
-             if name != "temperature"}
+    parts = {name: tuple(map(_hugging_face_name, parts)) for name, parts in layout.parts.items()}
     return Layout(parts, layout.copies, layout.position_ids)
 
 

@@ -1,8 +1,8 @@
 """The published `.pth`: `{"model": state dict}` and nothing about sizes.
 
 Sizes come from the shapes of the tensors. What shapes do not say (heads, norm eps, dropout, token ids) comes from a
-JSON file beside it, `NAME.json` for `NAME.pth`, with the keys of the published configs in `text_config` and
-`vit_config`; without it a head is 64 wide and everything else as in BLIP base. `NAME.tokenizer/` may hold the tokenizer.
+JSON file beside it, `NAME.json` for `NAME.pth`, with the keys of the published configs in `text_config`
+and `vit_config`; without it a head is 64 wide and the rest as in BLIP base. `NAME.tokenizer/` may hold the tokenizer.
 
 Pre-training and retrieval checkpoints carry training state: momentum copies (`visual_encoder_m.…`) and queues.
 """
