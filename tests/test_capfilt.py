@@ -1,7 +1,6 @@
 """CapFilt against captions and scores made one at a time; the filter's quality against plain counting."""
 
 import json
-import zlib
 from functools import cache
 
 import pytest
@@ -12,9 +11,11 @@ from hypothesis import strategies as st
 from blip_fast.capfilt import CapFiltConfig, CapFiltResult, CapFiltRow, WebBatch, capfilt, filter_quality
 from blip_fast.capfilt.clean import NUCLEUS
 from blip_fast.config import BlipConfig, SpecialTokens, TextConfig, VisionConfig
-from blip_fast.generate import GenerationConfig, generate
+from blip_fast.generate import GenerationConfig
 from blip_fast.model import BlipModel
 from blip_fast.packing import PackedTexts
+from blip_fast.tasks.caption import Captioner
+from blip_fast.tasks.match import Matcher
 from blip_fast.tokenizer import BERT_TOKENS, Tokenizer
 
 WORDS = ["a", "picture", "of", "red", "green", "blue", "circle", "square", "ring", "cross", "on", "grey", "left"]
@@ -36,9 +37,13 @@ def model(seed, image_size=16):
     return built
 
 
-def web_batch(captions=CAPTIONS, prefix="image"):
-    pixels = torch.randn(len(captions), 3, 16, 16, generator=torch.Generator().manual_seed(5))
-    return WebBatch([f"{prefix}{i}" for i in range(len(captions))], pixels, captions)
+def web_batch(captions=CAPTIONS):
+    pixels = torch.randn(len(CAPTIONS), 3, 16, 16, generator=torch.Generator().manual_seed(5))[: len(captions)]
+    return WebBatch([f"image{i}" for i in range(len(captions))], pixels, captions)
+
+
+def run(captioner, matcher, batches, *config):
+    return capfilt(Captioner(captioner, TOKENIZER), Matcher(matcher, TOKENIZER), batches, *config)
 
 
 def one_by_one(captioner, matcher, batch, config):
@@ -46,29 +51,24 @@ def one_by_one(captioner, matcher, batch, config):
     captioner.eval(), matcher.eval()
     expected = []
     for name, pixels, captions in zip(batch.names, batch.pixels, batch.captions, strict=True):
-        prompt = [TOKENIZER.bos_id, *TOKENIZER.encode(config.prompt)[1:-1]]
-        with torch.no_grad():
-            embeds = captioner.encode_images(pixels[None])
-            seed = zlib.crc32(f"{config.generation.seed} {name}".encode())
-            (written,) = generate(captioner, captioner.stack("decoder").image_kv(embeds), torch.tensor([prompt]),
-                                  config.generation, [seed])
-            synthetic = TOKENIZER.decode(written.token_ids[len(prompt):])
-            for text in [*captions, synthetic]:
-                ids = [TOKENIZER.enc_id, *TOKENIZER.encode(text.replace("!", ""))[1:]]
+        (written,) = Captioner(captioner, TOKENIZER).caption_pixels(pixels[None], config.prompt, config.generation)
+        synthetic = written.caption.removeprefix(config.prompt).strip()
+        for text in [*captions, synthetic]:
+            ids = [TOKENIZER.enc_id, *TOKENIZER.encode(text.replace("!", ""))[1:]]
+            with torch.no_grad():
                 image_kv = matcher.stack("encoder").image_kv(matcher.encode_images(pixels[None]))
                 logits = matcher.match_logits(PackedTexts.from_lists([ids]), torch.tensor([0]), image_kv)
-                expected.append((name, text, float(logits.softmax(-1)[0, 1])))
+            expected.append((name, text, float(logits.softmax(-1)[0, 1])))
     return expected
 
 
 @pytest.mark.parametrize("same_model", [False, True])
-def test_rows_equal_captions_and_scores_made_one_at_a_time(same_model, monkeypatch):
-    monkeypatch.setattr("blip_fast.inference.IMAGE_BATCH", 2)
+def test_rows_equal_captions_and_scores_made_one_at_a_time(same_model):
     captioner, matcher = model(1), model(1 if same_model else 2)
     config = CapFiltConfig(generation=GenerationConfig(top_p=0.9, max_length=12, min_length=6, seed=7))
     batch = web_batch()
     expected = one_by_one(captioner, matcher, batch, config)
-    rows = capfilt(captioner, matcher, TOKENIZER, [batch], config).rows
+    rows = run(captioner, matcher, [batch], config).rows
     assert [(row.image, row.text) for row in rows] == [(name, text) for name, text, _ in expected]
     assert [row.itm for row in rows] == pytest.approx([itm for *_, itm in expected], abs=1e-5)
     origins = [origin for captions in CAPTIONS for origin in ["web"] * len(captions) + ["synthetic"]]
@@ -77,38 +77,37 @@ def test_rows_equal_captions_and_scores_made_one_at_a_time(same_model, monkeypat
     assert len({row.text for row in rows if row.origin == "synthetic"}) > 1
 
 
-def test_a_caption_depends_on_seed_and_name_alone():
+def test_a_caption_depends_on_seed_and_image_alone():
     def synthetic(batches, seed=0):
         generation = GenerationConfig(top_p=0.95, max_length=14, min_length=8, seed=seed)
-        result = capfilt(model(1), model(2), TOKENIZER, batches, CapFiltConfig(generation=generation))
+        result = run(model(1), model(2), batches, CapFiltConfig(generation=generation))
         return {row.image: row.text for row in result.of_origin("synthetic")}
 
     whole = web_batch()
-    halves = [WebBatch(whole.names[a:b], whole.pixels[a:b], whole.captions[a:b]) for a, b in ((3, 5), (0, 3))]
-    assert synthetic(halves) == synthetic([whole])
+    parts = [WebBatch(whole.names[a:b], whole.pixels[a:b], whole.captions[a:b]) for a, b in ((3, 5), (0, 3))]
+    assert synthetic(parts) == synthetic([whole])
     assert synthetic([whole], seed=1) != synthetic([whole])
-    renamed = synthetic([web_batch(prefix="other")])
-    assert list(renamed.values()) != list(synthetic([whole]).values())
+
+
+def test_the_first_token_of_the_filter_is_explicit():
+    enc, cls = (run(model(1), model(2), [web_batch()], CapFiltConfig(first_token=token)).rows
+                for token in ("[ENC]", "[CLS]"))
+    text = TOKENIZER.pack(["a red circle"], "[CLS]")
+    scores = Matcher(model(2), TOKENIZER).score_pixels(web_batch().pixels[:1], text)
+    assert cls[0].itm == pytest.approx(float(scores.itm), abs=1e-6)
+    assert abs(enc[0].itm - cls[0].itm) > 1e-4
 
 
 @pytest.mark.parametrize("threshold, kept", [(0.0, {True}), (1.0, {False})])
 def test_the_threshold_decides_and_a_text_without_words_is_never_kept(threshold, kept):
-    result = capfilt(model(1), model(2), TOKENIZER, [web_batch([["red"], ["", " . "]])],
-                     CapFiltConfig(threshold=threshold))
+    result = run(model(1), model(2), [web_batch([["red"], ["", " . "]])], CapFiltConfig(threshold=threshold))
     assert {row.kept for row in result.rows if row.text.strip(" .")} == kept
     assert not any(row.kept for row in result.rows if not row.text.strip(" ."))
 
 
-def test_an_image_is_encoded_once_where_one_model_does_both(monkeypatch):
-    encoded, encode = [], BlipModel.encode_images
-    monkeypatch.setattr(BlipModel, "encode_images", lambda self, p: encoded.append(len(p)) or encode(self, p))
-    capfilt(model(1), model(1), TOKENIZER, [web_batch()])
-    assert sum(encoded) == len(CAPTIONS)
-
-
 def test_models_in_training_give_the_same_rows_and_go_on_training():
-    expected = capfilt(model(1).eval(), model(2).eval(), TOKENIZER, [web_batch()]).rows
-    assert capfilt(model(1).train(), model(2).train(), TOKENIZER, [web_batch()]).rows == expected
+    expected = run(model(1).eval(), model(2).eval(), [web_batch()]).rows
+    assert run(model(1).train(), model(2).train(), [web_batch()]).rows == expected
     assert model(1).training and model(2).training
 
 
@@ -123,7 +122,11 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="same images, got 1, 2 and 0"):
         WebBatch(["a"], torch.zeros(2, 3, 16, 16), [])
     with pytest.raises(ValueError, match="captioner takes images of 16 px, the filter of 24"):
-        capfilt(model(1), model(2, 24), TOKENIZER, [web_batch()])
+        run(model(1), model(2, 24), [web_batch()])
+
+
+def test_no_image_gives_no_row():
+    assert run(model(1), model(2), [web_batch([])]).rows == []
 
 
 def test_jsonl(tmp_path):

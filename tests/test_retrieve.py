@@ -115,7 +115,7 @@ def test_the_first_token_of_the_texts_does_not_matter_and_that_of_matching_is_ex
     expected = retrieve(model(), pixels, packed, 4)
     with_enc = retrieve(model(), pixels, packed.with_first(39), 4)
     torch.testing.assert_close(with_enc.image_to_text, expected.image_to_text)
-    with_cls = retrieve(model(), pixels, packed, 4, first_token=1)
+    with_cls = retrieve(model(), pixels, packed, 4, first_token="[CLS]")
     torch.testing.assert_close(with_cls.image_to_text, pair_by_pair(pixels, packed, 4, first_token=1)[1],
                                atol=1e-5, rtol=1e-5)
     assert (with_cls.image_to_text - expected.image_to_text).abs().max() > 1e-3
@@ -146,6 +146,11 @@ def test_dropout_is_off_and_every_module_keeps_its_mode():
 def test_bad_input_is_named(pixels, packed, top_k, said):
     with pytest.raises(ValueError, match=said):
         retrieve(model(), pixels, packed, top_k)
+
+
+def test_another_first_token_is_named():
+    with pytest.raises(ValueError, match=r"first_token is '\[DEC\]'"):
+        retrieve(model(), images(2), texts(3), 1, first_token="[DEC]")
 
 
 # ---------------------------------------------------------------- recalls

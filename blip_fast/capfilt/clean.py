@@ -1,13 +1,12 @@
 """Captioning and filtering of web images, batch by batch.
 
-Of each image the filter projects the keys and values once; its web captions and its synthetic one are one packed
-segment that reads them together.
+Of each image the filter projects the keys and values once; its web captions and its synthetic one, packed, read them
+together.
 """
 
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,12 +15,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from blip_fast.generate import GenerationConfig, generate
+from blip_fast.generate import GenerationConfig
 from blip_fast.inference import evaluating, image_batches
-from blip_fast.model import BlipModel
-from blip_fast.tokenizer import Tokenizer, clean_caption
+from blip_fast.tasks.caption import PROMPT, Captioner
+from blip_fast.tasks.match import MAX_TOKENS, Matcher
+from blip_fast.tokenizer import clean_caption
 
-MAX_MATCHING_TOKENS = 35  # as published for ITM
 NUCLEUS = GenerationConfig(top_p=0.9, max_length=20, min_length=5)  # beam search was found worse (BLIP table 2)
 
 
@@ -29,13 +28,15 @@ NUCLEUS = GenerationConfig(top_p=0.9, max_length=20, min_length=5)  # beam searc
 class CapFiltConfig:
     """How texts are written and kept. Defaults as published.
 
-    `generation.seed` and an image's name are the seed of its synthetic caption, so the caption depends on neither the
-    order nor the batches. A text is kept where ITM's probability of 'matched' is `threshold` or more.
+    `generation.seed` and an image's own pixels are the seed of its synthetic caption, so the caption depends on neither
+    the order nor the batches. A text is kept where ITM's probability of 'matched' is `threshold` or more; the filter
+    sees it behind `first_token`.
     """
 
-    prompt: str = "a picture of"
+    prompt: str = PROMPT
     generation: GenerationConfig = NUCLEUS
     threshold: float = 0.5
+    first_token: str = "[ENC]"
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold <= 1:
@@ -82,73 +83,53 @@ class CapFiltResult:
         Path(path).write_text("".join(lines), encoding="utf-8")
 
 
-def capfilt(captioner: BlipModel, matcher: BlipModel, tokenizer: Tokenizer, batches: Iterable[WebBatch],
+def capfilt(captioner: Captioner, matcher: Matcher, batches: Iterable[WebBatch],
             config: CapFiltConfig = CapFiltConfig()) -> CapFiltResult:
     """Run CapFilt over all batches. Arguments and errors as `capfilt_batch`."""
-    return CapFiltResult([row for batch in batches
-                          for row in capfilt_batch(captioner, matcher, tokenizer, batch, config)])
+    return CapFiltResult([row for batch in batches for row in capfilt_batch(captioner, matcher, batch, config)])
 
 
-def capfilt_batch(captioner: BlipModel, matcher: BlipModel, tokenizer: Tokenizer, batch: WebBatch,
-                  config: CapFiltConfig) -> list[CapFiltRow]:
+def capfilt_batch(captioner: Captioner, matcher: Matcher, batch: WebBatch, config: CapFiltConfig) -> list[CapFiltRow]:
     """Write one synthetic caption per image, score it and the image's web captions, and say which are kept.
 
     Args:
-        captioner: a model with a text decoder, fine-tuned on clean captions.
-        matcher: a model with a text encoder and the matching head, likewise. May be the captioner itself: then an
-            image is encoded once for both.
-        tokenizer: of both models.
-        batch: the images; what exists of them at a time, so its size bounds the memory.
+        captioner: fine-tuned on clean captions, as is the filter.
+        matcher: the filter. A text of more than 30 words is scored by its first 30, as in pre-training.
+        batch: the images that exist at a time, so its size bounds the memory.
 
     Returns:
         The rows, image after image. A text without a word is never kept.
 
     Raises:
-        ValueError: a model lacks its part, or the two take images of different sizes.
+        ValueError: the captioner and the filter take images of different sizes.
     """
-    if captioner.config.vision.image_size != matcher.config.vision.image_size:
-        raise ValueError(f"the captioner takes images of {captioner.config.vision.image_size} px, the filter of "
-                         f"{matcher.config.vision.image_size}: load both with one image_size")
-    rows = []
-    with evaluating(captioner), evaluating(matcher):
-        first = 0
-        for pixels in image_batches(captioner, batch.pixels):
-            these = slice(first, first := first + len(pixels))
-            names, web = batch.names[these], batch.captions[these]
-            embeds = captioner.encode_images(pixels)
-            synthetic = _synthetic(captioner, tokenizer, embeds, names, config)
-            if matcher is not captioner:
-                embeds = torch.cat([matcher.encode_images(p) for p in image_batches(matcher, pixels)])
-            texts = [[*mine, new] for mine, new in zip(web, synthetic, strict=True)]
-            scores = iter(_match_probabilities(matcher, tokenizer, embeds, texts))
-            for name, mine in zip(names, texts, strict=True):
-                rows += [_row(name, text, i == len(mine) - 1, next(scores), config) for i, text in enumerate(mine)]
-    return rows
+    size, filter_size = (task.model.config.vision.image_size for task in (captioner, matcher))
+    if size != filter_size:
+        raise ValueError(f"the captioner takes images of {size} px, the filter of {filter_size}: load both with one "
+                         "image_size")
+    written = captioner.caption_pixels(batch.pixels, config.prompt, config.generation, strip_prompt=True)
+    texts = [[*web, synthetic.caption] for web, synthetic in zip(batch.captions, written, strict=True)]
+    scores = iter(_match_probabilities(matcher, batch.pixels, texts, config.first_token))
+    return [_row(name, text, i == len(mine) - 1, next(scores), config.threshold)
+            for name, mine in zip(batch.names, texts, strict=True) for i, text in enumerate(mine)]
 
 
-def _row(name: str, text: str, synthetic: bool, itm: float, config: CapFiltConfig) -> CapFiltRow:
+def _row(name: str, text: str, synthetic: bool, itm: float, threshold: float) -> CapFiltRow:
     has_word = any(char.isalnum() for char in text)
-    return CapFiltRow(name, text, "synthetic" if synthetic else "web", itm, has_word and itm >= config.threshold)
+    return CapFiltRow(name, text, "synthetic" if synthetic else "web", itm, has_word and itm >= threshold)
 
 
-def _synthetic(captioner: BlipModel, tokenizer: Tokenizer, image_embeds: Tensor, names: Sequence[str],
-               config: CapFiltConfig) -> list[str]:
-    """One caption per image, without the prompt."""
-    prompt = tokenizer.encode(config.prompt, first="[DEC]")[:-1]
-    prompts = torch.tensor(prompt, device=image_embeds.device).repeat(len(names), 1)
-    seeds = [zlib.crc32(f"{config.generation.seed} {name}".encode()) for name in names]
-    image_kv = captioner.stack("decoder").image_kv(image_embeds)
-    written = generate(captioner, image_kv, prompts, config.generation, seeds)
-    return [tokenizer.decode(text.token_ids[len(prompt):]) for text in written]
-
-
-def _match_probabilities(matcher: BlipModel, tokenizer: Tokenizer, image_embeds: Tensor,
-                         texts: Sequence[Sequence[str]]) -> list[float]:
-    """ITM's probability of 'matched' for the texts of each image, in order."""
-    device = image_embeds.device
+def _match_probabilities(matcher: Matcher, pixels: Tensor, texts: Sequence[Sequence[str]],
+                         first_token: str) -> list[float]:
+    """ITM's probability of 'matched' for the texts of each image, in order; one pass for all of them."""
     cleaned = [clean_caption(text) for mine in texts for text in mine]
-    packed = tokenizer.pack(cleaned, first="[ENC]", max_tokens=MAX_MATCHING_TOKENS).to(device)
-    counts = torch.tensor([len(mine) for mine in texts], device=device)
-    images = torch.arange(len(texts), device=device).repeat_interleave(counts)
-    logits = matcher.match_logits(packed, images, matcher.stack("encoder").image_kv(image_embeds))
-    return logits.softmax(-1)[:, 1].tolist()
+    packed = matcher.tokenizer.pack(cleaned, first_token, MAX_TOKENS)
+    counts = torch.tensor([len(mine) for mine in texts])
+    images = torch.arange(len(texts)).repeat_interleave(counts)
+    model = matcher.model
+    with evaluating(model):
+        for batch in image_batches(model, [pixels]):  # one, or none where there is no image
+            image_kv = model.stack("encoder").image_kv(model.encode_images(batch))
+            logits = model.match_logits(packed.to(batch.device), images.to(batch.device), image_kv)
+            return logits.softmax(-1)[:, 1].tolist()
+    return []

@@ -63,7 +63,7 @@ def _both_ways(image_to_text: dict[int, float], text_to_image: dict[int, float])
 
 
 def retrieve(model: BlipModel, images: Tensor | Iterable[Tensor], texts: PackedTexts, top_k: int = 256,
-             first_token: int | None = None) -> RetrievalResult:
+             first_token: str = "[ENC]") -> RetrievalResult:
     """Score every image with every text.
 
     Args:
@@ -72,14 +72,17 @@ def retrieve(model: BlipModel, images: Tensor | Iterable[Tensor], texts: PackedT
         texts: the texts; their first tokens are replaced: [CLS] for cosines, `first_token` for matching.
         top_k: how many candidates the matching head re-ranks, of each image and of each text, all where there are
             fewer (published: 256 for COCO, 128 for Flickr30k). 0 leaves the cosines as they are.
-        first_token: token id that texts start with before the matching head; [ENC] unless given, as the published
-            retrieval evaluation has it. (The published ITM inference leaves [CLS].)
+        first_token: what a text starts with before the matching head: `[ENC]` as in training and in the published
+            retrieval evaluation, `[CLS]` as in the published inference code.
 
     Raises:
-        ValueError: there is no image or no text, `top_k` is negative, or the model lacks a head.
+        ValueError: there is no image or no text, `top_k` is negative, another first token, or the model lacks a head.
     """
     if top_k < 0:
         raise ValueError(f"top_k is {top_k}: give the number of candidates to re-rank, or 0 for cosines alone")
+    token_ids = {"[CLS]": model.config.tokens.cls, "[ENC]": model.config.tokens.enc}
+    if first_token not in token_ids:
+        raise ValueError(f"first_token is {first_token!r}: the matching head reads one of {', '.join(token_ids)}")
     texts = texts.to(model.vision.cls_token.device)
     with evaluating(model):
         embeds = [model.encode_images(batch) for batch in image_batches(model, images)]
@@ -91,9 +94,9 @@ def retrieve(model: BlipModel, images: Tensor | Iterable[Tensor], texts: PackedT
             return RetrievalResult(cosines, cosines, cosines.T, 0)
         of_image, of_text = _candidates(cosines, top_k, dim=1), _candidates(cosines, top_k, dim=0)
         pairs = (of_image | of_text).nonzero()
-        enc = model.config.tokens.enc if first_token is None else first_token
         scores = torch.full_like(cosines, NOT_CANDIDATE)
-        scores[pairs[:, 0], pairs[:, 1]] = _matched_logits(model, image_embeds, texts.with_first(enc), pairs)
+        texts = texts.with_first(token_ids[first_token])
+        scores[pairs[:, 0], pairs[:, 1]] = _matched_logits(model, image_embeds, texts, pairs)
     scores = scores + cosines
     return RetrievalResult(cosines, scores.masked_fill(~of_image, NOT_CANDIDATE),
                            scores.masked_fill(~of_text, NOT_CANDIDATE).T, len(pairs))
