@@ -51,6 +51,8 @@ class GenerationConfig:
             raise ValueError(f"top_k must be at least 1, got {self.top_k}")
         if self.temperature <= 0:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must lie in 0 … 2⁶³ − 1, got {self.seed}")
 
     def score_divisor(self, length: int, prompt_length: int, ended: bool) -> float:
         """By what Σ log p of a text of `length` tokens is divided; `ended` if the last of them is [SEP]."""

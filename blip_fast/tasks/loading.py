@@ -1,0 +1,114 @@
+"""What every task needs: a checkpoint ready to run on a device, and images as pixels, read ahead of the model."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from blip_fast.checkpoint import load_model
+from blip_fast.images import ImageError, ImageSource, evaluation_transform, load_image
+from blip_fast.model import BlipModel
+from blip_fast.tokenizer import Tokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+READ_AHEAD = 4  # images per thread
+
+
+def load_for_task(source: str | Path, *, dtype: str = "float32", device: str | None = None,
+                  image_size: int | None = None, heads: int | None = None,
+                  tokenizer: str | Path | None = None) -> tuple[BlipModel, Tokenizer]:
+    """Load a model and its tokenizer.
+
+    Args:
+        source: a checkpoint directory, a Hub model or a published `.pth`, as for `load_model`.
+        dtype: `float32`, `bfloat16` or `float16`.
+        device: `cuda` where there is one, else `cpu`, unless given.
+        image_size: resize the position embeddings for images of this size.
+        heads: attention heads of a `.pth` whose heads are not 64 wide.
+        tokenizer: a directory or Hub model with `tokenizer.json` or `vocab.txt`, or a `vocab.txt`; needed where the
+            checkpoint brings none.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_model`; an unknown dtype; a device that is not there; no tokenizer.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    target = _device(device)
+    own_tokenizer = None if tokenizer is None else _tokenizer(tokenizer)
+    model, stored_tokenizer = load_model(source, image_size=image_size, heads=heads, dtype=DTYPES[dtype])
+    chosen = own_tokenizer or stored_tokenizer
+    if chosen is None:
+        raise ValueError(f"{source} brings no tokenizer: name a directory with vocab.txt (--tokenizer)")
+    return model.to(target), chosen
+
+
+def as_sources(images: ImageSource | Sequence[ImageSource]) -> Sequence[ImageSource]:
+    """One image or many → many."""
+    if isinstance(images, str | Path | bytes | Image.Image | np.ndarray):
+        return [images]
+    return cast(Sequence[ImageSource], images)
+
+
+def read_pixels(images: Iterable[Callable[[], Image.Image]], image_size: int) -> Iterator[Tensor | ImageError]:
+    """Read and transform images in threads, ahead of who takes them.
+
+    Args:
+        images: a function for each that reads it.
+
+    Yields:
+        In order, float32 [3, image_size, image_size], or the error where an image could not be read.
+    """
+    threads = min(8, os.cpu_count() or 1)
+    with ThreadPoolExecutor(threads) as pool:
+        pending: deque[Future[Tensor | ImageError]] = deque()
+        for image in images:
+            pending.append(pool.submit(_read, image, image_size))
+            if len(pending) > READ_AHEAD * threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def pixel_batches(images: Sequence[ImageSource], image_size: int, batch_size: int) -> Iterator[Tensor]:
+    """Batches [at most batch_size, 3, image_size, image_size]. Raises ImageError for the first image that is broken."""
+    batch: list[Tensor] = []
+    for pixels in read_pixels((partial(load_image, image) for image in images), image_size):
+        if isinstance(pixels, ImageError):
+            raise pixels
+        batch.append(pixels)
+        if len(batch) == batch_size:
+            yield torch.stack(batch)
+            batch = []
+    if batch:
+        yield torch.stack(batch)
+
+
+def _read(image: Callable[[], Image.Image], image_size: int) -> Tensor | ImageError:
+    try:
+        return evaluation_transform([image()], image_size)[0]
+    except ImageError as error:
+        return error
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch's ways of saying that it is not there
+        raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    return torch.device(name)
+
+
+def _tokenizer(source: str | Path) -> Tokenizer:
+    return Tokenizer.from_vocab_file(source) if Path(source).is_file() else Tokenizer.from_pretrained(source)
