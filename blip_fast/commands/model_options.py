@@ -1,0 +1,25 @@
+"""The options by which a command names a checkpoint and says how to run it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+
+def add_model_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="DIR_OR_ID",
+                        help="checkpoint directory, Hugging Face Hub name, or a published .pth")
+    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
+    parser.add_argument("--device", type=str | None, help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--image-size", type=int | None,
+                        help="resize images to this many pixels a side, and the model's position embeddings with them")
+    parser.add_argument("--heads", type=int | None, help="attention heads of a .pth whose heads are not 64 wide")
+    parser.add_argument("--tokenizer", type=str | None, metavar="DIR_OR_ID",
+                        help="where vocab.txt or tokenizer.json is, if the checkpoint brings none")
+
+
+def model_options(args: Namespace) -> dict[str, Any]:
+    """Keyword arguments of a task's `from_pretrained`, behind its first one."""
+    return {"dtype": args.dtype, "device": args.device, "image_size": args.image_size, "heads": args.heads,
+            "tokenizer": args.tokenizer}
