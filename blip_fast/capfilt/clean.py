@@ -124,8 +124,7 @@ def _match_probabilities(matcher: Matcher, pixels: Tensor, texts: Sequence[Seque
     """ITM's probability of 'matched' for the texts of each image, in order; one pass for all of them."""
     cleaned = [clean_caption(text) for mine in texts for text in mine]
     packed = matcher.tokenizer.pack(cleaned, first_token, MAX_TOKENS)
-    counts = torch.tensor([len(mine) for mine in texts])
-    images = torch.arange(len(texts)).repeat_interleave(counts)
+    images = torch.tensor([image for image, mine in enumerate(texts) for _ in mine])
     model = matcher.model
     with evaluating(model):
         for batch in image_batches(model, [pixels]):  # one, or none where there is no image
