@@ -23,7 +23,7 @@ def launch(recipe: Recipe, resume: bool) -> int:
     saved = recipe.directory / "recipe.yaml"
     saved.write_text(recipe.to_yaml())
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               f"--nproc-per-node={recipe.runtime.ranks}", "-m", "blip_fast.cli", "train", "--config", str(saved)]
+               f"--nproc-per-node={recipe.runtime.ranks}", "-m", "blip_fast", "train", "--config", str(saved)]
     return subprocess.run([*command, "--resume"] if resume else command, env=rank_environment(), check=False).returncode
 
 

@@ -51,7 +51,7 @@ def prepare_model(recipe: Recipe, tokenizer: Tokenizer) -> BlipModel:
     """A model of the recipe's sizes with fresh weights, or the initial checkpoint's with the recipe's parts."""
     if recipe.init is None:
         return BlipModel(with_tokenizer(recipe.model, tokenizer))
-    start = load_model(recipe.init, image_size=recipe.model.vision.image_size).model
+    start, _ = load_model(recipe.init, image_size=recipe.model.vision.image_size)
     parts = dataclasses.replace(
         start.config,
         vision=dataclasses.replace(start.config.vision, drop_path=recipe.model.vision.drop_path),

@@ -1,4 +1,4 @@
-"""A recipe: everything that defines a training run. Read from YAML, overridden on the command line, saved with the run."""
+"""A recipe: everything that defines a training run. Read from YAML, overridden by options, saved with the run."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class EvaluationRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One run. `init` names a checkpoint (any layout) whose weights it starts from; its sizes then replace `model`'s."""
+    """One run. `init` names a checkpoint (any layout) to start from; its sizes then replace those of `model`."""
 
     name: str = "pretrain"
     runs: str = "runs"

@@ -45,8 +45,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     pretraining = Pretraining(prepare_model(recipe, tokenizer), recipe.objective, recipe.seed)
     engine = TrainingEngine(pretraining.train(), recipe, device)
     seed_everything(recipe.seed)
-    with _open_input(recipe, shards) as source:
-        _steps(recipe, engine, source, tokenizer, resume)
+    _steps(recipe, engine, _open_input(recipe, shards, device), tokenizer, resume)
     if rank == 0:
         save_native(engine.pretraining.model, tokenizer, directory / EXPORT)
         plot_losses(directory / "log.jsonl", directory / "losses.png")
@@ -67,14 +66,14 @@ def _prepare(recipe: Recipe) -> tuple[Path, Tokenizer]:
     return prepare_shards(recipe), Tokenizer.from_pretrained(saved)
 
 
-def _open_input(recipe: Recipe, shards: Path) -> TrainInput:
+def _open_input(recipe: Recipe, shards: Path, device: torch.device) -> TrainInput:
     rank, ranks = collectives.world()
     data = recipe.data
     config = InputConfig(
-        shards=str(shards), image_size=recipe.model.vision.image_size, batch_size=recipe.runtime.batch_size,
+        shards=[str(shards)], image_size=recipe.model.vision.image_size, batch_size=recipe.runtime.batch_size,
         seed=recipe.seed, crop_scale=data.crop_scale, flip=data.flip, rand_augment=data.rand_augment,
         shuffle_buffer=data.shuffle_buffer, threads=data.threads, max_words=data.max_words, prompt=data.prompt)
-    return TrainInput(config, rank, ranks)
+    return TrainInput(config, rank=rank, world_size=ranks, device=device)
 
 
 def _steps(recipe: Recipe, engine: TrainingEngine, source: TrainInput, tokenizer: Tokenizer, resume: bool) -> None:

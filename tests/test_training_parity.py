@@ -1,0 +1,212 @@
+"""The two-pass training step against the textbook model: losses and every gradient, three steps, one and two ranks."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from blip_train.objectives import draw_negatives, negative_weights
+from blip_train.pretraining import Batch, Objective, Pretraining
+from reference import pretraining as textbook
+from reference.model import Sizes
+
+from blip_fast.checkpoint.names import original_layout
+from blip_fast.config import BlipConfig, TextConfig, VisionConfig
+from blip_fast.model import BlipModel
+from blip_fast.packing import PackedTexts
+
+STEPS, PAIRS, LR = 3, 5, 0.5  # a large rate: EMA, queue and weights must really move between steps
+CONFIG = BlipConfig(
+    vision=VisionConfig(image_size=32, patch_size=16, width=32, layers=2, heads=2),
+    text=TextConfig(width=32, layers=2, heads=2, mlp_width=64, max_positions=32, dropout=0.0),
+    embed_dim=16,
+)
+SIZES = Sizes(image_size=32, patch_size=16, vision_width=32, vision_layers=2, vision_heads=2, positions=32,
+              text_width=32, text_layers=2, text_heads=2, text_feed_forward=64, projection=16)
+OBJECTIVES = {
+    "pretraining": Objective(queue_size=23, momentum=0.9),
+    "ids": Objective(queue_size=23, momentum=0.9, positives="id", negative_floor=0.0),
+    "ids-all-ranks": Objective(queue_size=23, momentum=0.9, positives="id", negatives="all_ranks", negative_floor=0.0),
+}
+
+
+def make_batch(step: int, rank: int) -> Batch:
+    """Captions of 4 to 9 tokens; ids repeat within a batch and across ranks."""
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    texts = [[101, *torch.randint(1000, 2000, (int(n),), generator=generator).tolist(), 102]
+             for n in torch.randint(2, 8, (PAIRS,), generator=generator)]
+    images = torch.randn(PAIRS, 3, 32, 32, generator=generator)
+    return Batch(images, PackedTexts.from_lists(texts), torch.randint(0, 6, (PAIRS,), generator=generator))
+
+
+def make_model() -> BlipModel:
+    """Weights large enough that attention is not uniform and every loss has a gradient worth comparing."""
+    torch.manual_seed(0)
+    model = BlipModel(CONFIG)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.shape != (1,):
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def run_product(name: str, ranks: int) -> list[dict]:
+    """Three SGD steps. Per step: losses by rank, negatives by rank, gradients averaged over ranks."""
+    pretraining = Pretraining(make_model(), OBJECTIVES[name], seed=3)
+    parameters = dict(pretraining.model.named_parameters())
+    rank, record = (dist.get_rank() if ranks > 1 else 0), []
+    torch.manual_seed(rank)
+    for step in range(STEPS):
+        output = pretraining(make_batch(step, rank), alpha=0.2 * step)
+        pretraining.zero_grad()
+        output.total.backward()
+        losses = torch.stack([output.losses[key].detach() for key in ("itc", "itm", "lm")])
+        drawn = torch.stack([output.negatives.image_for_text, output.negatives.text_for_image])
+        if ranks > 1:
+            for parameter in parameters.values():
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= ranks
+        record.append({"losses": everyone(losses, ranks), "negatives": everyone(drawn, ranks),
+                       "gradients": {key: p.grad.clone() for key, p in parameters.items()}})
+        with torch.no_grad():
+            for parameter in parameters.values():
+                parameter -= LR * parameter.grad
+    queue = pretraining.queue
+    record[-1]["queue"] = {key: value.clone() for key, value in queue.state_dict().items()}
+    return record
+
+
+def everyone(x: torch.Tensor, ranks: int) -> list[torch.Tensor]:
+    if ranks == 1:
+        return [x]
+    parts = [torch.empty_like(x) for _ in range(ranks)]
+    dist.all_gather(parts, x)
+    return parts
+
+
+def _rank(rank: int, ranks: int, port: int, name: str, result) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=ranks)
+    record = run_product(name, ranks)
+    if rank == 0:
+        torch.save(record, result)
+    dist.destroy_process_group()
+
+
+def product_record(name: str, ranks: int, tmp_path) -> list[dict]:
+    if ranks == 1:
+        return run_product(name, 1)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_rank, (ranks, port, name, str(tmp_path / "record.pt")), nprocs=ranks)
+    return torch.load(tmp_path / "record.pt")
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("pretraining", 1), ("pretraining", 2), ("ids", 1), ("ids-all-ranks", 2)],
+                         ids=lambda x: str(x))
+def test_losses_and_gradients_equal_the_textbook(name, ranks, tmp_path):
+    record = product_record(name, ranks, tmp_path)
+    objective, layout, model = OBJECTIVES[name], original_layout(CONFIG), make_model()
+    reference = textbook.TextbookPretraining(SIZES, objective.queue_size, objective.momentum,
+                                             retrieval=objective.positives == "id",
+                                             all_ranks=objective.negatives == "all_ranks")
+    state = layout.split(dict(model.state_dict()))
+    state |= layout.stored_twice(state)
+    buffers = {key: value for key, value in reference.state_dict().items() if key.endswith("position_ids")}
+    reference.load_weights({key: value for key, value in (state | buffers).items() if key in reference.state_dict()})
+    queue = Pretraining(model, objective, seed=3).queue
+    reference.image_queue.copy_(queue.image.T)
+    reference.text_queue.copy_(queue.text.T)
+
+    for step, ours in enumerate(record):
+        batches = [padded(make_batch(step, rank)) for rank in range(ranks)]
+        negatives = [textbook.Negatives(*drawn) for drawn in ours["negatives"]]
+        assert all((drawn >= 0).all() for drawn in ours["negatives"]), "every row of these batches has a negative"
+        expected = reference.step(batches, 0.2 * step, negatives)
+        reference.zero_grad()
+        expected.loss.backward()
+        for rank in range(ranks):
+            wanted = torch.stack([expected.itc[rank], expected.itm[rank], expected.lm[rank]])
+            torch.testing.assert_close(ours["losses"][rank], wanted, rtol=1e-4, atol=0)
+            check_drawn(negatives[rank], expected, rank)
+        check_gradients(layout.split(ours["gradients"]), dict(reference.named_parameters()))
+        with torch.no_grad():
+            for parameter in reference.parameters():
+                if parameter.grad is not None:
+                    parameter -= LR * parameter.grad
+    torch.testing.assert_close(record[-1]["queue"]["image"], reference.image_queue.T, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(record[-1]["queue"]["text"], reference.text_queue.T, rtol=1e-4, atol=1e-5)
+    assert record[-1]["queue"]["pointer"] == STEPS * PAIRS * ranks % objective.queue_size
+
+
+def padded(batch: Batch) -> textbook.Batch:
+    ids, mask = batch.texts.to_padded(0)
+    longest = 9
+    ids = torch.nn.functional.pad(ids, (0, longest - ids.shape[1]))
+    mask = torch.nn.functional.pad(mask, (0, longest - mask.shape[1]))
+    return textbook.Batch(batch.images, ids, mask.long(), batch.ids)
+
+
+def check_drawn(negatives: textbook.Negatives, expected: textbook.StepOutput, rank: int) -> None:
+    """Every drawn negative has a positive probability under the textbook's weights."""
+    rows = torch.arange(PAIRS)
+    assert (expected.weights_t2i[rank][rows, negatives.negative_image_for_text] > 0).all()
+    assert (expected.weights_i2t[rank][rows, negatives.negative_text_for_image] > 0).all()
+
+
+def check_gradients(ours: dict[str, torch.Tensor], reference: dict[str, torch.nn.Parameter]) -> None:
+    """Each parameter's gradient within 1e-4 of its norm. Key biases have a true gradient of 0: there both sides hold
+    rounding noise, far below 1e-6 of the whole gradient."""
+    trained = {key: p.grad for key, p in reference.items() if p.grad is not None}
+    whole = torch.stack([grad.norm() for grad in trained.values()]).norm()
+    assert len(trained) > 60
+    for key, wanted in trained.items():
+        error = (ours[key].view_as(wanted) - wanted).norm()
+        assert error <= 1e-4 * wanted.norm() + 1e-6 * whole, f"{key}: {error:.2e} of {wanted.norm():.2e}"
+
+
+def test_gradients_reach_images_of_another_rank(tmp_path):
+    """With negatives of all ranks some are drawn from the other rank's batch; the parity above then covers them."""
+    record = product_record("ids-all-ranks", 2, tmp_path)
+    crossing = sum(int(((drawn[0] // PAIRS) != rank).sum()) for step in record
+                   for rank, drawn in enumerate(step["negatives"]))
+    assert crossing > 0
+
+
+def test_a_row_without_an_admissible_negative_draws_none():
+    similarities = torch.randn(3, 3)
+    excluded = torch.tensor([[True, True, True], [True, False, True], [False, True, False]])
+    drawn = draw_negatives(negative_weights(similarities, excluded, floor=0.0))
+    assert drawn[0] == -1
+    assert drawn[1] == 1
+    assert drawn[2] in (0, 2)
+
+
+def test_a_batch_of_one_image_trains_without_negatives():
+    """All ids equal: no pair is a negative, ITM sees the positives alone and nothing fails."""
+    batch = make_batch(0, 0)
+    batch = Batch(batch.images, batch.texts, torch.zeros_like(batch.ids))
+    output = Pretraining(make_model(), OBJECTIVES["ids"], seed=3)(batch, alpha=0.4)
+    assert (output.negatives.image_for_text == -1).all()
+    assert output.total.isfinite()
+
+
+def test_negatives_follow_their_weights():
+    """χ² of 40,000 draws against softmax + floor without the own pair."""
+    torch.manual_seed(0)
+    weights = negative_weights(torch.randn(4, 4) * 2, torch.eye(4, dtype=torch.bool), floor=1e-4)
+    draws = torch.stack([draw_negatives(weights) for _ in range(10_000)])
+    probability = weights / weights.sum(1, keepdim=True)
+    for row in range(4):
+        counts = torch.bincount(draws[:, row], minlength=4).double()
+        assert counts[row] == 0
+        others = [i for i in range(4) if i != row]
+        expected = probability[row].double() * len(draws)
+        chi_square = ((counts - expected)[others] ** 2 / expected[others]).sum()
+        assert chi_square < 13.8  # p = 0.001 at 2 degrees of freedom, seed fixed
