@@ -1,0 +1,173 @@
+"""Pack a folder of photographs and their captions into shards, every image checked by the decoder that will read it.
+
+A file that training could not decode is left out and named, with the reason, in `quarantine.jsonl`; it never ends the
+run. JPEG, PNG and WebP are stored as they are; what only Pillow reads (GIF, TIFF, AVIF, …) is stored as PNG.
+"""
+
+# nvimgcodec is a binary module without stubs.
+# pyright: reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from nvidia import nvimgcodec
+from rich.progress import track
+
+from blip_fast.data.integrity import image_format, what_is_wrong
+from blip_fast.data.shards import Sample, claim, write_shards
+from blip_fast.images import ImageError, load_image
+
+QUARANTINE = "quarantine.jsonl"
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".jp2", ".avif"}
+READ_AHEAD = 32  # images in memory for each thread
+
+_decoders = threading.local()  # a decoder serves one thread at a time
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """What `pack` wrote: `samples` in `shards` tar files, `quarantined` images left out."""
+
+    samples: int
+    shards: int
+    quarantined: int
+    directory: Path
+
+
+def pack(
+    folder: str | Path,
+    annotations: str | Path | None,
+    directory: str | Path,
+    *,
+    split: str | None = None,
+    samples_per_shard: int = 1000,
+    shuffle_seed: int | None = None,
+    threads: int | None = None,
+) -> PackReport:
+    """Write shards into `directory`; the same input gives the same bytes.
+
+    `annotations` is JSONL or CSV with a column `image` (path below `folder`), `caption` or, in JSONL, `captions`
+    (several), and where wanted `split` and an integer `id`; other columns are kept. Rows of one image are one sample.
+    Without annotations every image below `folder` is packed, without captions. `split` keeps the rows of that split.
+    DALI shuffles within a buffer only: give a `shuffle_seed` where neighbouring rows are alike.
+
+    Raises FileNotFoundError and ValueError for input that cannot be understood, before any work, FileExistsError where
+    `directory` holds shards already, and ValueError where not a single image can be read.
+    """
+    folder = Path(folder)
+    records = _read_annotations(folder, annotations, split)
+    if shuffle_seed is not None:
+        records = [records[i] for i in np.random.default_rng(shuffle_seed).permutation(len(records))]
+    directory = claim(directory)
+    quarantine = directory / QUARANTINE
+    with quarantine.open("w", encoding="utf-8") as refused:
+        samples = _good_samples(folder, records, refused, threads or os.cpu_count() or 1)
+        first = next(samples, None)
+        if first is None:
+            raise ValueError(f"none of {len(records)} images can be read: {quarantine} says why")
+        index = write_shards(chain([first], samples), directory, samples_per_shard=samples_per_shard)
+    return PackReport(index.samples, len(index.shards), len(records) - index.samples, directory)
+
+
+def _good_samples(folder: Path, records: list[dict[str, Any]], refused: TextIO, threads: int) -> Iterator[Sample]:
+    """Samples of the images that can be read, in order; a line in `refused` for each of the others."""
+    with ThreadPoolExecutor(threads) as pool:
+        left = track(iter(records), "packing", total=len(records))
+        while chunk := list(islice(left, READ_AHEAD * threads)):
+            for record, content in zip(chunk, pool.map(_read, [folder / r["image"] for r in chunk]), strict=True):
+                if isinstance(content, ImageError):
+                    line = {"image": record["image"], "reason": str(content)}
+                    refused.write(json.dumps(line, ensure_ascii=False) + "\n")
+                else:
+                    yield Sample(record["key"], content, record)
+
+
+def _read(path: Path) -> bytes | ImageError:
+    """The encoded image, as JPEG, PNG or WebP that the decoder reads, or why there is none."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        return ImageError(f"cannot be read: {error.strerror}")
+    if content and image_format(content) is None:
+        try:
+            stream = io.BytesIO()
+            load_image(content, name=path.name).save(stream, "PNG")
+            content = stream.getvalue()
+        except ImageError as error:
+            return error
+    if reason := what_is_wrong(content):
+        return ImageError(reason)
+    if not hasattr(_decoders, "decoder"):
+        _decoders.decoder = nvimgcodec.Decoder(
+            device_id=nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY,
+            max_num_cpu_threads=1,
+            backends=[nvimgcodec.Backend(nvimgcodec.BackendKind.CPU_ONLY)],
+        )
+    if _decoders.decoder.decode(content) is None:
+        return ImageError("damaged: the decoder refuses it")
+    return content
+
+
+def _read_annotations(folder: Path, annotations: str | Path | None, split: str | None) -> list[dict[str, Any]]:
+    """One record per image, in the order of the annotations: key, image, captions and what else is known."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no folder of images")
+    if annotations is None:
+        found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        rows = [{"image": path.relative_to(folder).as_posix(), "captions": []} for path in found]
+    else:
+        rows = _read_rows(Path(annotations))
+    by_image: dict[str, dict[str, Any]] = {}
+    for i, row in enumerate(rows):
+        if split is not None and row.get("split") != split:
+            continue
+        record = by_image.setdefault(row["image"], {**row, "key": f"{i:09d}", "captions": []})
+        record["captions"] += row["captions"]
+    if not by_image:
+        wanted = f" of split {split!r}" if split is not None else ""
+        raise ValueError(f"{annotations or folder} names no image{wanted}: nothing to pack")
+    return list(by_image.values())
+
+
+def _read_rows(annotations: Path) -> list[dict[str, Any]]:
+    """All rows of a JSONL or CSV file, validated."""
+    if annotations.suffix not in (".jsonl", ".csv"):
+        raise ValueError(f"{annotations} must be JSONL or CSV, named .jsonl or .csv")
+    with annotations.open(encoding="utf-8-sig", newline="") as stream:
+        lines = csv.DictReader(stream) if annotations.suffix == ".csv" else (line for line in stream if line.strip())
+        return [_row(line, f"{annotations}, row {number}") for number, line in enumerate(lines, start=1)]
+
+
+def _row(line: str | dict[str, Any], where: str) -> dict[str, Any]:
+    """One annotation with its `captions` as a list; `where` stands for it in messages."""
+    try:
+        row = json.loads(line) if isinstance(line, str) else line
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON: {error}") from None
+    if not isinstance(row, dict) or not isinstance(row.get("image"), str):
+        raise ValueError(f'{where} has no "image", a path below the folder')
+    if None in row:
+        raise ValueError(f"{where} has more fields than the header: put captions that hold commas in quotes")
+    captions = row.pop("captions", [])
+    if isinstance(captions, list) and "caption" in row:
+        captions = [*captions, row.pop("caption")]
+    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+        raise ValueError(f'{where}: "caption" must be a text, "captions" a list of texts')
+    if "id" in row:
+        try:
+            row["id"] = int(row["id"])
+        except (TypeError, ValueError):
+            raise ValueError(f'{where}: "id" is {row["id"]!r}, not an integer') from None
+    return {**row, "captions": captions}

@@ -1,0 +1,161 @@
+"""Shards: images and their records in webdataset tar files, with an index beside them.
+
+A directory holds `000000.tar`, `000001.tar`, …, beside each the `000000.idx` in which DALI looks up its members, and
+`shards.json`. A sample is two members of a tar:
+
+    000000042.jpg    the encoded image as it was found (jpg, png or webp)
+    000000042.json   its record: key, id, crc32, image (path), captions, and whatever else the annotations knew
+
+`id` is the image's identity for contrastive targets: equal ids mean the same image; unless the annotations give it, it
+comes from the image's content. `crc32` is the checksum of the encoded image; the training pipeline compares it, so that
+an image damaged on disk never reaches the decoder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tarfile
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import chain, groupby, islice
+from pathlib import Path
+from typing import Any
+
+from webdataset.writer import TarWriter
+
+from blip_fast.data.integrity import image_format
+
+INDEX = "shards.json"
+EXTENSIONS = ("jpg", "png", "webp")  # of encoded images
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One encoded image and its record. `key` holds no dot, slash or white space.
+
+    `write_shards` adds `key` and `crc32` to the record, and `image`, `id` and `captions` where they are missing.
+    """
+
+    key: str
+    image: bytes
+    record: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file."""
+
+    file: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """What a directory of shards holds, as `shards.json` says."""
+
+    samples: int
+    without_caption: int
+    shards: tuple[Shard, ...]
+
+
+def write_shards(samples: Iterable[Sample], directory: str | Path, *, samples_per_shard: int = 1000) -> ShardIndex:
+    """Write samples, in order, as tar files and an index. The same samples give the same bytes.
+
+    Raises FileExistsError where the directory holds shards already, ValueError for samples that cannot be stored.
+    """
+    if samples_per_shard < 1:
+        raise ValueError(f"samples_per_shard is {samples_per_shard}; a shard needs room for one sample at least")
+    directory = claim(directory)
+    shards: list[Shard] = []
+    without_caption = 0
+    left = iter(samples)
+    for first in left:
+        path = directory / f"{len(shards):06d}.tar"
+        written = 0
+        with path.open("wb") as stream, TarWriter(stream, encoder=False, mtime=0) as tar:
+            for sample in chain([first], islice(left, samples_per_shard - 1)):
+                tar.write(_members(sample))
+                without_caption += not sample.record.get("captions")
+                written += 1
+        _write_dali_index(path)
+        shards.append(Shard(path.name, written, path.stat().st_size, _sha256(path)))
+    index = ShardIndex(sum(shard.samples for shard in shards), without_caption, tuple(shards))
+    (directory / INDEX).write_text(json.dumps(asdict(index), indent=2) + "\n", encoding="utf-8")
+    return index
+
+
+def claim(directory: str | Path) -> Path:
+    """Make the directory for new shards. Raises FileExistsError where it holds shards already."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    if any(directory.glob("*.tar")) or (directory / INDEX).exists():
+        raise FileExistsError(f"{directory} holds shards already: remove them or name another directory")
+    return directory
+
+
+def read_index(directory: str | Path) -> ShardIndex:
+    """Read `shards.json`; it is written last, so shards without it were cut short.
+
+    Raises FileNotFoundError where it or one of its tar files is missing, ValueError where a tar file's size is wrong.
+    """
+    path = Path(directory) / INDEX
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory} holds no {INDEX}: pack the images there with `blip-fast data pack` first")
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    index = ShardIndex(**{**stored, "shards": tuple(Shard(**shard) for shard in stored["shards"])})
+    for shard in index.shards:
+        tar = path.with_name(shard.file)
+        if not tar.is_file():
+            raise FileNotFoundError(
+                f"{path} lists {shard.file}, which is missing: copy it again, or pack the images again"
+            )
+        if tar.stat().st_size != shard.bytes:
+            raise ValueError(f"{tar} has {tar.stat().st_size:,} of {shard.bytes:,} bytes: copy it again")
+    return index
+
+
+def iterate(directory: str | Path) -> Iterator[Sample]:
+    """All samples of a directory of shards, in order. The images stay encoded: see `images.load_image`."""
+    directory = Path(directory)
+    for shard in read_index(directory).shards:
+        with tarfile.open(directory / shard.file) as tar:
+            members = ((member.name, tar.extractfile(member)) for member in tar)
+            contents = ((name.split(".", 1), stream.read()) for name, stream in members if stream)
+            for key, pair in groupby(contents, key=lambda content: content[0][0]):
+                parts = {extension: content for (_, extension), content in pair}
+                record = json.loads(parts.pop("json"))
+                (image,) = parts.values()
+                yield Sample(key, image, record)
+
+
+def _members(sample: Sample) -> dict[str, Any]:
+    kind = image_format(sample.image)
+    if kind is None:
+        raise ValueError(f"sample {sample.key} is neither JPEG, PNG nor WebP: convert it first")
+    if not re.fullmatch(r"[^./\s]{1,90}", sample.key):
+        raise ValueError(f"key {sample.key!r} must have 1 to 90 characters, none of them a dot, a slash or white space")
+    identity = int.from_bytes(hashlib.sha256(sample.image).digest()[:8]) >> 1  # fits an int64
+    known = {"image": sample.key, "id": identity, "captions": [], **sample.record}
+    record = {**known, "key": sample.key, "crc32": zlib.crc32(sample.image)}
+    return {"__key__": sample.key, kind: sample.image, "json": json.dumps(record, ensure_ascii=False).encode()}
+
+
+def _write_dali_index(path: Path) -> None:
+    """A line a sample: extension, offset, size and name of each member; without it DALI walks through every tar."""
+    with tarfile.open(path) as tar:
+        members = [(*member.name.split(".", 1), member.offset_data, member.size) for member in tar]
+    lines = [
+        " ".join(f"{extension} {offset} {size} {key}.{extension}" for _, extension, offset, size in sample)
+        for key, sample in groupby(members, key=lambda member: member[0])
+    ]
+    path.with_suffix(".idx").write_text("\n".join([f"v1.2 {len(lines)}", *lines]) + "\n", encoding="utf-8")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
