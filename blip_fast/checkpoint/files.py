@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,11 +70,12 @@ def read_pickle(path: Path) -> Any:
     The tensors of a zip file (torch 1.6 and newer) stay on the disk until they are read.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings(action="ignore"):  # about old pickle protocols, before the error that follows
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except OSError:
         raise
     except Exception as error:  # unpickling raises whatever a broken file leads it to
-        if "Unsupported" in str(error):
+        if isinstance(error, pickle.UnpicklingError) and "global" in str(error).lower():
             raise ValueError(f"{path} holds pickled Python objects beside tensors: refused, since reading them could "
                              "run code") from error
         raise ValueError(f"{path} is no whole checkpoint that torch.save wrote: fetch or write it again") from error
@@ -99,6 +102,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+@contextmanager
+def naming_config(path: str | Path) -> Iterator[None]:
+    """Values of a wrong kind in a config file become a ValueError that names it."""
+    try:
+        yield
+    except (TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(f"{path}: the config does not describe a BLIP model: {error}") from error
+
+
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     with whole_file(path) as partial:
         safetensors.torch.save_file(tensors, partial, metadata={"format": "pt"})
@@ -114,8 +126,11 @@ def whole_file(path: Path) -> Iterator[Path]:
     """A path to write to, moved to `path` once the block has ended well: readers never meet half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
+    partial.touch()
+    mode = partial.stat().st_mode
     try:
         yield partial
+        partial.chmod(mode)  # safetensors makes files that nobody else may read
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

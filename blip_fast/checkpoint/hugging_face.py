@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from blip_fast.checkpoint.files import read_weights, write_json, write_tensors
+from blip_fast.checkpoint.files import naming_config, read_weights, write_json, write_tensors
 from blip_fast.checkpoint.names import Stored, hugging_face_layout
 from blip_fast.config import BlipConfig, SpecialTokens, TextConfig, VisionConfig
 from blip_fast.images import MEAN, STD
@@ -41,12 +41,13 @@ VISION_DEFAULTS = {
 }
 
 
-def read(source: str | Path, content: dict[str, Any], tokenizer: Tokenizer | None) -> Stored:
-    """Read a directory or Hub model whose config.json holds `content`.
+def read(source: str | Path, content: dict[str, Any], tokens: SpecialTokens) -> Stored:
+    """Read a directory or Hub model whose config.json holds `content`. `tokens` are the tokenizer's special tokens.
 
     Raises ValueError where the class is not one of the three, or the config asks for what BLIP does not have.
     """
-    config = _to_config(content, tokenizer, source)
+    with naming_config(source):
+        config = _to_config(content, tokens, source)
     tensors = read_weights(source)
     if config.contrastive:
         tensors["temp"] = torch.tensor(content.get("itc_temperature", INITIAL_TEMPERATURE))
@@ -85,7 +86,7 @@ def class_for(config: BlipConfig) -> str:
                      f"{' and '.join(heads) or 'no'} heads: keep the parts of one task (caption, match, vqa) first")
 
 
-def _to_config(content: dict[str, Any], tokenizer: Tokenizer | None, source: str | Path) -> BlipConfig:
+def _to_config(content: dict[str, Any], tokens: SpecialTokens, source: str | Path) -> BlipConfig:
     architecture = (content.get("architectures") or ["no class"])[0]
     if architecture not in CLASSES:
         raise ValueError(f"{source}: config.json names {architecture}: one of {', '.join(CLASSES)} is needed")
@@ -94,7 +95,6 @@ def _to_config(content: dict[str, Any], tokenizer: Tokenizer | None, source: str
     for part, values in (("text", text), ("vision", vision)):
         if values["hidden_act"] != "gelu":
             raise ValueError(f"{source}: {part}_config.hidden_act is {values['hidden_act']!r}: BLIP's is 'gelu'")
-    bert = SpecialTokens() if tokenizer is None else SpecialTokens(cls=tokenizer.cls_id, enc=tokenizer.enc_id)
     return BlipConfig(
         vision=VisionConfig(
             image_size=_side(vision["image_size"], "image_size", source),
@@ -111,7 +111,7 @@ def _to_config(content: dict[str, Any], tokenizer: Tokenizer | None, source: str
         ),
         tokens=SpecialTokens(
             pad=text["pad_token_id"], bos=text["bos_token_id"], sep=text["sep_token_id"],
-            cls=text.get("cls_token_id", bert.cls), enc=text.get("enc_token_id", bert.enc),
+            cls=text.get("cls_token_id", tokens.cls), enc=text.get("enc_token_id", tokens.enc),
         ),
         embed_dim=content.get("image_text_hidden_size", 256),
         **CLASSES[architecture],

@@ -11,32 +11,35 @@ from torch import Tensor
 from blip_fast.checkpoint import hugging_face, native, original
 from blip_fast.checkpoint.files import find, read_json, read_tensors
 from blip_fast.checkpoint.names import Stored, original_layout
-from blip_fast.config import BlipConfig
+from blip_fast.config import BlipConfig, SpecialTokens
 from blip_fast.model import BlipModel
 from blip_fast.tokenizer import Tokenizer
 from blip_fast.vision import resize_positions
 
 
-def load_model(source: str | Path, *, image_size: int | None = None, heads: int | None = None,
+def load_model(source: str | Path, *, tokenizer: Tokenizer | None = None, image_size: int | None = None,
+               heads: int | None = None,
                dtype: torch.dtype | None = torch.float32) -> tuple[BlipModel, Tokenizer | None]:
     """Load a model, in evaluation mode, and its tokenizer.
 
     Args:
         source: a directory or Hub model (`Salesforce/blip-image-captioning-base`) in the layout of transformers or in
             our own, or a published `.pth`.
+        tokenizer: instead of the checkpoint's own.
         image_size: resize the position embeddings for images of this size.
         heads: attention heads of a `.pth`, image and text alike, where heads are not 64 wide and no JSON beside it
             says so.
         dtype: of the parameters; None keeps the file's.
 
     Returns:
-        The model, and the tokenizer or None where the checkpoint brings none.
+        The model, and the tokenizer, None where the checkpoint brings none.
 
     Raises:
         FileNotFoundError: there is no such file, directory or Hub model.
-        ValueError: it is no BLIP checkpoint, broken, or a tensor is missing, not known or misshapen (each is named).
+        ValueError: it is no BLIP checkpoint or a broken one, a tensor is missing, not known or misshapen (each is
+            named), or the tokenizer does not belong to it.
     """
-    stored, tokenizer = _read(source, heads)
+    stored, tokenizer = _read(source, tokenizer, heads)
     model = _on_meta(stored.config)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     parameters = stored.layout.join(stored.tensors, shapes, str(source))
@@ -75,21 +78,22 @@ def load_training_state(source: str | Path, config: BlipConfig) -> dict[str, Ten
     return state
 
 
-def _read(source: str | Path, heads: int | None) -> tuple[Stored, Tokenizer | None]:
+def _read(source: str | Path, tokenizer: Tokenizer | None, heads: int | None) -> tuple[Stored, Tokenizer | None]:
     path = Path(source)
     if path.is_file():
-        stored, tokenizer = original.read(path, heads), _tokenizer(original.tokenizer_directory(path))
+        tokenizer = tokenizer or _tokenizer(original.tokenizer_directory(path))
+        stored = original.read(path, heads, _special_tokens(tokenizer))
     else:
         if (config_path := find(source, "config.json")) is None:
             raise ValueError(f"{source} is no checkpoint: it holds no config.json")
         if heads is not None:
             raise ValueError(f"heads is for a published .pth: {source} has a config.json that says how many there are")
-        content, tokenizer = read_json(config_path), _tokenizer(source)
+        content, tokenizer = read_json(config_path), tokenizer or _tokenizer(source)
         kind = content.get("model_type")
         if kind == native.MODEL_TYPE:
             stored = native.read(source, content)
         elif kind == "blip":
-            stored = hugging_face.read(source, content, tokenizer)
+            stored = hugging_face.read(source, content, _special_tokens(tokenizer))
         else:
             raise ValueError(f"{source}: config.json is of a {kind!r} model, not of a BLIP model")
     if tokenizer is not None and tokenizer.vocab_size > stored.config.text.vocab_size:
@@ -99,10 +103,19 @@ def _read(source: str | Path, heads: int | None) -> tuple[Stored, Tokenizer | No
 
 
 def _tokenizer(source: str | Path) -> Tokenizer | None:
+    """The tokenizer of a directory or Hub model; None where it has none."""
     if isinstance(source, Path) and not source.is_dir():
         return None
     has = any(find(source, name) is not None for name in ("tokenizer.json", "vocab.txt"))
     return Tokenizer.from_pretrained(source) if has else None
+
+
+def _special_tokens(tokenizer: Tokenizer | None) -> SpecialTokens:
+    """Special tokens for a checkpoint that does not name them: its tokenizer's, or bert-base-uncased's."""
+    if tokenizer is None:
+        return SpecialTokens()
+    return SpecialTokens(pad=tokenizer.pad_id, cls=tokenizer.cls_id, sep=tokenizer.sep_id, bos=tokenizer.bos_id,
+                         enc=tokenizer.enc_id)
 
 
 def _read_training_state(source: str | Path) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ holds the parts, so each of our parameters is the rows of one or more of its ten
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,18 +15,22 @@ from torch import Tensor
 from blip_fast.config import BlipConfig
 from blip_fast.text import CrossAttention
 
+PUBLISHED_AXES = {"vision.cls_token": 2, "vision.position_embeds": 1, "temperature": -1}
+
 
 @dataclass(frozen=True)
 class Layout:
     """The tensors of one file form for one config.
 
     `parts`: our parameter → the file's tensors whose rows it holds. `copies`: a tensor that the file may store a second
-    time → its source. `position_ids`: buffers that only count 0, 1, … up to the number of positions.
+    time → its source. `position_ids`: buffers that only count 0, 1, … up to the number of positions. `axes`: how many
+    axes of length 1 more than ours a tensor has in front.
     """
 
     parts: dict[str, tuple[str, ...]]
     copies: dict[str, str]
     position_ids: dict[str, int]
+    axes: dict[str, int]
 
     def join(self, stored: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], source: str) -> dict[str, Tensor]:
         """The file's tensors → our parameters, in memory of their own.
@@ -58,7 +62,7 @@ class Layout:
         stored: dict[str, Tensor] = {}
         for name, parts in self.parts.items():
             tensor = parameters[name].detach()
-            tensor = tensor.view(_file_shape(name, tensor.shape))
+            tensor = tensor.view(self._whole_shape(name, tensor.shape))
             rows = tensor.chunk(len(parts)) if len(parts) > 1 else [tensor]
             stored.update({part: piece.clone() for part, piece in zip(parts, rows, strict=True)})
         return stored
@@ -72,11 +76,16 @@ class Layout:
         """Shapes of our parameters → shapes of the file's tensors."""
         wanted: dict[str, torch.Size] = {}
         for name, parts in self.parts.items():
-            shape = _file_shape(name, shapes[name])
+            shape = self._whole_shape(name, shapes[name])
             if len(parts) > 1:
                 shape = (shape[0] // len(parts), *shape[1:])
             wanted.update(dict.fromkeys(parts, torch.Size(shape)))
         return wanted
+
+    def _whole_shape(self, name: str, shape: torch.Size) -> torch.Size:
+        """The file's shape of our parameter before it is cut into parts."""
+        axes = self.axes.get(name, 0)
+        return torch.Size((*[1] * axes, *shape[max(0, -axes):]))
 
     def _without_copies(self, stored: dict[str, Tensor], source: str) -> dict[str, Tensor]:
         for copy, original in self.copies.items():
@@ -101,7 +110,7 @@ class Stored:
 
 def native_layout(names: Mapping[str, object]) -> Layout:
     """Our own form: every parameter under its own name."""
-    return Layout({name: (name,) for name in names}, {}, {})
+    return Layout({name: (name,) for name in names}, {}, {}, {})
 
 
 def original_layout(config: BlipConfig) -> Layout:
@@ -129,14 +138,14 @@ def original_layout(config: BlipConfig) -> Layout:
     parts.update(_heads(config))
     modes = [mode for mode, has in (("encoder", config.has_encoder), ("decoder", config.has_decoder)) if has]
     position_ids = {f"{prefixes[mode]}.embeddings.position_ids": config.text.max_positions for mode in modes}
-    return Layout(parts, copies, position_ids)
+    return Layout(parts, copies, position_ids, PUBLISHED_AXES)
 
 
 def hugging_face_layout(config: BlipConfig) -> Layout:
     """The form of transformers: the published one but for the names in the vision transformer."""
     layout = original_layout(config)
     parts = {name: tuple(map(_hugging_face_name, parts)) for name, parts in layout.parts.items()}
-    return Layout(parts, layout.copies, layout.position_ids)
+    return replace(layout, parts=parts)
 
 
 def _vision(config: BlipConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -224,13 +233,6 @@ def _hugging_face_name(published: str) -> str:
              "patch_embed.proj.bias": "embeddings.patch_embedding.bias",
              "norm.weight": "post_layernorm.weight", "norm.bias": "post_layernorm.bias"}
     return "vision_model." + outer[name]
-
-
-def _file_shape(name: str, shape: torch.Size) -> tuple[int, ...]:
-    """The shape in the files of one of our parameters: some have other axes of length 1 there."""
-    if name == "temperature":
-        return ()
-    return {"vision.cls_token": (1, 1, *shape), "vision.position_embeds": (1, *shape)}.get(name, tuple(shape))
 
 
 def _some(keys: list[str], most: int = 5) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip_fast.checkpoint.files import read_weights, write_json, write_tensors
+from blip_fast.checkpoint.files import naming_config, read_weights, write_json, write_tensors
 from blip_fast.checkpoint.names import Stored, native_layout
 from blip_fast.config import BlipConfig
 from blip_fast.model import BlipModel
@@ -21,8 +21,8 @@ TRAINING_FILE = "training.safetensors"
 
 def read(source: str | Path, content: dict[str, Any]) -> Stored:
     """Read a directory or Hub model whose config.json holds `content`."""
-    config = BlipConfig.from_dict({key: value for key, value in content.items() if key != "model_type"})
-    with torch.device("meta"):
+    with naming_config(source), torch.device("meta"):
+        config = BlipConfig.from_dict({key: value for key, value in content.items() if key != "model_type"})
         names = BlipModel(config).state_dict()
     return Stored(config, native_layout(names), read_weights(source))
 

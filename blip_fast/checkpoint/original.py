@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip_fast.checkpoint.files import read_json, read_pickle, state_dict, whole_file, write_json
+from blip_fast.checkpoint.files import naming_config, read_json, read_pickle, state_dict, whole_file, write_json
 from blip_fast.checkpoint.names import Stored, original_layout
 from blip_fast.config import BlipConfig, SpecialTokens, TextConfig, VisionConfig
 from blip_fast.model import INITIAL_TEMPERATURE, BlipModel
@@ -26,13 +26,16 @@ QUEUES = ("image_queue", "text_queue", "idx_queue", "queue_ptr", "ptr_queue")
 HEAD_WIDTH = 64
 
 
-def read(path: Path, heads: int | None) -> Stored:
-    """Read a `.pth`, training state left out. `heads` is the number of attention heads, image and text.
+def read(path: Path, heads: int | None, tokens: SpecialTokens) -> Stored:
+    """Read a `.pth`, training state left out.
+
+    `heads` is the number of attention heads, image and text alike; `tokens` are the tokenizer's special tokens.
 
     Raises ValueError where the file is no BLIP checkpoint, or widths leave the number of heads open.
     """
     tensors = {key: value for key, value in read_all(path).items() if not is_training_state(key)}
-    config = _infer_config(tensors, _beside(path), heads, path)
+    with naming_config(path.with_suffix(".json")):
+        config = _infer_config(tensors, _beside(path), heads, tokens, path)
     if config.contrastive:  # the published inference class stores none
         tensors.setdefault("temp", torch.tensor(INITIAL_TEMPERATURE))
     return Stored(config, original_layout(config), tensors)
@@ -79,31 +82,32 @@ def _beside(path: Path) -> dict[str, Any]:
     return read_json(beside) if beside.is_file() else {}
 
 
-def _infer_config(tensors: dict[str, Tensor], beside: dict[str, Any], heads: int | None, path: Path) -> BlipConfig:
+def _infer_config(tensors: dict[str, Tensor], beside: dict[str, Any], heads: int | None, tokens: SpecialTokens,
+                  path: Path) -> BlipConfig:
     has = {part for part in ("text_encoder", "text_decoder", "vision_proj", "itm_head", "cls_head")
            if any(key.startswith(part + ".") for key in tensors)}
     stack = "text_encoder" if "text_encoder" in has else "text_decoder.bert"
     if not has & {"text_encoder", "text_decoder"}:
         raise ValueError(f"{path} is no BLIP checkpoint: it holds neither a text encoder nor a text decoder")
     stacks = "encoder" if "text_decoder" not in has else "decoder" if "text_encoder" not in has else None
-    embed_dim = {"embed_dim": len(_need(tensors, "vision_proj.weight", path))} if "vision_proj" in has else {}
+    embed_dim = {"embed_dim": _shape(tensors, "vision_proj.weight", 2, path)[0]} if "vision_proj" in has else {}
     return BlipConfig(
         vision=_infer_vision(tensors, beside.get("vit_config", {}), heads, path),
         text=_infer_text(tensors, stack, beside.get("text_config", {}), heads, path),
-        tokens=SpecialTokens(**beside.get("special_tokens", {})),
+        tokens=SpecialTokens(**beside["special_tokens"]) if "special_tokens" in beside else tokens,
         text_stacks=stacks or ("tied" if _is_tied(tensors) else "untied"),
         contrastive="vision_proj" in has, matching="itm_head" in has, reasoning="cls_head" in has, **embed_dim,
     )
 
 
 def _infer_vision(tensors: dict[str, Tensor], beside: dict[str, Any], heads: int | None, path: Path) -> VisionConfig:
-    tokens, width = _need(tensors, "visual_encoder.pos_embed", path).shape[-2:]
-    patch_size = _need(tensors, "visual_encoder.patch_embed.proj.weight", path).shape[-1]
+    _, tokens, width = _shape(tensors, "visual_encoder.pos_embed", 3, path)
+    patch_size = _shape(tensors, "visual_encoder.patch_embed.proj.weight", 4, path)[-1]
     return VisionConfig(
         image_size=patch_size * round((tokens - 1) ** 0.5), patch_size=patch_size, width=width,
         layers=_layers(tensors, "visual_encoder.blocks"),
         heads=_heads(width, heads or beside.get("num_heads"), "vision", path),
-        mlp_ratio=len(_need(tensors, "visual_encoder.blocks.0.mlp.fc1.weight", path)) / width,
+        mlp_ratio=_shape(tensors, "visual_encoder.blocks.0.mlp.fc1.weight", 2, path)[0] / width,
         norm_eps=beside.get("layer_norm_eps", VisionConfig.norm_eps),
         drop_path=beside.get("drop_path_rate", VisionConfig.drop_path),
     )
@@ -111,22 +115,26 @@ def _infer_vision(tensors: dict[str, Tensor], beside: dict[str, Any], heads: int
 
 def _infer_text(tensors: dict[str, Tensor], stack: str, beside: dict[str, Any], heads: int | None,
                 path: Path) -> TextConfig:
-    vocab_size, width = _need(tensors, f"{stack}.embeddings.word_embeddings.weight", path).shape
+    vocab_size, width = _shape(tensors, f"{stack}.embeddings.word_embeddings.weight", 2, path)
     return TextConfig(
         vocab_size=vocab_size, width=width, layers=_layers(tensors, f"{stack}.encoder.layer"),
         heads=_heads(width, heads or beside.get("num_attention_heads"), "text", path),
-        mlp_width=len(_need(tensors, f"{stack}.encoder.layer.0.intermediate.dense.weight", path)),
-        max_positions=len(_need(tensors, f"{stack}.embeddings.position_embeddings.weight", path)),
+        mlp_width=_shape(tensors, f"{stack}.encoder.layer.0.intermediate.dense.weight", 2, path)[0],
+        max_positions=_shape(tensors, f"{stack}.embeddings.position_embeddings.weight", 2, path)[0],
         norm_eps=beside.get("layer_norm_eps", TextConfig.norm_eps),
         dropout=beside.get("hidden_dropout_prob", TextConfig.dropout),
         twin_cross_attention=any(".crossattention.self0." in key for key in tensors),
     )
 
 
-def _need(tensors: dict[str, Tensor], key: str, path: Path) -> Tensor:
+def _shape(tensors: dict[str, Tensor], key: str, axes: int, path: Path) -> torch.Size:
+    """The shape of a tensor that sizes are read from."""
     if key not in tensors:
         raise ValueError(f"{path} is no whole BLIP checkpoint: missing: {key}")
-    return tensors[key]
+    shape = tensors[key].shape
+    if len(shape) != axes:
+        raise ValueError(f"{path} is no BLIP checkpoint: misshapen: {key} {list(shape)} must have {axes} axes")
+    return shape
 
 
 def _layers(tensors: dict[str, Tensor], prefix: str) -> int:
