@@ -21,6 +21,7 @@ MAX_PIXELS = 80_000_000  # 240 MB as RGB; what a header promises is checked befo
 
 # Formats whose readers are plain decoders; Pillow's EPS reader, for one, runs Ghostscript on the file.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".jp2", ".avif"))
 
 ImageSource = str | Path | bytes | Image.Image | np.ndarray
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import huggingface_hub
 import tokenizers
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from blip_fast.packing import PackedTexts
@@ -85,7 +85,7 @@ class Tokenizer:
                 continue
             try:
                 return read(huggingface_hub.hf_hub_download(str(model), name))
-            except EntryNotFoundError:
+            except RemoteEntryNotFoundError:
                 continue
         raise FileNotFoundError(f"{model} holds neither tokenizer.json nor vocab.txt: pass a checkpoint with either")
 

@@ -92,22 +92,25 @@ def test_evaluation_reads_everything_once_in_order(shards: str, world_size: int)
     assert captions == [f"Picture ({i}), caption 0." for i in range(PICTURES)]
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_ranks_share_an_epoch_without_repeats(config: InputConfig, world_size: int) -> None:
+@pytest.mark.parametrize(("world_size", "batch_size"), [(1, 4), (2, 4), (2, 11), (3, 7)])
+def test_ranks_share_an_epoch_without_repeats(config: InputConfig, world_size: int, batch_size: int) -> None:
+    """Also where some ranks have just full batches and others one image more (2 × 11 or 3 × 7 of 23)."""
+    config = replace(config, batch_size=batch_size, image_size=16)
     ranks = [TrainInput(config, rank=rank, world_size=world_size) for rank in range(world_size)]
     orders = []
     for epoch in range(3):
         batches = [batch for rank in ranks for batch in rank]
         keys = [key for batch in batches for key in batch.keys]
-        assert len(batches) == world_size * len(ranks[0]) == world_size * (PICTURES // world_size // 4)
-        assert len(set(keys)) == len(keys) == 4 * len(batches)  # all but a partial batch on each rank
+        assert len(batches) == world_size * len(ranks[0]) == world_size * (PICTURES // world_size // batch_size)
+        assert len(set(keys)) == len(keys) == batch_size * len(batches)  # all but a partial batch on each rank
         assert all(rank.epoch == epoch + 1 and rank.step == 0 for rank in ranks)
         orders.append(keys)
     assert orders[0] != orders[1] != orders[2]
 
 
-def test_without_a_partial_batch_an_epoch_is_complete(config: InputConfig) -> None:
-    source = TrainInput(replace(config, batch_size=1))
+@pytest.mark.parametrize("shuffle_buffer", [1, 8, 100])
+def test_without_a_partial_batch_an_epoch_is_complete(config: InputConfig, shuffle_buffer: int) -> None:
+    source = TrainInput(replace(config, batch_size=1, shuffle_buffer=shuffle_buffer))
     for _ in range(2):
         assert sorted(key for batch in source for key in batch.keys) == [f"{i:09d}" for i in range(PICTURES)]
 

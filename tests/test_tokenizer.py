@@ -3,14 +3,17 @@
 import itertools
 import json
 import random
+from unittest.mock import MagicMock
 
+import httpx2
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 from hypothesis import given
 from hypothesis import strategies as st
 
 from blip_fast.packing import PackedTexts
-from blip_fast.tokenizer import Tokenizer, clean_caption, clean_question
+from blip_fast.tokenizer import BERT_TOKENS, Tokenizer, clean_caption, clean_question
 
 TEXTS = [[101, 7, 8, 102], [101, 102], [5], [101, 9, 9, 9, 102]]
 
@@ -160,6 +163,29 @@ def test_training_is_repeatable_and_knows_its_own_words() -> None:
     assert one.vocab_size <= 80 and (one.bos_id, one.enc_id) == (one.vocab_size - 2, one.vocab_size - 1)
     for caption in captions:
         assert one.decode(one.encode(caption)) == caption and one.unk_id not in one.encode(caption)
+
+
+def test_hub_checkpoint_without_tokenizer_json(monkeypatch, tmp_path) -> None:
+    """Older checkpoints hold vocab.txt alone; being offline is another error than a file that is not there."""
+    vocabulary = tmp_path / "vocab.txt"
+    vocabulary.write_text("\n".join([*BERT_TOKENS, "dog"]) + "\n")
+    not_there = RemoteEntryNotFoundError(
+        "404", response=httpx2.Response(404, request=httpx2.Request("GET", "https://x"))
+    )
+
+    def download(model: str, name: str) -> str:
+        assert model == "someone/blip"
+        if name != "vocab.txt":
+            raise not_there
+        return str(vocabulary)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert Tokenizer.from_pretrained("someone/blip").encode("dog") == [2, 5, 3]
+    vocabulary.unlink()
+    offline = LocalEntryNotFoundError("offline")
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", MagicMock(side_effect=offline))
+    with pytest.raises(LocalEntryNotFoundError):
+        Tokenizer.from_pretrained("someone/blip")
 
 
 def test_bad_vocabularies_are_refused(tmp_path) -> None:

@@ -2,10 +2,12 @@
 
 Two operations, one after the other, are drawn among ten, and each is applied with probability 1/2: identity,
 auto-contrast, brightness, sharpness, equalize, shear x, shear y, translate x, translate y, rotate. At magnitude 5 of 10
-the released code's brightness and sharpness have factor 1 and change nothing, so seven operations are left: shear by ± 0.15,
-translate by ± 5 pixels, rotate by ± 15° about the centre, auto-contrast and equalize, both for each channel alone.
-Pixels from outside the image are 128. Equalize follows OpenCV's formula; the released code's is Pillow's, a few levels
-apart where a channel's darkest or brightest value is frequent.
+the released code's brightness and sharpness have factor 1 and change nothing. Seven operations are left: shear by
+± 0.15, translate by ± 5 pixels, rotate by ± 15° about the centre, auto-contrast and equalize, both for each channel
+alone. Pixels from outside the image are 128.
+
+Equalize follows OpenCV's formula; the released code's is Pillow's, a few levels apart where a channel's darkest or
+brightest value is frequent.
 """
 
 # DALI's stubs describe neither its enum members nor conditions that are part of the graph.

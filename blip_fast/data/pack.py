@@ -27,10 +27,9 @@ from rich.progress import track
 
 from blip_fast.data.integrity import image_format, what_is_wrong
 from blip_fast.data.shards import Sample, claim, write_shards
-from blip_fast.images import ImageError, load_image
+from blip_fast.images import SUFFIXES, ImageError, load_image
 
 QUARANTINE = "quarantine.jsonl"
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".jp2", ".avif"}
 READ_AHEAD = 32  # images in memory for each thread
 
 _decoders = threading.local()  # a decoder serves one thread at a time
@@ -125,7 +124,7 @@ def _read_annotations(folder: Path, annotations: str | Path | None, split: str |
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder of images")
     if annotations is None:
-        found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
         rows = [{"image": path.relative_to(folder).as_posix(), "captions": []} for path in found]
     else:
         rows = _read_rows(Path(annotations))
