@@ -1,0 +1,283 @@
+"""What runs here and why not more: accelerators and optional packages, and what each part of blip_fast uses therefore.
+
+Each probe imports its package in a process of its own: a package that is missing, does not fit PyTorch or crashes on
+import becomes a sentence in the report and stops nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any
+
+NEEDS_CUDA = "needs CUDA (see there)"
+TIMEOUT = 120  # seconds for one import; the first after an installation compiles bytecode
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A package to look for.
+
+    `code` runs in a process of its own and prints a JSON object as its last line, its key `detail` for people; it
+    exits with a sentence where the package cannot be used.
+    """
+
+    name: str
+    module: str
+    distribution: str
+    purpose: str
+    code: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a probe found. `detail` describes it, or says why it cannot be used and what would help."""
+
+    name: str
+    purpose: str
+    usable: bool
+    detail: str
+    version: str | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of blip_fast: what it uses here, and why not the alternatives."""
+
+    name: str
+    uses: str
+    why_not: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Everything that the doctor knows of this machine."""
+
+    system: str
+    findings: tuple[Finding, ...]
+    parts: tuple[Part, ...]
+
+
+_TORCH = """
+import json, os, torch
+cuda = []
+if torch.cuda.is_available():
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        cuda.append(f"{p.name}, {p.total_memory / 2**30:.0f} GiB, sm_{p.major}{p.minor}")
+    why = ""
+elif torch.version.cuda is None:
+    why = f"PyTorch {torch.__version__} is built without CUDA: install a CUDA build from pytorch.org"
+else:
+    why = f"no GPU answers to PyTorch {torch.__version__}: see what nvidia-smi says"
+cpu = torch.backends.cpu.get_cpu_capability()
+print(json.dumps({"detail": f"{torch.get_num_threads()} CPU threads, {cpu}", "cuda": cuda, "why_no_cuda": why}))
+"""
+
+_ATTENTION = """
+import json
+from blip_kernels.backends import ATTENTION_BACKENDS, attention_backend
+print(json.dumps({"detail": attention_backend(), "known": ATTENTION_BACKENDS}))
+"""
+
+_APEX = """
+import json, sys
+try:
+    from apex.optimizers import FusedAdam
+except Exception:
+    sys.exit("the installed package named apex is not NVIDIA's (it has no apex.optimizers.FusedAdam): uninstall it and "
+             "build github.com/NVIDIA/apex")
+try:
+    import torch, amp_C
+except ImportError:
+    sys.exit("NVIDIA Apex is here without its CUDA extensions: build it again with --cpp_ext --cuda_ext")
+print(json.dumps({"detail": "FusedAdam"}))
+"""
+
+_DALI = """
+import json
+from nvidia.dali import fn
+from nvidia.dali.pipeline import Pipeline
+pipeline = Pipeline(batch_size=1, num_threads=1, device_id={device_id})
+with pipeline:
+    pipeline.set_outputs(fn.random.uniform(device="{device}"))
+pipeline.build()
+pipeline.run()
+print(json.dumps({{"detail": "a pipeline ran on the {device}"}}))
+"""
+
+
+def _imports(statement: str, detail: str) -> str:
+    return f"import json\n{statement}\nprint(json.dumps({{'detail': {detail!r}}}))"
+
+
+_EXTRA = "pip install 'blip-fast[{}]'".format
+
+TORCH = Probe("PyTorch", "torch", "torch", "tensors", _TORCH, "pip install blip-fast")
+ATTENTION = Probe("blip_kernels", "blip_kernels", "blip-fast", "attention over segments", _ATTENTION,
+                  "pip install blip-fast")
+DALI_GPU = Probe("DALI on the GPU", "nvidia.dali", "nvidia-dali-cuda120", "decoding on the GPU",
+                 _DALI.format(device_id=0, device="gpu"), _EXTRA("train"))
+PACKAGES = (
+    Probe("Triton", "triton", "triton", "our own GPU kernels", _imports("import triton.language", "imports"),
+          "pip install triton (Linux only)"),
+    Probe("FlashAttention", "flash_attn", "flash-attn", "attention on GPUs",
+          _imports("from flash_attn import flash_attn_varlen_func", "flash_attn_varlen_func"), _EXTRA("flash")),
+    Probe("xFormers", "xformers", "xformers", "attention on GPUs",
+          _imports("from xformers.ops import memory_efficient_attention", "memory_efficient_attention"),
+          _EXTRA("xformers")),
+    Probe("NVIDIA Apex", "apex", "apex", "fused optimiser on GPUs", _APEX,
+          "build github.com/NVIDIA/apex (apex on PyPI is another package)"),
+    Probe("DALI on the CPU", "nvidia.dali", "nvidia-dali-cuda120", "decoding and augmentation",
+          _DALI.format(device_id=None, device="cpu"), _EXTRA("train")),
+    Probe("DeepSpeed", "deepspeed", "deepspeed", "training", _imports("import deepspeed", "imports"), _EXTRA("train")),
+    Probe("torchao", "torchao", "torchao", "low-precision weights", _imports("import torchao", "imports"),
+          "pip install torchao"),
+    Probe("Ray", "ray", "ray", "many machines", _imports("import ray.data", "ray.data"), _EXTRA("scale")),
+    Probe("LitServe", "litserve", "litserve", "serving", _imports("import litserve", "imports"), _EXTRA("serve")),
+    Probe("pycocoevalcap", "pycocoevalcap", "pycocoevalcap", "BLEU, METEOR, CIDEr, SPICE",
+          _imports("from pycocoevalcap.eval import COCOEvalCap", "COCOEvalCap"), _EXTRA("eval")),
+    Probe("PyAV", "av", "av", "video", _imports("import av", "imports"), _EXTRA("video")),
+)
+
+
+def diagnose() -> Diagnosis:
+    """Probe everything, some probes at a time, and decide what each part uses."""
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        torch, kernels, *packages = pool.map(look_for, (TORCH, ATTENTION, *PACKAGES))
+    cuda = _cuda(torch)
+    dali_gpu = look_for(DALI_GPU) if cuda.usable else Finding(DALI_GPU.name, DALI_GPU.purpose, False, NEEDS_CUDA)
+    findings = (torch, cuda, kernels, *packages, dali_gpu, look_for_java())
+    system = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores"
+    return Diagnosis(system, findings, decide(findings))
+
+
+def look_for(probe: Probe) -> Finding:
+    """Import a package in a process of its own. Never raises for what the package does there."""
+    if not _is_there(probe.module):
+        return Finding(probe.name, probe.purpose, False, f"not installed: {probe.remedy}")
+    installed = _version(probe.distribution)
+    # -P: a folder of the same name in the working directory is not the package.
+    command = [sys.executable, "-P", "-c", probe.code]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, stdin=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired:
+        return Finding(probe.name, probe.purpose, False, f"did not import within {TIMEOUT} s", installed)
+    if done.returncode < 0:
+        return Finding(probe.name, probe.purpose, False, f"crashes on import (signal {-done.returncode})", installed)
+    try:
+        facts = json.loads(done.stdout.strip().splitlines()[-1])
+        return Finding(probe.name, probe.purpose, True, facts.pop("detail"), installed, facts)
+    except (IndexError, ValueError, KeyError):
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return Finding(probe.name, probe.purpose, False, f"installed, but cannot be used: {reason}", installed)
+
+
+def look_for_java() -> Finding:
+    """The `java` command; macOS has one that only asks for Java to be installed."""
+    purpose = "PTB tokenizer, METEOR, SPICE"
+    java = shutil.which("java")
+    if java is None:
+        return Finding("Java", purpose, False, "not installed: install a Java runtime, 8 or newer")
+    try:
+        done = subprocess.run([java, "-version"], capture_output=True, text=True, timeout=TIMEOUT)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Finding("Java", purpose, False, f"{java} does not run: {error}")
+    said = (done.stderr.strip().splitlines() or ["no message"])[0]
+    return Finding("Java", purpose, done.returncode == 0, said)
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except (ImportError, ValueError, AttributeError):  # a parent package is missing or broken
+        return False
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def _cuda(torch: Finding) -> Finding:
+    devices = torch.facts.get("cuda", [])
+    detail = "; ".join(devices) or torch.facts.get("why_no_cuda") or torch.detail
+    return Finding("CUDA", "GPU", bool(devices), detail)
+
+
+def decide(findings: tuple[Finding, ...]) -> tuple[Part, ...]:
+    """What each part uses, given what was found. Follows the code's own rules, it does not set them."""
+    found = {finding.name: finding for finding in findings}
+    inference = Part("images for inference", "Pillow in threads",
+                     {"DALI": "here inference equals transformers', which uses Pillow"})
+    return (_device(found), _attention(found), _training(found), _optimiser(found), _input(found), inference,
+            _caption_metrics(found))
+
+
+def _device(found: Mapping[str, Finding]) -> Part:
+    cuda = found["CUDA"]
+    return Part("device", cuda.detail) if cuda.usable else Part("device", "CPU", {"CUDA": cuda.detail})
+
+
+def _attention(found: Mapping[str, Finding]) -> Part:
+    kernels = found["blip_kernels"]
+    if not kernels.usable:
+        return Part("attention", f"nothing: {kernels.detail}")
+    why_not = {}
+    for backend, name in (("triton", "Triton"), ("flash_attn", "FlashAttention"), ("xformers", "xFormers")):
+        if backend == kernels.detail:
+            continue
+        if backend not in kernels.facts["known"]:
+            why_not[name] = "this version has no such backend"
+        elif not found[name].usable:
+            why_not[name] = found[name].detail
+        elif not found["CUDA"].usable:
+            why_not[name] = NEEDS_CUDA
+        else:
+            why_not[name] = f"can be chosen: BLIP_FAST_ATTENTION={backend}"
+    return Part("attention", kernels.detail, why_not)
+
+
+def _training(found: Mapping[str, Finding]) -> Part:
+    deepspeed = found["DeepSpeed"]
+    if not deepspeed.usable:
+        return Part("training", "nothing: blip-fast train cannot run", {"DeepSpeed": deepspeed.detail})
+    if found["CUDA"].usable:
+        return Part("training", "DeepSpeed with NCCL on the GPUs")
+    return Part("training", "DeepSpeed with gloo on the CPU", {"NCCL": NEEDS_CUDA})
+
+
+def _optimiser(found: Mapping[str, Finding]) -> Part:
+    apex = found["NVIDIA Apex"]
+    return Part("optimiser", "PyTorch's fused AdamW", {
+        "NVIDIA Apex FusedAdam": "not used by this version" if apex.usable else apex.detail,
+        "DeepSpeed's CPU Adam": "does not resume to the same bits"})
+
+
+def _input(found: Mapping[str, Finding]) -> Part:
+    cpu, gpu = found["DALI on the CPU"], found["DALI on the GPU"]
+    if gpu.usable:
+        return Part("training input", "DALI, JPEG decoding on the GPU")
+    if cpu.usable:
+        return Part("training input", "DALI on the CPU", {"DALI on the GPU": gpu.detail})
+    return Part("training input", "nothing: blip-fast train and data pack cannot run", {"DALI": cpu.detail})
+
+
+def _caption_metrics(found: Mapping[str, Finding]) -> Part:
+    coco, java = found["pycocoevalcap"], found["Java"]
+    missing = coco if not coco.usable else java
+    reason = "not used by this version" if missing.usable else missing.detail
+    return Part("caption metrics", "LM loss, unigram entropy, slots of scenes", {"BLEU, METEOR, CIDEr, SPICE": reason})
