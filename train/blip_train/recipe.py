@@ -141,7 +141,7 @@ def read_recipe(arguments: Namespace) -> Recipe:
     parser = ArgumentParser(exit_on_error=False)
     add_recipe_arguments(parser)
     names = [f.name for f in dataclasses.fields(Recipe)]
-    values = parser.instantiate_classes(Namespace({name: arguments[name] for name in names}))
+    values = parser.instantiate(Namespace({name: arguments[name] for name in names}))
     return Recipe(**{name: values[name] for name in names})
 
 

@@ -1,0 +1,126 @@
+"""Training runs as a user starts them: the command, its files, resuming, bad recipes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from blip_train.recipe import load_recipe
+from blip_train.schedule import Schedule, alpha_at
+from safetensors.torch import load_file
+
+from blip_fast.data.scenes import write_scenes
+
+RECIPE = """
+name: tiny
+model:
+  vision: {image_size: 32, patch_size: 16, width: 32, layers: 1, heads: 1}
+  text: {width: 32, layers: 1, heads: 1, mlp_width: 64, max_positions: 64, dropout: 0.1}
+  embed_dim: 16
+tokenizer: {vocab_size: 200}
+data: {test_split: null, train_split: null, crop_scale: [0.5, 1.0], flip: false, rand_augment: false, shuffle_buffer: 8,
+       threads: 1}
+objective: {queue_size: 20}
+schedule: {kind: cosine, lr: 1.0e-3, warmup_steps: 2, epochs: 100, max_steps: 8}
+runtime: {batch_size: 4, precision: float32, log_every: 1, save_every: 4, zero_stage: 1}
+"""
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scenes")
+    write_scenes(folder, 20, "train", seed=0, noise=0.0, image_size=32)
+    (folder / "recipe.yaml").write_text(RECIPE)
+    return folder
+
+
+def blip_fast_train(folder, runs, *options):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "blip_fast", "train", "--config", str(folder / "recipe.yaml"), "--data.root",
+               str(folder), "--runs", str(runs), *options]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+
+
+def losses(runs):
+    rows = [json.loads(line) for line in (runs / "tiny" / "log.jsonl").read_text().splitlines()]
+    return [(row["step"], row["itc"], row["itm"], row["lm"]) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole_run(scenes, tmp_path_factory):
+    runs = tmp_path_factory.mktemp("whole")
+    done = blip_fast_train(scenes, runs)
+    assert done.returncode == 0, done.stderr
+    return runs
+
+
+def test_a_run_leaves_its_log_checkpoints_and_model(whole_run):
+    run = whole_run / "tiny"
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert {"itc", "itm", "lm", "loss", "lr", "temperature", "pairs_per_second", "memory_gb"} <= set(rows[0])
+    assert rows[0]["lr"] < rows[2]["lr"] == pytest.approx(1e-3)
+    assert (run / "checkpoints" / "latest").read_text() == "step-00000008"
+    assert load_recipe(run / "recipe.yaml").objective.queue_size == 20
+    assert {"model.safetensors", "config.json", "vocab.txt"} <= {path.name for path in (run / "model").iterdir()}
+
+
+def test_resuming_gives_the_uninterrupted_run(scenes, whole_run, tmp_path):
+    """Killed after four of eight steps and resumed: the same batches, drop-outs, negatives, losses and weights."""
+    first = blip_fast_train(scenes, tmp_path, "--schedule.max_steps", "8", "--runtime.save_every", "4")
+    assert first.returncode == 0, first.stderr
+    run = tmp_path / "tiny"
+    (run / "checkpoints" / "latest").write_text("step-00000004")  # as a run killed before its last save leaves it
+    (run / "model" / "model.safetensors").unlink()
+    resumed = blip_fast_train(scenes, tmp_path, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert losses(tmp_path) == losses(whole_run)
+    ours, theirs = (load_file(root / "tiny" / "model" / "model.safetensors") for root in (tmp_path, whole_run))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("stage", ["0", "2"])
+def test_zero_stages_train_alike(scenes, whole_run, tmp_path, stage):
+    done = blip_fast_train(scenes, tmp_path, "--runtime.zero_stage", stage)
+    assert done.returncode == 0, done.stderr
+    for ours, stage_1 in zip(losses(tmp_path), losses(whole_run), strict=True):
+        assert ours == pytest.approx(stage_1, rel=1e-4)
+
+
+def test_two_ranks_train_together(scenes, tmp_path):
+    done = blip_fast_train(scenes, tmp_path, "--runtime.ranks", "2", "--runtime.zero_stage", "2", "--schedule.max_steps", "3")
+    assert done.returncode == 0, done.stderr
+    assert [step for step, *_ in losses(tmp_path)] == [1, 2, 3]
+    assert len(list((tmp_path / "tiny" / "checkpoints" / "step-00000003").glob("rank-*.pt"))) == 2
+
+
+def test_a_second_run_does_not_overwrite_the_first(scenes, whole_run):
+    again = blip_fast_train(scenes, whole_run)
+    assert again.returncode == 2
+    assert "holds a run already: go on with --resume" in again.stderr
+    assert again.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--schedule.learning_rate=1"], "unrecognized arguments: --schedule.learning_rate"),
+    (["--runtime.zero_stage=7"], "runtime.zero_stage"),
+    (["--objective.losses=[itm]"], "itm without itc"),
+    (["--model.vision.heads=5"], "vision.heads"),
+    (["--data.root=/nowhere"], "holds neither annotations.jsonl nor shards.json"),
+])
+def test_a_bad_recipe_is_one_clear_line(scenes, tmp_path, options, message):
+    done = blip_fast_train(scenes, tmp_path, *options)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "tiny").exists()
+
+
+def test_schedules():
+    schedule = Schedule(lr=1.0, min_lr=0.1, warmup_lr=0.2, warmup_steps=4, decay=0.5, epochs=10)
+    assert [schedule.lr_at(step, 10) for step in (0, 2, 4, 9, 10, 25, 90)] == pytest.approx([0.2, 0.6, 1, 1, 0.5, 0.25, 0.1])
+    cosine = Schedule(kind="cosine", lr=1.0, min_lr=0.0, warmup_steps=0, epochs=2)
+    assert [cosine.lr_at(step, 10) for step in (0, 10, 20)] == pytest.approx([1, 0.5, 0])
+    assert [alpha_at(step, 10, 0.4, 2.0) for step in (0, 10, 20, 99)] == pytest.approx([0, 0.2, 0.4, 0.4])
