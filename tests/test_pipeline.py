@@ -171,7 +171,7 @@ def test_state_fits_only_its_own_run(config: InputConfig, tmp_path) -> None:
     for changed, words in [
         (TrainInput(config, rank=0, world_size=2), "world_size was 1, is 2"),
         (TrainInput(replace(config, shuffle_buffer=9)), "shuffle_buffer was 8, is 9"),
-        (TrainInput(replace(config, shards=config.shards * 2)), "content"),
+        (TrainInput(replace(config, shards=config.shards * 2)), "shards was"),
     ]:
         with pytest.raises(ValueError, match=words):
             changed.load_state_dict(state)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -107,7 +108,7 @@ class TrainInput:
         self.epoch, self.step = self.epoch + 1, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's position. It fits only the same data, rank and options (asserted when it is loaded)."""
+        """This rank's position, to save with `torch.save`. It fits only the same data, ranks and options."""
         return {"epoch": self.epoch, "step": self.step, "origin": self._origin(), "dali": self._pipeline.checkpoint()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -125,8 +126,9 @@ class TrainInput:
     def _origin(self) -> dict[str, Any]:
         """Everything that the order of images and the random operators depend on."""
         options = {name: value for name, value in asdict(self.config).items() if name not in ("shards", "threads")}
-        content = [shard.sha256 for index in self._indices for shard in index.shards]
-        return {**options, "rank": self.rank, "world_size": self.world_size, "content": content}
+        content = "".join(shard.sha256 for index in self._indices for shard in index.shards)
+        shards = hashlib.sha256(content.encode()).hexdigest()  # wherever they lie
+        return {**options, "rank": self.rank, "world_size": self.world_size, "shards": shards}
 
     def _build(self, checkpoint: bytes | None = None) -> Pipeline:
         config = self.config
