@@ -132,7 +132,7 @@ class TrainInput:
 
     def _build(self, checkpoint: bytes | None = None) -> Pipeline:
         config = self.config
-        return _build(
+        return _build_pipeline(
             config.shards,
             self._indices,
             config.image_size,
@@ -201,7 +201,9 @@ class EvaluationInput:
         self._threads = threads
 
     def __iter__(self) -> Iterator[Batch]:
-        pipeline = _build(*self._options, reader=self._reader, batch_size=self.batch_size, num_threads=self._threads)
+        pipeline = _build_pipeline(
+            *self._options, reader=self._reader, batch_size=self.batch_size, num_threads=self._threads
+        )
         for start in range(0, self.samples, self.batch_size):
             images, records, good = _run(pipeline)
             real = self.samples - start  # the last batch is filled up with repeats
@@ -212,7 +214,7 @@ class EvaluationInput:
             yield Batch(images[kept], captions, _ids(records), records)
 
 
-def _build(
+def _build_pipeline(
     shards: Sequence[str | Path],
     indices: Sequence[ShardIndex],
     image_size: int,
