@@ -1,4 +1,4 @@
-"""What a run tells: a progress bar, `log.jsonl`, TensorBoard and, at the end, a plot of the losses."""
+"""What a run tells while it goes: a progress bar, `log.jsonl` and TensorBoard."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from pathlib import Path
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
-
-SMOOTHED = 20  # logged rows in the plot's running mean
 
 
 class RunLog:
@@ -63,22 +61,6 @@ def read_log(path: Path) -> dict[str, list[float]]:
         for key, value in json.loads(line).items():
             columns[key].append(value)
     return dict(columns)
-
-
-def plot_losses(log: Path, picture: Path) -> None:
-    """Draw each loss against the step, raw and as a running mean, to a PNG."""
-    from matplotlib.figure import Figure
-
-    columns = read_log(log)
-    names = [name for name in ("itc", "itm", "lm") if name in columns]
-    figure = Figure(figsize=(4 * len(names), 3), layout="constrained")
-    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        values = torch.tensor(columns[name])
-        means = [values[max(0, i - SMOOTHED + 1) : i + 1].mean().item() for i in range(len(values))]
-        axis.plot(columns["step"], values, alpha=0.3)
-        axis.plot(columns["step"], means)
-        axis.set(title=name, xlabel="step")
-    figure.savefig(picture, dpi=120)
 
 
 def _drop_rows_after(path: Path, step: int) -> None:

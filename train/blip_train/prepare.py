@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 from blip_fast.checkpoint import load_model
 from blip_fast.config import BlipConfig, SpecialTokens
 from blip_fast.data.pack import pack
+from blip_fast.data.scenes import write_scenes
 from blip_fast.data.shards import INDEX, iterate
 from blip_fast.model import BlipModel
 from blip_fast.tokenizer import Tokenizer, clean_caption
@@ -18,6 +20,8 @@ ANNOTATIONS = "annotations.jsonl"
 
 def check_sources(recipe: Recipe) -> None:
     """Raise ValueError, before anything is started, where the recipe names data that is not there."""
+    if recipe.data.root is None:
+        return
     root = Path(recipe.data.root)
     if not (root / ANNOTATIONS).is_file() and not (root / INDEX).is_file():
         raise ValueError(f"data.root {root} holds neither {ANNOTATIONS} nor {INDEX}: name a folder of annotated images "
@@ -26,14 +30,28 @@ def check_sources(recipe: Recipe) -> None:
 
 def prepare_shards(recipe: Recipe) -> Path:
     """The directory of training shards: `data.root` itself, or its images packed into the run's directory (once)."""
-    root = Path(recipe.data.root)
-    if (root / INDEX).is_file():
-        return root
+    folder = source_folder(recipe, "train")
+    if (folder / INDEX).is_file():
+        return folder
     shards = recipe.directory / "shards"
     if not (shards / INDEX).is_file():
         # Rows of one source often stand together, and DALI shuffles within a buffer only.
-        pack(root, root / ANNOTATIONS, shards, split=recipe.data.train_split, shuffle_seed=recipe.seed)
+        split = recipe.data.train_split if recipe.data.root else None
+        pack(folder, folder / ANNOTATIONS, shards, split=split, shuffle_seed=recipe.seed)
     return shards
+
+
+def source_folder(recipe: Recipe, split: Literal["train", "test"]) -> Path:
+    """The folder with the images of a split: `data.root`, or scenes drawn into the run's directory (once)."""
+    if recipe.data.root is not None:
+        return Path(recipe.data.root)
+    scenes = recipe.data.scenes
+    assert scenes is not None
+    folder = recipe.directory / "scenes" / split
+    if not (folder / ANNOTATIONS).is_file():
+        count, noise = (scenes.count, scenes.noise) if split == "train" else (scenes.test, 0.0)
+        write_scenes(folder, count, split, scenes.seed, noise, recipe.model.vision.image_size, scenes.one_object_share)
+    return folder
 
 
 def prepare_tokenizer(recipe: Recipe, shards: Path) -> Tokenizer:

@@ -30,14 +30,27 @@ class TokenizerRecipe:
 
 
 @dataclass(frozen=True)
+class ScenesRecipe:
+    """Drawn pictures: `count` to train on, of which `noise` carry a wrong caption, and `test` held-out ones."""
+
+    count: int = 20000
+    noise: float = 0.3
+    test: int = 200
+    one_object_share: float = 0.1
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class DataRecipe:
     """The pairs to train on, and how their pictures are changed.
 
-    `root`: webdataset shards, or a folder with annotations.jsonl and its images, packed into shards at the first run.
-    `crop_scale`: area share of the random resized crop; null resizes only. `prompt` is put before every caption.
+    `root`: webdataset shards, or a folder with annotations.jsonl and its images, packed into shards at the first run;
+    or `scenes`, drawn into the run's directory. `crop_scale`: area share of the random resized crop; null resizes
+    only. `prompt` is put before every caption.
     """
 
-    root: str = "data"
+    root: str | None = None
+    scenes: ScenesRecipe | None = None
     train_split: str | None = "train"
     test_split: str | None = "test"
     crop_scale: tuple[float, float] | None = (0.2, 1.0)
@@ -47,6 +60,11 @@ class DataRecipe:
     threads: int = 2
     max_words: int = 30
     prompt: str = ""
+
+    def __post_init__(self) -> None:
+        if (self.root is None) == (self.scenes is None):
+            raise ValueError("data needs either root (a folder of annotated images or of packed shards) or scenes, and "
+                             "not both")
 
 
 @dataclass(frozen=True)
@@ -98,7 +116,7 @@ class Recipe:
     init: str | None = None
     model: BlipConfig = field(default_factory=BlipConfig)
     tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
-    data: DataRecipe = field(default_factory=DataRecipe)
+    data: DataRecipe = field(default_factory=lambda: DataRecipe(root="data"))
     objective: Objective = field(default_factory=Objective)
     schedule: Schedule = field(default_factory=Schedule)
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
