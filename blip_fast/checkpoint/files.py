@@ -69,11 +69,10 @@ def read_pickle(path: Path) -> Any:
 
     The tensors of a zip file (torch 1.6 and newer) stay on the disk until they are read.
     """
+    path.open("rb").close()  # OSError where the file cannot be read at all; what is raised below is about its content
     try:
         with warnings.catch_warnings(action="ignore"):  # about old pickle protocols, before the error that follows
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except OSError:
-        raise
     except Exception as error:  # unpickling raises whatever a broken file leads it to
         if isinstance(error, pickle.UnpicklingError) and "global" in str(error).lower():
             raise ValueError(f"{path} holds pickled Python objects beside tensors: refused, since reading them could "

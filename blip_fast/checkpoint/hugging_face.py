@@ -83,7 +83,8 @@ def class_for(config: BlipConfig) -> str:
             return architecture
     heads = [name for name in ("contrastive", "matching", "reasoning") if getattr(config, name)]
     raise ValueError(f"transformers has no BLIP class for a model with text_stacks={config.text_stacks!r} and "
-                     f"{' and '.join(heads) or 'no'} heads: keep the parts of one task (caption, match, vqa) first")
+                     f"{' and '.join(heads) or 'no'} heads: keep the parts of one task first (--task caption, match or "
+                     "answer)")
 
 
 def _to_config(content: dict[str, Any], tokens: SpecialTokens, source: str | Path) -> BlipConfig:
