@@ -7,7 +7,7 @@ once and all its candidate texts, packed, read them together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -62,8 +62,8 @@ def _both_ways(image_to_text: dict[int, float], text_to_image: dict[int, float])
     return {f"i2t_r{k}": v for k, v in image_to_text.items()} | {f"t2i_r{k}": v for k, v in text_to_image.items()}
 
 
-def retrieve(model: BlipModel, images: Tensor | Iterable[Tensor], texts: PackedTexts, top_k: int = 256,
-             first_token: str = "[ENC]") -> RetrievalResult:
+def retrieve(model: BlipModel, images: Tensor | Iterable[Tensor], texts: PackedTexts, top_k: int = 256, *,
+             first_token: str = "[ENC]", progress: Callable[[int, int], None] | None = None) -> RetrievalResult:
     """Score every image with every text.
 
     Args:
@@ -74,6 +74,7 @@ def retrieve(model: BlipModel, images: Tensor | Iterable[Tensor], texts: PackedT
             fewer (published: 256 for COCO, 128 for Flickr30k). 0 leaves the cosines as they are.
         first_token: what a text starts with before the matching head: `[ENC]` as in training and in the published
             retrieval evaluation, `[CLS]` as in the published inference code.
+        progress: told, while re-ranking, how many pairs are done and how many there are.
 
     Raises:
         ValueError: there is no image or no text, `top_k` is negative, another first token, or the model lacks a head.
@@ -85,18 +86,21 @@ def retrieve(model: BlipModel, images: Tensor | Iterable[Tensor], texts: PackedT
         raise ValueError(f"first_token is {first_token!r}: the matching head reads one of {', '.join(token_ids)}")
     texts = texts.to(model.vision.cls_token.device)
     with evaluating(model):
-        embeds = [model.encode_images(batch) for batch in image_batches(model, images)]
-        if not embeds or len(texts) == 0:
-            raise ValueError(f"retrieval needs images and texts, got {sum(map(len, embeds))} and {len(texts)}")
-        image_embeds = torch.cat(embeds)
-        cosines = model.image_features(image_embeds) @ _text_features(model, texts).T
+        features, image_embeds = [], []  # embeds wait in main memory: of COCO's 5,000 images they are 9 GB
+        for batch in image_batches(model, images):
+            embeds = model.encode_images(batch)
+            features.append(model.image_features(embeds))
+            image_embeds += embeds.cpu().unbind()
+        if not features or len(texts) == 0:
+            raise ValueError(f"retrieval needs images and texts, got {len(image_embeds)} and {len(texts)}")
+        cosines = torch.cat(features) @ _text_features(model, texts).T
         if top_k == 0:
             return RetrievalResult(cosines, cosines, cosines.T, 0)
         of_image, of_text = _candidates(cosines, top_k, dim=1), _candidates(cosines, top_k, dim=0)
         pairs = (of_image | of_text).nonzero()
         scores = torch.full_like(cosines, NOT_CANDIDATE)
         texts = texts.with_first(token_ids[first_token])
-        scores[pairs[:, 0], pairs[:, 1]] = _matched_logits(model, image_embeds, texts, pairs)
+        scores[pairs[:, 0], pairs[:, 1]] = _matched_logits(model, image_embeds, texts, pairs, progress)
     scores = scores + cosines
     return RetrievalResult(cosines, scores.masked_fill(~of_image, NOT_CANDIDATE),
                            scores.masked_fill(~of_text, NOT_CANDIDATE).T, len(pairs))
@@ -114,14 +118,20 @@ def _candidates(cosines: Tensor, top_k: int, dim: int) -> Tensor:
     return torch.zeros_like(cosines, dtype=torch.bool).scatter_(dim, best, True)
 
 
-def _matched_logits(model: BlipModel, image_embeds: Tensor, texts: PackedTexts, pairs: Tensor) -> Tensor:
-    """ITM's 'matched' logit [pairs] of (image, text) rows [pairs, 2] that stand sorted by image."""
+def _matched_logits(model: BlipModel, image_embeds: list[Tensor], texts: PackedTexts, pairs: Tensor,
+                    progress: Callable[[int, int], None] | None) -> Tensor:
+    """ITM's 'matched' logit [pairs] of (image, text) rows [pairs, 2] that stand sorted by image.
+
+    image_embeds: of each image [tokens, vision width].
+    """
     stack = model.stack("encoder")
     logits = []
     for first, last, rows in _image_groups(pairs[:, 0].bincount(minlength=len(image_embeds)).tolist()):
-        image_kv = stack.image_kv(image_embeds[first:last])
+        image_kv = stack.image_kv(torch.stack(image_embeds[first:last]).to(pairs.device))
         for image, text in (chunk.unbind(1) for chunk in pairs[rows].split(MAX_PAIRS)):
             logits.append(model.match_logits(texts.select(text), image - first, image_kv)[:, 1])
+        if progress is not None:
+            progress(rows.stop, len(pairs))
     return torch.cat(logits)
 
 

@@ -1,0 +1,119 @@
+"""A model on annotated images: retrieval recalls, captions and what they are worth. Used by `blip-fast evaluate`, by
+training reports and by the demo."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from blip_fast.data.annotated import AnnotatedImage
+from blip_fast.data.scenes import scene_from_slots
+from blip_fast.generate import GenerationConfig
+from blip_fast.images import ImageError
+from blip_fast.metrics.language import caption_loss, unigram_cross_entropy, unigram_entropy
+from blip_fast.metrics.slots import SlotScores, slot_scores
+from blip_fast.model import BlipModel
+from blip_fast.packing import PackedTexts
+from blip_fast.tasks.caption import Captioner
+from blip_fast.tasks.loading import read_pixels
+from blip_fast.tasks.retrieve import RetrievalResult, retrieve
+from blip_fast.tokenizer import Tokenizer, clean_caption
+
+RETRIEVAL_TOKENS = 35  # of a text, as published
+CAPTION_TOKENS = 40
+BATCH = 32
+
+Track = Callable[[Iterable[AnnotatedImage]], Iterable[AnnotatedImage]]
+
+
+@dataclass(frozen=True)
+class CaptionEvaluation:
+    """`captions` are what the model wrote, without the prompt, one per image.
+
+    `loss` is that of the human captions; `unigram_entropy` that of their own token frequencies, which no model without
+    image and context can beat; `unigram_cross_entropy` theirs under the training captions' frequencies, None without
+    training captions. All in nats per token, [SEP] counted. `slots` is there where every image is a drawn scene.
+    """
+
+    captions: list[str]
+    loss: float
+    unigram_entropy: float
+    unigram_cross_entropy: float | None
+    slots: SlotScores | None
+
+
+def evaluate_retrieval(model: BlipModel, tokenizer: Tokenizer, images: Sequence[AnnotatedImage], *, top_k: int = 256,
+                       first_token: str = "[ENC]", track: Track = iter,
+                       progress: Callable[[int, int], None] | None = None) -> tuple[RetrievalResult, Tensor]:
+    """Score all images with all their captions (cleaned as in training).
+
+    Args:
+        top_k: see `retrieve`, as for `first_token` and `progress`.
+        track: wraps the images while they are read (a progress bar).
+
+    Returns:
+        The result and, for its `recalls`, image_of_text int64 [texts].
+
+    Raises:
+        ValueError: an image has no caption.
+        ImageError: for the first image that cannot be read.
+    """
+    if bare := next((image.name for image in images if not image.captions), None):
+        raise ValueError(f"{bare} has no caption: retrieval needs one at least of every image")
+    image_of_text = torch.tensor([i for i, image in enumerate(images) for _ in image.captions])
+    texts = tokenizer.pack([clean_caption(caption) for image in images for caption in image.captions],
+                           max_tokens=RETRIEVAL_TOKENS)
+    batches = _pixel_batches(track(images), model)
+    return retrieve(model, batches, texts, top_k, first_token=first_token, progress=progress), image_of_text
+
+
+def evaluate_captions(captioner: Captioner, images: Sequence[AnnotatedImage], generation: GenerationConfig, *,
+                      prompt: str, train_captions: Sequence[str] = (), track: Track = iter) -> CaptionEvaluation:
+    """Caption every image, and hold the captions that people wrote against the model's expectation.
+
+    Args:
+        prompt: what captions begin with, in generation and in the loss (where its tokens do not count).
+        train_captions: for `unigram_cross_entropy`.
+        track: wraps the images while they are captioned.
+
+    Raises:
+        ImageError: for the first image that cannot be read.
+        ValueError: there is no caption at all.
+    """
+    model, prompt_tokens = captioner.model, len(captioner.prompt_ids(prompt))
+    written: list[str] = []
+
+    def captioned_batches() -> Iterator[Tensor]:
+        """Each image is read once: what the loss is about to see is captioned on the way."""
+        for pixels in _pixel_batches(track(images), model):
+            written.extend(c.caption for c in captioner.caption_pixels(pixels, prompt, generation, strip_prompt=True))
+            yield pixels
+
+    image_of_text = torch.tensor([i for i, image in enumerate(images) for _ in image.captions], dtype=torch.int64)
+    texts = _prompted(captioner.tokenizer, [caption for image in images for caption in image.captions], prompt)
+    loss = caption_loss(model, captioned_batches(), texts, image_of_text, prompt_tokens)
+    cross_entropy = None
+    if train_captions:
+        train = _prompted(captioner.tokenizer, train_captions, prompt)
+        cross_entropy = unigram_cross_entropy(train, texts, captioner.tokenizer.vocab_size, prompt_tokens)
+    scenes = [scene_from_slots(image.row["scene"]) for image in images if "scene" in image.row]
+    return CaptionEvaluation(written, loss, unigram_entropy(texts, prompt_tokens), cross_entropy,
+                             slot_scores(written, scenes) if len(scenes) == len(images) else None)
+
+
+def _prompted(tokenizer: Tokenizer, captions: Sequence[str], prompt: str) -> PackedTexts:
+    texts = [f"{prompt} {clean_caption(caption)}".strip() for caption in captions]
+    return tokenizer.pack(texts, first="[DEC]", max_tokens=CAPTION_TOKENS)
+
+
+def _pixel_batches(images: Iterable[AnnotatedImage], model: BlipModel) -> Iterator[Tensor]:
+    pixels = read_pixels((image.load for image in images), model.config.vision.image_size)
+    while batch := list(islice(pixels, BATCH)):
+        for read in batch:
+            if isinstance(read, ImageError):  # scores over other images than those asked for would mislead
+                raise read
+        yield torch.stack([read for read in batch if isinstance(read, Tensor)])
