@@ -26,11 +26,11 @@ def _arguments(parser: ArgumentParser) -> None:
     add_model_options(parser)
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGE", help="image files, folders of images, webdataset shards (.tar)")
-    add("--prompt", default="a picture of", help='what captions begin with; "" for nothing (default: a picture of)')
+    add("--prompt", default="a picture of", help='what captions begin with; "" for nothing')
     add("--strip-prompt", action="store_true", help="leave the prompt out of `caption`")
     add("--beams", type=int | None, help="1 is greedy (default: 3, or 1 with --top-p)")
     add("--max-length", type=int, default=20, help="tokens at most, the first one and the prompt counted")
-    add("--min-length", type=int, default=5, help="tokens before the end may come, counted alike")
+    add("--min-length", type=int, default=5, help="the caption cannot end before it has so many tokens, counted alike")
     add("--repetition-penalty", type=float, default=1.0, help="above 1: repeat fewer words")
     add("--length-penalty", type=float, default=1.0, help="above 1: prefer long captions among beams")
     add("--beam-rule", default="transformers5", help="transformers5 or authors: how beams are scored, when they stop")

@@ -1,0 +1,114 @@
+"""Scores of images with texts: transformers' numbers, every pair at once."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hf_models import IMAGE_SIZE, save_model, small_tokenizer
+from PIL import Image
+
+from blip_fast.cli import main
+from blip_fast.images import evaluation_transform
+from blip_fast.tasks import match
+from blip_fast.tasks.match import Matcher
+
+TEXTS = ["dog", "a red ball on a table", "two dogs run", "a man rides a horse left of the large blue circle"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("matching")
+    return directory, save_model("BlipForImageTextRetrieval", small_tokenizer(), directory)
+
+
+@pytest.fixture(scope="module")
+def matcher(checkpoint) -> Matcher:
+    return Matcher.from_pretrained(checkpoint[0])
+
+
+@pytest.fixture(scope="module")
+def images() -> list[Image.Image]:
+    random = np.random.default_rng(0)
+    return [Image.fromarray(random.integers(0, 256, (40, 30 + i, 3), dtype=np.uint8)) for i in range(5)]
+
+
+@pytest.mark.parametrize("pairs", [512, 3])
+def test_transformers(checkpoint, matcher, images, monkeypatch, pairs):
+    """Matching probabilities and cosines of every pair, in whatever portions they are computed."""
+    monkeypatch.setattr(match, "MAX_PAIRS", pairs)
+    _, theirs = checkpoint
+    pixels = evaluation_transform(images, IMAGE_SIZE)
+    scores = matcher.score(images, TEXTS, batch_size=2)
+    assert scores.itm.shape == scores.itc.shape == (5, 4)
+    for j, text in enumerate(TEXTS):
+        ids = torch.tensor([matcher.tokenizer.encode(text)] * 5)
+        with torch.no_grad():
+            itm = theirs(ids, pixels).itm_score.softmax(-1)[:, 1]
+            itc = theirs(ids, pixels, use_itm_head=False).itm_score[:, 0]
+        torch.testing.assert_close(scores.itm[:, j], itm, rtol=0, atol=1e-5)
+        torch.testing.assert_close(scores.itc[:, j], itc, rtol=0, atol=1e-5)
+
+
+def test_published_code(data_root, bert_vocabulary):
+    """ITM with [CLS] and with [ENC] first, and ITC, as the published code computed them; 35 tokens at most."""
+    path = data_root / "original_blip" / "itm.pth"
+    matcher = Matcher.from_pretrained(path, tokenizer=bert_vocabulary)
+    captions = json.loads(path.with_suffix(".json").read_text())["captions"]
+    with np.load(path.with_name("itm_io.npz")) as arrays:
+        images, logits, with_enc, itc = (torch.from_numpy(arrays[name]) for name in (
+            "images", "itm_logits", "contrast_itm_logits_with_enc", "itc_sim"))
+    assert int(matcher.pack(captions).lengths.max()) == 35
+    for first_token, expected in (("[CLS]", logits), ("[ENC]", with_enc)):
+        scores = matcher.score_pixels(images, matcher.pack(captions, first_token))
+        torch.testing.assert_close(scores.itm.diagonal(), expected.softmax(-1)[:, 1], rtol=0, atol=2e-5)
+        torch.testing.assert_close(scores.itc, itc, rtol=0, atol=2e-5)
+
+
+def test_one_image_one_text(matcher, images):
+    """Neither needs a list; a first token other than [CLS] changes ITM alone; no images give no rows."""
+    scores = matcher.score(images[0], "a dog")
+    assert scores.itm.shape == (1, 1)
+    with_enc = matcher.score(images[:1], ["a dog"], first_token="[ENC]")
+    assert torch.equal(scores.itc, with_enc.itc) and not torch.allclose(scores.itm, with_enc.itm, atol=1e-6)
+    assert matcher.score([], ["a dog"]).itm.shape == (0, 1)
+
+
+def test_wrong_calls(matcher, images, tmp_path):
+    with pytest.raises(ValueError, match="' '"):
+        matcher.score(images, ["a dog", " "])
+    with pytest.raises(ValueError, match="DOG"):
+        matcher.score(images, ["a dog"], first_token="[DOG]")
+    save_model("BlipForConditionalGeneration", small_tokenizer(), tmp_path)
+    with pytest.raises(ValueError, match="matching"):
+        Matcher.from_pretrained(tmp_path)
+
+
+def test_command(checkpoint, matcher, images, tmp_path, capsys):
+    """One object per text, and a plain line without --json."""
+    path = tmp_path / "picture.png"
+    images[0].save(path)
+    assert main(["score", "--model", str(checkpoint[0]), "--json", str(path), *TEXTS]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    scores = matcher.score(path, TEXTS)
+    assert [(row["image"], row["text"]) for row in rows] == [(str(path), text) for text in TEXTS]
+    assert [row["itm"] for row in rows] == pytest.approx(scores.itm[0].tolist(), abs=1e-6)
+    assert [row["itc"] for row in rows] == pytest.approx(scores.itc[0].tolist(), abs=1e-6)
+    assert main(["score", "--model", str(checkpoint[0]), str(path), "a dog"]) == 0
+    assert capsys.readouterr().out.startswith("itm 0.")
+
+
+def test_command_refuses(checkpoint, images, tmp_path, capsys):
+    """Bad input ends with status 2 and one line that names it."""
+    path = tmp_path / "picture.png"
+    images[0].save(path)
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+    for named, arguments in {
+        "broken.jpg": (tmp_path / "broken.jpg", "a dog"),
+        "missing.jpg": (tmp_path / "missing.jpg", "a dog"),
+        "no token": (path, "a dog", ""),
+        "[DOG]": (path, "a dog", "--first-token", "[DOG]"),
+    }.items():
+        assert main(["score", "--model", str(checkpoint[0]), *map(str, arguments)]) == 2, named
+        out, err = capsys.readouterr()
+        assert not out and named in err and err.count("\n") == 1, err
