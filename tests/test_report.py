@@ -156,6 +156,7 @@ def test_a_phone_needs_no_sideways_scrolling(tmp_path):
         '<iframe id="f" src="report.html" style="width:380px;border:0"></iframe><script>onload = () => '
         'document.title = "width " + f.contentDocument.documentElement.scrollWidth</script>')
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-               "--allow-file-access-from-files", f"--user-data-dir={tmp_path}/profile", "--dump-dom", f"file://{tmp_path}/frame.html"]
+               "--allow-file-access-from-files", f"--user-data-dir={tmp_path}/profile",
+               "--dump-dom", f"file://{tmp_path}/frame.html"]
     seen = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
     assert "<title>width 380</title>" in seen
