@@ -48,7 +48,7 @@ BACKGROUNDS = {
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 RELATIONS = tuple(OPPOSITE)
 
-GRID = 3  # objects stand near the centres of GRID × GRID cells
+GRID = 3  # objects stand near the centres of cells, GRID a side
 
 SPLITS = ("train", "test")
 PROMPT = "a picture of"  # captioning is fine-tuned and run with it
@@ -251,14 +251,15 @@ def draw(scene: Scene, image_size: int, rng: np.random.Generator) -> Image.Image
 
 
 def _places(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float]]:
-    """Centres in [0, 1]², near those of the cells. Related objects stand in one row (left, right) or column."""
-    along, across = rng.permutation(GRID)[: len(scene.things)], rng.integers(GRID, size=1)
-    along = np.sort(along) if scene.relation in ("left of", "above") else -np.sort(-along)
-    cells = np.stack(np.broadcast_arrays(along, across), axis=1)
-    if scene.relation in ("above", "below"):
-        cells = cells[:, ::-1]
-    places = (cells + 0.5) / GRID + rng.uniform(-0.02, 0.02, size=cells.shape)
-    return [(float(x), float(y)) for x, y in places]
+    """Centres in [0, 1]². Related objects stand near opposite sides; an object alone near the centre of any cell."""
+    if scene.relation is None:
+        x, y = (rng.integers(GRID, size=2) + 0.5) / GRID + rng.uniform(-0.02, 0.02, size=2)
+        return [(float(x), float(y))]
+    ends = (0, GRID - 1) if scene.relation in ("left of", "above") else (GRID - 1, 0)
+    along = (np.array(ends) + 0.5) / GRID + rng.uniform(-0.02, 0.02, size=2)
+    across = 0.5 + rng.uniform(-0.04, 0.04, size=2)
+    x, y = (along, across) if scene.relation in ("left of", "right of") else (across, along)
+    return [(float(x[0]), float(y[0])), (float(x[1]), float(y[1]))]
 
 
 def _draw_background(name: str, image_size: int, rng: np.random.Generator) -> Image.Image:
