@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from blip_kernels import attention
+from blip_kernels import attention, sliced_attention
 from blip_kernels.backends import attention_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-BACKENDS = ("sdpa", "reference")
+BACKENDS = ("sdpa", "sliced", "reference")
 
 
 def offsets_of(lengths):
@@ -86,12 +86,13 @@ def test_one_key_segment_serves_all_rows_of_its_query_segment():
     torch.testing.assert_close(together, torch.cat(apart))
 
 
-def test_dropout_keeps_the_mean():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dropout_keeps_the_mean(backend):
     torch.manual_seed(0)
     q, k, v = torch.randn(64, 2, 8), torch.randn(64, 2, 8), torch.rand(64, 2, 8)
     offsets = offsets_of([64])
-    clean = attention(q, k, v, offsets, offsets)
-    dropped = torch.stack([attention(q, k, v, offsets, offsets, dropout=0.3) for _ in range(400)])
+    clean = attention(q, k, v, offsets, offsets, backend=backend)
+    dropped = torch.stack([attention(q, k, v, offsets, offsets, dropout=0.3, backend=backend) for _ in range(400)])
     assert not torch.equal(dropped[0], dropped[1])
     assert (dropped.mean(0) - clean).abs().max() < 6 * (dropped.std(0) / 20).max()
 
@@ -116,6 +117,58 @@ def test_bad_input_is_named(message, arguments, options):
 
 
 def test_the_environment_names_the_backend(monkeypatch):
+    q = torch.randn(4, 2, 8)
     monkeypatch.setenv("BLIP_FAST_ATTENTION", "reference")
-    assert attention_backend() == "reference"
-    assert attention_backend("sdpa") == "sdpa"
+    assert attention_backend(q) == "reference"
+    assert attention_backend(q, "sdpa") == "sdpa"
+
+
+def test_auto_takes_slices_in_16_bit_on_a_cpu(monkeypatch):
+    monkeypatch.delenv("BLIP_FAST_ATTENTION", raising=False)
+    q = torch.randn(4, 2, 8)
+    assert attention_backend(q) == "sdpa"
+    assert attention_backend(q.bfloat16()) == "sliced"
+    with pytest.raises(ValueError, match="runs on a CPU only"):
+        attention_backend(q.to("meta"), "sliced")
+
+
+@pytest.mark.parametrize("slice_elements", [1, 100, 10_000])
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_size_of_slices_changes_nothing(monkeypatch, slice_elements, causal):
+    torch.manual_seed(0)
+    q = torch.randn(30, 3, 8, requires_grad=True)
+    k, v = torch.randn(30, 3, 8), torch.randn(30, 3, 8)
+    offsets = offsets_of([7, 0, 13, 10])
+    whole = attention(q, k, v, offsets, offsets, causal=causal, backend="sliced")
+    (gradient,) = torch.autograd.grad(whole.square().sum(), q)
+    monkeypatch.setattr(sliced_attention, "SLICE_ELEMENTS", slice_elements)
+    parts = attention(q, k, v, offsets, offsets, causal=causal, backend="sliced")
+    torch.testing.assert_close(parts, whole)
+    torch.testing.assert_close(torch.autograd.grad(parts.square().sum(), q)[0], gradient)
+
+
+def test_sliced_dropout_has_the_gradient_of_its_own_mask():
+    """Finite differences in float64: forward and backward must drop the same weights."""
+    offsets = offsets_of([3, 5])
+    inputs = [torch.randn(8, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+
+    def seeded(q, k, v):
+        torch.manual_seed(5)
+        return attention(q, k, v, offsets, offsets, dropout=0.4, backend="sliced")
+
+    assert torch.autograd.gradcheck(seeded, inputs)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "sliced"])
+def test_bfloat16_stays_close_to_the_formula(backend):
+    """Within twice the rounding error of the formula evaluated in bfloat16 step by step."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(40, 2, 32) for _ in range(3))
+    offsets = offsets_of([13, 27])
+    exact = attention(q.double(), k.double(), v.double(), offsets, offsets, backend="reference")
+    low = [x.bfloat16() for x in (q, k, v)]
+    got = attention(*low, offsets, offsets, backend=backend)
+    steps = torch.cat([torch.softmax(torch.einsum("qhd,khd->hqk", a, b) * 32**-0.5, -1).transpose(0, 1).unsqueeze(2)
+                       .matmul(c.transpose(0, 1).unsqueeze(0)).squeeze(2)
+                       for a, b, c in zip(*(x.split([13, 27]) for x in low), strict=True)])
+    assert (got.double() - exact).abs().max() <= 2 * (steps.double() - exact).abs().max()

@@ -9,11 +9,18 @@ serves all the query rows that belong to it (its captions, its beams).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from blip_kernels.backends import attention_backend
+from blip_kernels.sliced_attention import SlicedAttention
+
+# (q, k, v [segments, heads, tokens, head_dim], mask or None, causal, dropout, scale) → as q
+Core = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, float, float], Tensor]
 
 
 def _attention_reference(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, kv_offsets: Tensor, causal: bool,
@@ -42,9 +49,9 @@ def _causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
-def _attention_sdpa(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, kv_offsets: Tensor, causal: bool,
-                    dropout: float, scale: float) -> Tensor:
-    """Segments padded into a batch for PyTorch's fused attention; equal lengths are a view and cost nothing."""
+def _attention_padded(core: Core, q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, kv_offsets: Tensor,
+                      causal: bool, dropout: float, scale: float) -> Tensor:
+    """Segments padded into a batch for `core`; equal lengths are a view and cost nothing."""
     q_lengths, kv_lengths = q_offsets.diff(), kv_offsets.diff()
     longest_q, longest_kv = int(q_lengths.max()), int(kv_lengths.max())
     if longest_q == 0 or longest_kv == 0:
@@ -65,8 +72,7 @@ def _attention_sdpa(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, kv_offse
         mask = _ragged_causal_mask(q_lengths, kv_lengths, longest_q, longest_kv)
     elif kv_ragged and not causal:
         mask = (torch.arange(longest_kv, device=q.device) < kv_lengths[:, None])[:, None, None, :]
-    out = F.scaled_dot_product_attention(q_batch, k_batch, v_batch, mask, dropout_p=dropout,
-                                         is_causal=causal and same_segments, scale=scale)
+    out = core(q_batch, k_batch, v_batch, mask, causal and same_segments, dropout, scale)
     rows = out.transpose(1, 2).reshape(-1, *q.shape[1:])
     if q_places is not None:
         rows = _Unpad.apply(rows, q_places)
@@ -123,7 +129,21 @@ class _Unpad(torch.autograd.Function):
         return grad.new_zeros(ctx.padded_rows, *grad.shape[1:]).index_copy_(0, ctx.saved_tensors[0], grad), None
 
 
-_IMPLEMENTATIONS = {"reference": _attention_reference, "sdpa": _attention_sdpa}
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float, scale: float) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=causal, scale=scale)
+
+
+def _sliced(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float, scale: float) -> Tensor:
+    if causal:
+        mask = _causal_mask(q.shape[2], k.shape[2], q.device).expand(len(q), 1, -1, -1)
+    return SlicedAttention.apply(q, k, v, mask, dropout, scale)
+
+
+_IMPLEMENTATIONS = {
+    "reference": _attention_reference,
+    "sdpa": partial(_attention_padded, _sdpa),
+    "sliced": partial(_attention_padded, _sliced),
+}
 
 
 def attention(
@@ -159,7 +179,7 @@ def attention(
     """
     _check(q, k, v, q_offsets, kv_offsets, dropout)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _IMPLEMENTATIONS[attention_backend(backend)](q, k, v, q_offsets, kv_offsets, causal, dropout, scale)
+    return _IMPLEMENTATIONS[attention_backend(q, backend)](q, k, v, q_offsets, kv_offsets, causal, dropout, scale)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, kv_offsets: Tensor, dropout: float) -> None:

@@ -13,10 +13,11 @@ from blip_fast.data.pipeline import InputConfig, TrainInput
 from blip_fast.tokenizer import Tokenizer
 from blip_train import checkpoints, collectives
 from blip_train.engine import TrainingEngine, mean_over_ranks, seed_everything, start_rank
-from blip_train.logs import RunLog, plot_losses
+from blip_train.logs import RunLog
 from blip_train.prepare import check_sources, prepare_model, prepare_shards, prepare_tokenizer
 from blip_train.pretraining import Batch, Pretraining
 from blip_train.recipe import Recipe
+from blip_train.report import write_run_report
 from blip_train.schedule import alpha_at
 
 EXPORT = "model"
@@ -48,7 +49,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     _steps(recipe, engine, _open_input(recipe, shards, device), tokenizer, resume)
     if rank == 0:
         save_native(engine.pretraining.model, tokenizer, directory / EXPORT)
-        plot_losses(directory / "log.jsonl", directory / "losses.png")
+        write_run_report(recipe, directory / EXPORT)
     dist.barrier()
     return directory / EXPORT
 

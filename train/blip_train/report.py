@@ -1,0 +1,116 @@
+"""The end of a run: what the model reached on the test split, as `metrics.json` and a page to look at."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from blip_fast.data.annotated import AnnotatedImage, annotated_images
+from blip_fast.data.scenes import scene_from_slots, score_caption
+from blip_fast.evaluation import CaptionEvaluation, evaluate_captions, evaluate_retrieval
+from blip_fast.generate import GenerationConfig
+from blip_fast.report.page import Card, Line, Metric, Report
+from blip_fast.report.plot import Plot
+from blip_fast.tasks.caption import Captioner
+from blip_train.logs import read_log
+from blip_train.prepare import source_folder
+from blip_train.recipe import Recipe
+
+LOSS_TITLES = {"itc": "Contrastive loss (ITC)", "itm": "Matching loss (ITM)", "lm": "Language loss (LM)"}
+CAPTIONING = {"max_length": 24, "min_length": 5}
+
+
+def write_run_report(recipe: Recipe, model: Path) -> dict[str, float]:
+    """Evaluate an exported model on the recipe's test split; write `metrics.json` and `report.html` beside it.
+
+    Args:
+        recipe: the run; `evaluation.images` test images are used at most, none where it is 0.
+        model: the exported model's directory.
+
+    Returns:
+        The metrics: `i2t_r1`, … for models with ITC and ITM; `caption_loss`, `unigram_entropy`, `unigram_cross_entropy`
+        and, for scenes, `slot_accuracy`, `exact_match` for models with a decoder.
+    """
+    report = Report(f"Training run {recipe.name}", "Losses on the way, and the model on images that it has never seen.",
+                    facts={"seed": str(recipe.seed), "ranks": str(recipe.runtime.ranks),
+                           "precision": recipe.runtime.precision, "ZeRO stage": str(recipe.runtime.zero_stage)})
+    report.section("Losses").plots(loss_plots(recipe.directory / "log.jsonl"))
+    metrics: dict[str, float] = {}
+    if recipe.evaluation.images:
+        captioner = Captioner.from_pretrained(model)
+        images = test_images(recipe)
+        if captioner.model.config.has_encoder and captioner.model.config.matching:
+            metrics |= _retrieval(report, recipe, captioner, images)
+        metrics |= _captions(report, recipe, captioner, images)
+        (recipe.directory / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    report.write(recipe.directory / "report.html")
+    return metrics
+
+
+def loss_plots(log: Path) -> list[Plot]:
+    """One plot a loss, from a run's `log.jsonl`."""
+    columns = read_log(log)
+    return [Plot(title, {name.upper(): list(zip(columns["step"], columns[name], strict=True))})
+            for name, title in LOSS_TITLES.items() if name in columns]
+
+
+def test_images(recipe: Recipe) -> list[AnnotatedImage]:
+    """The first `evaluation.images` images of the test split."""
+    split = recipe.data.test_split if recipe.data.root is not None else None
+    return annotated_images(source_folder(recipe, "test"), split)[: recipe.evaluation.images]
+
+
+def caption_cards(images: Sequence[AnnotatedImage], captions: Sequence[str]) -> list[Card]:
+    """Pictures with the caption written for each, beside a person's; marked right or wrong where the truth is known."""
+    cards = []
+    for image, caption in zip(images, captions, strict=True):
+        right = score_caption(caption, scene_from_slots(image.row["scene"]))[2] if "scene" in image.row else None
+        cards.append(Card(image.load(), [Line(caption, "model", right=right), Line(image.captions[0], "reference")]))
+    return cards
+
+
+def retrieval_metrics(recalls: dict[str, float], chances: dict[str, float]) -> list[Metric]:
+    directions = {"i2t": "image → text", "t2i": "text → image"}
+    return [Metric(f"{directions[name[:3]]} R@{name[5:]}", value, chance=chances[name])
+            for name, value in recalls.items()]
+
+
+def _retrieval(report: Report, recipe: Recipe, captioner: Captioner, images: list[AnnotatedImage]) -> dict[str, float]:
+    result, image_of_text = evaluate_retrieval(captioner.model, captioner.tokenizer, images,
+                                               top_k=recipe.evaluation.rerank)
+    recalls, chances = result.recalls(image_of_text), result.chances(image_of_text)
+    report.section("Retrieval", f"{len(images)} images, {len(image_of_text)} texts; ITC, then ITM over the best "
+                                f"{recipe.evaluation.rerank} of each.").metrics(retrieval_metrics(recalls, chances))
+    return recalls
+
+
+def _captions(report: Report, recipe: Recipe, captioner: Captioner, images: list[AnnotatedImage]) -> dict[str, float]:
+    if not captioner.model.config.has_decoder:
+        return {}
+    generation = GenerationConfig(beams=recipe.evaluation.beams, **CAPTIONING)
+    split = recipe.data.train_split if recipe.data.root is not None else None
+    train = [caption for image in annotated_images(source_folder(recipe, "train"), split) for caption in image.captions]
+    torch.manual_seed(recipe.seed)
+    result = evaluate_captions(captioner, images, generation, prompt=recipe.data.prompt, train_captions=train)
+    shown = recipe.evaluation.captions
+    report.section("Captions", "Written for images of the test split.").metrics(_caption_metrics(result))
+    report.cards(caption_cards(images[:shown], result.captions[:shown]))
+    metrics = {"caption_loss": result.loss, "unigram_entropy": result.unigram_entropy}
+    if result.unigram_cross_entropy is not None:
+        metrics["unigram_cross_entropy"] = result.unigram_cross_entropy
+    if result.slots is not None:
+        metrics |= {"slot_accuracy": result.slots.slot_accuracy, "exact_match": result.slots.exact_match}
+    return metrics
+
+
+def _caption_metrics(result: CaptionEvaluation) -> list[Metric]:
+    metrics = [Metric("held-out captions, loss beside unigram entropy", result.loss, chance=result.unigram_entropy,
+                      unit="nats per token", lower_is_better=True)]
+    if result.slots is not None:
+        slots = result.slots
+        metrics += [Metric("caption slots right", slots.slot_accuracy, chance=slots.chance_slot_accuracy),
+                    Metric("whole captions right", slots.exact_match, chance=slots.chance_exact_match)]
+    return metrics
