@@ -125,11 +125,15 @@ class BlipModel(nn.Module):
                              "or pre-training checkpoint)")
 
     def _initialise(self) -> None:
-        """Truncated normal of std 0.02, zero biases, unit norms: ViT's and BERT's own rule."""
+        """Weights that keep their input's size (std 1/√fan-in), zero biases, unit norms.
+
+        Visual positions start as large as patch embeddings: at ViT's std of 0.02 small models stay blind to where
+        things are for thousands of steps (docs/decisions.md).
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.trunc_normal_(module.weight, std=module.weight[0].numel() ** -0.5)
                 if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)  # type: ignore[arg-type]
-        nn.init.trunc_normal_(self.vision.cls_token, std=0.02)
-        nn.init.trunc_normal_(self.vision.position_embeds, std=0.02)
+        nn.init.trunc_normal_(self.vision.cls_token, std=1.0)
+        nn.init.trunc_normal_(self.vision.position_embeds, std=1.0)
