@@ -7,7 +7,6 @@ last, so a run that is killed while saving resumes from the one before.
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 from dataclasses import dataclass
@@ -49,7 +48,7 @@ def save(engine: Any, directory: Path, progress: Progress, keep: int) -> None:
     if rank == 0:
         new = directory / f"{LATEST}.new"
         new.write_text(name)
-        os.replace(new, directory / LATEST)
+        new.replace(directory / LATEST)
         for old in sorted(directory.glob("step-*"))[:-keep]:
             shutil.rmtree(old)
     dist.barrier()

@@ -55,7 +55,7 @@ def _free_port() -> int:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and PyTorch; each rank adds its number, so that ranks draw different negatives and drop-outs."""
+    """Seed Python, NumPy and PyTorch; each rank adds its number and draws its own negatives and drop-outs."""
     seed += collectives.world()[0]
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -75,10 +75,11 @@ class TrainingEngine:
         parameters = [p for p in pretraining.parameters() if p.requires_grad]
         adamw = torch.optim.AdamW(parameters, lr=recipe.schedule.lr, betas=recipe.optimizer.betas,
                                   eps=recipe.optimizer.eps, weight_decay=recipe.optimizer.weight_decay, fused=True)
-        self.engine: Any
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=pretraining.to(device), model_parameters=parameters, optimizer=adamw, config=self._config(),
-            dist_init_required=False)
+        # DeepSpeed's own annotations are too narrow for what it takes and gives.
+        initialize: Any = deepspeed.initialize
+        self.engine, self.optimizer, _, _ = initialize(model=pretraining.to(device), model_parameters=parameters,
+                                                       optimizer=adamw, config=self._config(),
+                                                       dist_init_required=False)
 
     @property
     def pretraining(self) -> Pretraining:

@@ -9,22 +9,41 @@ from pathlib import Path
 
 import torch
 
+from blip_train.prepare import EXPORT, check_directory, check_sources
 from blip_train.recipe import Recipe
 
 
-def must_launch(recipe: Recipe) -> bool:
-    """True where the recipe wants several ranks and no launcher has made this process one of them."""
-    return recipe.runtime.ranks > 1 and "RANK" not in os.environ
+def carry_out(recipe: Recipe, resume: bool = False) -> Path:
+    """Run a recipe from start to end, on as many processes as it says.
+
+    Returns:
+        The directory of the exported model.
+
+    Raises:
+        ValueError: the data is not there, or the run's directory is taken (see `run.train`).
+        OSError: a rank failed; its own error stands above on the terminal.
+    """
+    check_sources(recipe)
+    if recipe.runtime.ranks > 1 and "RANK" not in os.environ:
+        _launch(recipe, resume)
+        return recipe.directory / EXPORT
+    from blip_train.run import train  # here, because the process that only launches ranks needs neither
+
+    return train(recipe, resume)
 
 
-def launch(recipe: Recipe, resume: bool) -> int:
-    """Run the recipe on `runtime.ranks` processes of this machine; returns the first failing rank's exit status, or 0."""
+def _launch(recipe: Recipe, resume: bool) -> None:
+    """Start `runtime.ranks` processes of this machine under torchrun and wait for them."""
+    check_directory(recipe, resume)
     recipe.directory.mkdir(parents=True, exist_ok=True)
     saved = recipe.directory / "recipe.yaml"
     saved.write_text(recipe.to_yaml())
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                f"--nproc-per-node={recipe.runtime.ranks}", "-m", "blip_fast", "train", "--config", str(saved)]
-    return subprocess.run([*command, "--resume"] if resume else command, env=rank_environment(), check=False).returncode
+    command += ["--resume"] if resume else []
+    status = subprocess.run(command, env=rank_environment(), check=False).returncode
+    if status:
+        raise OSError(f"the run {recipe.name} ended with exit status {status}: the first failing rank's error is above")
 
 
 def rank_environment() -> dict[str, str]:

@@ -28,17 +28,17 @@ class MomentumEncoders(nn.Module):
     @torch.no_grad()
     def copy_from(self, model: BlipModel) -> None:
         averages, sources = self._pairs(model)
-        torch._foreach_copy_(averages, sources)
+        torch._foreach_copy_(averages, sources)  # pyright: ignore[reportPrivateImportUsage]
 
     @torch.no_grad()
     def update(self, model: BlipModel, momentum: float) -> None:
         """average ← momentum · average + (1 − momentum) · weight."""
         averages, sources = self._pairs(model)
-        torch._foreach_lerp_(averages, sources, 1.0 - momentum)
+        torch._foreach_lerp_(averages, sources, 1.0 - momentum)  # pyright: ignore[reportPrivateImportUsage]
 
     @torch.no_grad()
     def features(self, pixels: Tensor, texts: PackedTexts) -> tuple[Tensor, Tensor]:
-        """Unit image and text features [batch, embed_dim]; of the vision transformer's last block only [CLS] is computed."""
+        """Unit image and text features [batch, embed_dim]; of the last vision block only [CLS] is computed."""
         image_embeds = self.copy.vision(pixels, cls_only=True)
         return self.copy.image_features(image_embeds), self.copy.text_features(texts)
 

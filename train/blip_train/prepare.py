@@ -8,6 +8,7 @@ from typing import Literal
 
 from blip_fast.checkpoint import load_model
 from blip_fast.config import BlipConfig, SpecialTokens
+from blip_fast.data.annotated import ANNOTATIONS
 from blip_fast.data.pack import pack
 from blip_fast.data.scenes import write_scenes
 from blip_fast.data.shards import INDEX, iterate
@@ -15,17 +16,25 @@ from blip_fast.model import BlipModel
 from blip_fast.tokenizer import Tokenizer, clean_caption
 from blip_train.recipe import Recipe
 
-ANNOTATIONS = "annotations.jsonl"
+EXPORT = "model"  # the exported model within a run's directory
 
 
 def check_sources(recipe: Recipe) -> None:
     """Raise ValueError, before anything is started, where the recipe names data that is not there."""
-    if recipe.data.root is None:
+    if recipe.data.scenes is not None:
         return
+    if recipe.data.root is None:
+        raise ValueError("data.root is not set: name a folder of annotated images or of shards (--data.root DIR)")
     root = Path(recipe.data.root)
     if not (root / ANNOTATIONS).is_file() and not (root / INDEX).is_file():
         raise ValueError(f"data.root {root} holds neither {ANNOTATIONS} nor {INDEX}: name a folder of annotated images "
                          "or of packed shards")
+
+
+def check_directory(recipe: Recipe, resume: bool) -> None:
+    """Raise ValueError where the run's directory holds a run already and this one is not to go on with it."""
+    if not resume and (recipe.directory / "log.jsonl").exists():
+        raise ValueError(f"{recipe.directory} holds a run already: go on with --resume, or choose another --name")
 
 
 def prepare_shards(recipe: Recipe) -> Path:

@@ -153,8 +153,9 @@ class Pretraining(nn.Module):
             positives = positive_targets(batch.ids, torch.cat([batch.ids, self.queue.ids]))
         else:
             positives = torch.eye(len(batch.ids), len(image_keys), device=image_keys.device)
-        image_to_text = contrastive_loss(features.image, features.momentum_image, text_keys, positives, temperature, alpha)
-        text_to_image = contrastive_loss(features.text, features.momentum_text, image_keys, positives, temperature, alpha)
+        image, image_m, text, text_m = features.image, features.momentum_image, features.text, features.momentum_text
+        image_to_text = contrastive_loss(image, image_m, text_keys, positives, temperature, alpha)
+        text_to_image = contrastive_loss(text, text_m, image_keys, positives, temperature, alpha)
         return (image_to_text + text_to_image) / 2
 
     @torch.no_grad()

@@ -62,9 +62,8 @@ class DataRecipe:
     prompt: str = ""
 
     def __post_init__(self) -> None:
-        if (self.root is None) == (self.scenes is None):
-            raise ValueError("data needs either root (a folder of annotated images or of packed shards) or scenes, and "
-                             "not both")
+        if self.root is not None and self.scenes is not None:
+            raise ValueError("data.root and data.scenes are both given: train on a folder or on drawn scenes")
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ class Recipe:
     init: str | None = None
     model: BlipConfig = field(default_factory=BlipConfig)
     tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
-    data: DataRecipe = field(default_factory=lambda: DataRecipe(root="data"))
+    data: DataRecipe = field(default_factory=DataRecipe)
     objective: Objective = field(default_factory=Objective)
     schedule: Schedule = field(default_factory=Schedule)
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)

@@ -20,7 +20,7 @@ from blip_train.prepare import source_folder
 from blip_train.recipe import Recipe
 
 LOSS_TITLES = {"itc": "Contrastive loss (ITC)", "itm": "Matching loss (ITM)", "lm": "Language loss (LM)"}
-CAPTIONING = {"max_length": 24, "min_length": 5}
+MAX_LENGTH, MIN_LENGTH = 24, 5  # tokens of a caption in the report
 
 
 def write_run_report(recipe: Recipe, model: Path) -> dict[str, float]:
@@ -90,7 +90,7 @@ def _retrieval(report: Report, recipe: Recipe, captioner: Captioner, images: lis
 def _captions(report: Report, recipe: Recipe, captioner: Captioner, images: list[AnnotatedImage]) -> dict[str, float]:
     if not captioner.model.config.has_decoder:
         return {}
-    generation = GenerationConfig(beams=recipe.evaluation.beams, **CAPTIONING)
+    generation = GenerationConfig(beams=recipe.evaluation.beams, max_length=MAX_LENGTH, min_length=MIN_LENGTH)
     split = recipe.data.train_split if recipe.data.root is not None else None
     train = [caption for image in annotated_images(source_folder(recipe, "train"), split) for caption in image.captions]
     torch.manual_seed(recipe.seed)

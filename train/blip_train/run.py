@@ -14,13 +14,11 @@ from blip_fast.tokenizer import Tokenizer
 from blip_train import checkpoints, collectives
 from blip_train.engine import TrainingEngine, mean_over_ranks, seed_everything, start_rank
 from blip_train.logs import RunLog
-from blip_train.prepare import check_sources, prepare_model, prepare_shards, prepare_tokenizer
+from blip_train.prepare import EXPORT, check_directory, check_sources, prepare_model, prepare_shards, prepare_tokenizer
 from blip_train.pretraining import Batch, Pretraining
 from blip_train.recipe import Recipe
 from blip_train.report import write_run_report
 from blip_train.schedule import alpha_at
-
-EXPORT = "model"
 
 
 def train(recipe: Recipe, resume: bool = False) -> Path:
@@ -34,9 +32,8 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         ValueError: the run's directory holds a run and `resume` is not set, or the data is not there.
     """
     check_sources(recipe)
+    check_directory(recipe, resume)
     directory = recipe.directory
-    if not resume and (directory / "log.jsonl").exists():
-        raise ValueError(f"{directory} holds a run already: go on with --resume, or choose another --name")
     device = start_rank()
     rank, _ = collectives.world()
     seed_everything(recipe.seed)

@@ -14,19 +14,11 @@ def _arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of runs/NAME")
 
 
-def _run(arguments: Namespace) -> int:
-    from blip_train.launch import launch, must_launch
-    from blip_train.prepare import check_sources
+def _run(arguments: Namespace) -> None:
+    from blip_train.launch import carry_out
     from blip_train.recipe import read_recipe
 
-    recipe = read_recipe(arguments)
-    check_sources(recipe)
-    if must_launch(recipe):
-        return launch(recipe, arguments.resume)
-    from blip_train.run import train
-
-    print(train(recipe, arguments.resume))
-    return 0
+    print(carry_out(read_recipe(arguments), arguments.resume))
 
 
 COMMAND = Command(

@@ -1,0 +1,41 @@
+"""`blip-fast demo`: the whole method on drawn scenes, in minutes, with a report."""
+
+from __future__ import annotations
+
+from jsonargparse import ArgumentParser, Namespace
+
+from blip_fast.commands import Command
+
+
+def _arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--output", default="runs/demo", help="directory of the runs and the report; an earlier demo "
+                                                              "there is replaced")
+    parser.add_argument("--recipe", choices=["scenes.yaml", "scenes_long.yaml"], default="scenes.yaml",
+                        help="pre-training: minutes, or about forty")
+
+
+def _run(arguments: Namespace) -> None:
+    from pathlib import Path
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from blip_train.demo import demo
+    from blip_train.demo_report import figures, write_demo_report
+
+    result = demo(Path(arguments.output), arguments.recipe)
+    page = write_demo_report(result, Path(arguments.output) / "report.html")
+    table = Table("figure", "value", "target", "chance")
+    for metric in figures(result):
+        table.add_row(metric.name, f"{metric.value:.1%}", f"{metric.target:.0%}", f"{metric.chance:.1%}")
+    console = Console()
+    console.print(table)
+    console.print(f"{sum(result.seconds.values()):.0f} s in all; look at {page}")
+
+
+COMMAND = Command(
+    help="pre-train, clean and caption drawn scenes in minutes, and write a report",
+    example="blip-fast demo --output runs/demo",
+    arguments=_arguments,
+    run=_run,
+)
