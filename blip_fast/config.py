@@ -69,7 +69,8 @@ class BlipConfig:
     """One BLIP model: which parts it has and how large they are.
 
     `text_stacks` says which text modes there are: `tied` (pre-training: encoder and decoder share all but
-    self-attention), `untied` (VQA), or only an `encoder` (matching, NLVR2) or `decoder` (captioning).
+    self-attention), `untied` (VQA), or only an `encoder` (matching, NLVR2) or `decoder` (captioning). A decoder's LM
+    head projects with the word embeddings, or with a weight of its own if not `tied_lm_head` (docs/decisions.md).
     """
 
     vision: VisionConfig = field(default_factory=VisionConfig)
@@ -80,6 +81,7 @@ class BlipConfig:
     matching: bool = True  # the two-way ITM head
     reasoning: bool = False  # NLVR2's two-layer head
     embed_dim: int = 256
+    tied_lm_head: bool = True
 
     def __post_init__(self) -> None:
         if self.text_stacks not in ("tied", "untied", "encoder", "decoder"):

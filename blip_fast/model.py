@@ -36,7 +36,7 @@ class BlipModel(nn.Module):
         read_width = {"decoder": width} if config.text_stacks == "untied" else {}
         self.text = nn.ModuleDict({name: TextStack(config.text, read_width.get(name, vision_width), modes)
                                    for name, modes in stacks.items()})
-        self.lm_head = LMHead(config.text) if config.has_decoder else None
+        self.lm_head = LMHead(config.text, config.tied_lm_head) if config.has_decoder else None
         if config.contrastive:
             self.vision_projection = nn.Linear(vision_width, config.embed_dim)
             self.text_projection = nn.Linear(width, config.embed_dim)
@@ -63,8 +63,10 @@ class BlipModel(nn.Module):
             config: this model's sizes, with `text_stacks`, `contrastive`, `matching`, `reasoning` or drop-outs changed.
 
         Raises:
-            ValueError: the config asks for a part that this model does not have, or for another size of one.
+            ValueError: the config asks for a part that this model does not have, or for another size or tying of one.
         """
+        if config.has_decoder and config.tied_lm_head != self.config.tied_lm_head:
+            raise ValueError(f"this model's tied_lm_head is {self.config.tied_lm_head}: a part of it keeps that")
         part = BlipModel(config)
         own = self.state_dict()
         weights = {}

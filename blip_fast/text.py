@@ -338,14 +338,16 @@ class _Permute(torch.autograd.Function):
 
 
 class LMHead(nn.Module):
-    """dense → GELU → norm → word embeddings (given by the caller: they are the stack's) + bias."""
+    """dense → GELU → norm → projection + bias. `tied`: projects with the word embeddings, else its own weight."""
 
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: TextConfig, tied: bool) -> None:
         super().__init__()
         self.dense = nn.Linear(config.width, config.width)
         self.norm = nn.LayerNorm(config.width, config.norm_eps)
+        self.projection = None if tied else nn.Linear(config.width, config.vocab_size, bias=False)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, hidden: Tensor, word_embeds: Tensor) -> Tensor:
-        """[..., width] → logits [..., vocab_size]."""
-        return F.linear(self.norm(F.gelu(self.dense(hidden))), word_embeds, self.bias)
+        """[..., width], the stack's word embeddings [vocab_size, width] → logits [..., vocab_size]."""
+        weight = word_embeds if self.projection is None else self.projection.weight
+        return F.linear(self.norm(F.gelu(self.dense(hidden))), weight, self.bias)

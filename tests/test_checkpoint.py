@@ -171,6 +171,18 @@ def test_an_ordinary_checkpoint_starts_nlvr2(kind, tmp_path):
         reasoning_model(load_model(published.save_kind("captioning", tmp_path / "y.pth"))[0], seed=0)
 
 
+def test_files_as_the_published_training_loop_writes_them(tmp_path):
+    """Optimiser, recipe and epoch lie beside the model."""
+    path = published.save_kind("pretraining", tmp_path / "x.pth")
+    model, state = published.make("pretraining"), published.read(path)
+    optimizer = torch.optim.AdamW(model.parameters())
+    sum(p.sum() for p in model.parameters() if p.requires_grad).backward()
+    optimizer.step()
+    torch.save({"model": state, "optimizer": optimizer.state_dict(), "config": {"queue_size": 7, "vit": "base"},
+                "epoch": 3}, path)
+    assert_same(published.read(convert(path, "original", tmp_path / "ours.pth")), state)
+
+
 def test_positions_are_resized_in_model_and_momentum_copy(tmp_path):
     path = published.save_kind("pretraining", tmp_path / "x.pth")
     state = published.read(path)

@@ -12,13 +12,14 @@ names of our own (`itc_temperature`, `cls_token_id`, `enc_token_id`, `drop_path_
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from blip_fast.checkpoint.files import naming_config, read_weights, write_json, write_tensors
-from blip_fast.checkpoint.names import Stored, hugging_face_layout
+from blip_fast.checkpoint.names import LM_HEAD, Stored, has_tied_lm_head, hugging_face_layout
 from blip_fast.config import BlipConfig, SpecialTokens, TextConfig, VisionConfig
 from blip_fast.images import MEAN, STD
 from blip_fast.model import INITIAL_TEMPERATURE, BlipModel
@@ -49,6 +50,10 @@ def read(source: str | Path, content: dict[str, Any], tokens: SpecialTokens) -> 
     with naming_config(source):
         config = _to_config(content, tokens, source)
     tensors = read_weights(source)
+    # config.json may say tied where older transformers trained the two apart; transformers 5 too trusts the tensors.
+    config = replace(config, tied_lm_head=has_tied_lm_head(tensors))
+    if (bias := tensors.get(f"{LM_HEAD}.decoder.bias")) is not None:
+        tensors[f"{LM_HEAD}.bias"] = bias  # of the two that may be stored, what transformers computes with
     if config.contrastive:
         tensors["temp"] = torch.tensor(content.get("itc_temperature", INITIAL_TEMPERATURE))
     return Stored(config, hugging_face_layout(config), tensors)
@@ -63,6 +68,8 @@ def save_hugging_face(model: BlipModel, tokenizer: Tokenizer | None, directory: 
     architecture = class_for(config)
     tensors = hugging_face_layout(config).split(model.state_dict())
     temperature = tensors.pop("temp", None)
+    if config.has_decoder and not config.tied_lm_head:  # transformers 5 then does not tie the two biases either
+        tensors[f"{LM_HEAD}.decoder.bias"] = tensors[f"{LM_HEAD}.bias"].clone()
     content = _from_config(config, architecture)
     if temperature is not None:
         content["itc_temperature"] = float(temperature)
@@ -132,7 +139,7 @@ def _from_config(config: BlipConfig, architecture: str) -> dict[str, Any]:
         "architectures": [architecture],
         "model_type": "blip",
         "image_text_hidden_size": config.embed_dim,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": config.tied_lm_head,
         "text_config": {
             "model_type": "blip_text_model", "vocab_size": text.vocab_size, "hidden_size": text.width,
             "encoder_hidden_size": vision.width, "intermediate_size": text.mlp_width,
@@ -141,6 +148,7 @@ def _from_config(config: BlipConfig, architecture: str) -> dict[str, Any]:
             "hidden_dropout_prob": text.dropout, "attention_probs_dropout_prob": text.dropout,
             "pad_token_id": tokens.pad, "bos_token_id": tokens.bos, "sep_token_id": tokens.sep,
             "eos_token_id": tokens.sep, "cls_token_id": tokens.cls, "enc_token_id": tokens.enc,
+            "tie_word_embeddings": config.tied_lm_head,
         },
         "vision_config": {
             "model_type": "blip_vision_model", "hidden_size": vision.width,

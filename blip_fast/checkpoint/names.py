@@ -15,6 +15,8 @@ from torch import Tensor
 from blip_fast.config import BlipConfig
 from blip_fast.text import CrossAttention
 
+LM_HEAD = "text_decoder.cls.predictions"
+DECODER_WORDS = "text_decoder.bert.embeddings.word_embeddings.weight"
 PUBLISHED_AXES = {"vision.cls_token": 2, "vision.position_embeds": 1, "temperature": -1}
 
 
@@ -128,17 +130,24 @@ def original_layout(config: BlipConfig) -> Layout:
             if config.text_stacks in (mode, "untied"):
                 parts.update(_text_stack(f"text.{mode}", prefixes[mode], config, (mode,)))
     if config.has_decoder:
-        head = "text_decoder.cls.predictions"
-        words = "text_decoder.bert.embeddings.word_embeddings.weight"
-        parts.update(_module("lm_head.dense", f"{head}.transform.dense"))
-        parts.update(_module("lm_head.norm", f"{head}.transform.LayerNorm"))
-        parts["lm_head.bias"] = (f"{head}.bias",)
-        copies[f"{head}.decoder.weight"] = copies.get(words, words)
-        copies[f"{head}.decoder.bias"] = f"{head}.bias"
+        parts.update(_module("lm_head.dense", f"{LM_HEAD}.transform.dense"))
+        parts.update(_module("lm_head.norm", f"{LM_HEAD}.transform.LayerNorm"))
+        parts["lm_head.bias"] = (f"{LM_HEAD}.bias",)
+        if config.tied_lm_head:
+            copies[f"{LM_HEAD}.decoder.weight"] = copies.get(DECODER_WORDS, DECODER_WORDS)
+        else:
+            parts["lm_head.projection.weight"] = (f"{LM_HEAD}.decoder.weight",)
+        copies[f"{LM_HEAD}.decoder.bias"] = f"{LM_HEAD}.bias"
     parts.update(_heads(config))
     modes = [mode for mode, has in (("encoder", config.has_encoder), ("decoder", config.has_decoder)) if has]
     position_ids = {f"{prefixes[mode]}.embeddings.position_ids": config.text.max_positions for mode in modes}
     return Layout(parts, copies, position_ids, PUBLISHED_AXES)
+
+
+def has_tied_lm_head(stored: Mapping[str, Tensor]) -> bool:
+    """Whether a file's LM head projects with the decoder's word embeddings: only its tensors say so, in both forms."""
+    projection, words = stored.get(f"{LM_HEAD}.decoder.weight"), stored.get(DECODER_WORDS)
+    return projection is None or words is None or torch.equal(projection, words)
 
 
 def hugging_face_layout(config: BlipConfig) -> Layout:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from blip_fast.checkpoint.files import naming_config, read_json, read_pickle, state_dict, whole_file, write_json
-from blip_fast.checkpoint.names import Stored, original_layout
+from blip_fast.checkpoint.names import Stored, has_tied_lm_head, original_layout
 from blip_fast.config import BlipConfig, SpecialTokens, TextConfig, VisionConfig
 from blip_fast.model import INITIAL_TEMPERATURE, BlipModel
 from blip_fast.tokenizer import Tokenizer
@@ -96,7 +96,8 @@ def _infer_config(tensors: dict[str, Tensor], beside: dict[str, Any], heads: int
         text=_infer_text(tensors, stack, beside.get("text_config", {}), heads, path),
         tokens=SpecialTokens(**beside["special_tokens"]) if "special_tokens" in beside else tokens,
         text_stacks=stacks or ("tied" if _is_tied(tensors) else "untied"),
-        contrastive="vision_proj" in has, matching="itm_head" in has, reasoning="cls_head" in has, **embed_dim,
+        contrastive="vision_proj" in has, matching="itm_head" in has, reasoning="cls_head" in has,
+        tied_lm_head=has_tied_lm_head(tensors), **embed_dim,
     )
 
 
