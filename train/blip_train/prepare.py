@@ -1,12 +1,16 @@
-"""What a run needs before its first step: shards, a tokenizer and a model with its first weights."""
+"""What a run needs before its first step: shards, a tokenizer, a model and what trains beside it."""
 
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Literal
 
-from blip_fast.checkpoint import load_model
+from torch import Tensor
+
+from blip_fast.checkpoint import load_model, load_training_state
+from blip_fast.checkpoint.original import QUEUES, tokenizer_directory
 from blip_fast.config import BlipConfig, SpecialTokens
 from blip_fast.data.annotated import ANNOTATIONS
 from blip_fast.data.pack import pack
@@ -14,7 +18,10 @@ from blip_fast.data.scenes import write_scenes
 from blip_fast.data.shards import INDEX, iterate
 from blip_fast.model import BlipModel
 from blip_fast.tokenizer import Tokenizer, clean_caption
+from blip_train import collectives
+from blip_train.pretraining import Pretraining
 from blip_train.recipe import Recipe
+from blip_train.training_state import restore_state
 
 EXPORT = "model"  # the exported model within a run's directory
 
@@ -71,14 +78,43 @@ def prepare_tokenizer(recipe: Recipe, shards: Path) -> Tokenizer:
         return Tokenizer.train(captions, recipe.tokenizer.vocab_size)
     if Path(source).is_file() and Path(source).suffix == ".txt":
         return Tokenizer.from_vocab_file(source)
+    if Path(source).is_file():
+        beside = tokenizer_directory(Path(source))
+        if not beside.is_dir():
+            raise ValueError(f"{source} brings no tokenizer ({beside.name}): name one with --tokenizer.source")
+        return Tokenizer.from_pretrained(beside)
     return Tokenizer.from_pretrained(source)
+
+
+def prepare_pretraining(recipe: Recipe, tokenizer: Tokenizer) -> Pretraining:
+    """The recipe's model with its momentum copy and queue.
+
+    Momentum copies and queue features of the initial checkpoint are taken over, as the published fine-tuning takes them.
+    """
+    pretraining = Pretraining(prepare_model(recipe, tokenizer), recipe.objective, recipe.seed)
+    if recipe.init is not None and "itc" in recipe.objective.losses:
+        restore_state(pretraining, _initial_state(recipe, recipe.init, pretraining.model.config))
+    return pretraining
+
+
+def _initial_state(recipe: Recipe, source: str, config: BlipConfig) -> dict[str, Tensor]:
+    """The checkpoint's training state, but the ids, which are of other data, and a queue of another length."""
+    state = load_training_state(source, config)
+    state.pop("idx_queue", None)
+    length = state["image_queue"].shape[-1] if "image_queue" in state else recipe.objective.queue_size
+    if length == recipe.objective.queue_size:
+        return state
+    if collectives.world()[0] == 0:
+        print(f"blip-fast: the queue of {source} holds {length} entries, objective.queue_size is "
+              f"{recipe.objective.queue_size}: it starts anew", file=sys.stderr)
+    return {name: tensor for name, tensor in state.items() if name not in QUEUES}
 
 
 def prepare_model(recipe: Recipe, tokenizer: Tokenizer) -> BlipModel:
     """A model of the recipe's sizes with fresh weights, or the initial checkpoint's with the recipe's parts."""
     if recipe.init is None:
         return BlipModel(with_tokenizer(recipe.model, tokenizer))
-    start, _ = load_model(recipe.init, image_size=recipe.model.vision.image_size)
+    start, _ = load_model(recipe.init, tokenizer=tokenizer, image_size=recipe.model.vision.image_size)
     parts = dataclasses.replace(
         start.config,
         vision=dataclasses.replace(start.config.vision, drop_path=recipe.model.vision.drop_path),
