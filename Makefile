@@ -26,7 +26,6 @@ test-all: setup
 
 lint: setup
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check --diff . >/dev/null
 	$(BIN)/pyright
 
 bench: setup

@@ -16,23 +16,31 @@ GROUP = "blip_fast.commands"
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. Returns its exit status: 0 done, 2 bad input, 130 interrupted."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        try:
+            return _dispatch(sys.argv[1:] if arguments is None else arguments)
+        finally:
+            sys.stdout.flush()  # while it can still be noticed that the reader of our output went away
+    except KeyboardInterrupt:
+        return _fail("interrupted", status=130)
+    except BrokenPipeError:  # as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except ModuleNotFoundError as error:
+        return _fail(f"this needs the package {error.name}, which is not installed: see `blip-fast doctor`")
+    except (ValueError, OSError, ArgumentError) as error:
+        return _fail(" ".join(str(error).split()))
+
+
+def _dispatch(arguments: list[str]) -> int:
     commands = {entry.name: entry for entry in entry_points(group=GROUP)}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview(commands))
         return 0 if arguments else 2
     name = arguments[0]
     if name not in commands:
-        return _fail(f"{name!r} is not a command: choose one of {', '.join(sorted(commands))}")
-    try:
-        return _run(name, commands[name].load(), arguments[1:])
-    except KeyboardInterrupt:
-        return _fail("interrupted", status=130)
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (ValueError, OSError, ArgumentError) as error:
-        return _fail(" ".join(str(error).split()))
+        raise ValueError(f"{name!r} is not a command: choose one of {', '.join(sorted(commands))}")
+    return _run(name, commands[name].load(), arguments[1:])
 
 
 def _run(name: str, command: Command, arguments: list[str]) -> int:

@@ -57,7 +57,7 @@ class BlipModel(nn.Module):
         return stack
 
     def restricted_to(self, config: BlipConfig) -> BlipModel:
-        """A new model with a part of this one's text modes and heads, its weights copied (a captioner from pre-training).
+        """A new model with a part of this one's text modes and heads, weights copied (a captioner from pre-training).
 
         Args:
             config: this model's sizes, with `text_stacks`, `contrastive`, `matching`, `reasoning` or drop-outs changed.

@@ -7,15 +7,15 @@
 | image-grounded decoder | decoder's, causal       | on              |
 
 A stack that serves both modes shares every parameter but self-attention between them, so texts of both modes pass it
-together: each `TextStream` takes its own self-attention, everything else is computed once over all rows. Cross-attention
-reads `ImageKV`: keys and values of all layers, projected once per image, shared by all texts of that image.
+together: each `TextStream` takes its own self-attention, everything else is computed once over all rows.
+Cross-attention reads `ImageKV`: keys and values of all layers, projected once per image, shared by all its texts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -277,8 +277,10 @@ class TextStack(nn.Module):
         by_text = torch.arange(rows + 1, dtype=torch.int32, device=x.device)
         images = len(image_kv.offsets) - 1
         by_image = torch.arange(images + 1, dtype=torch.int32, device=x.device) * (rows // images * new)
-        for index, layer in enumerate(self.layers):
-            self_attention = layer.self_attention["decoder"]
+        for index, module in enumerate(self.layers):
+            layer = cast(TextLayer, module)
+            self_attention = cast(SelfAttention, layer.self_attention["decoder"])
+            assert layer.cross_attention is not None
             q, k, v = self_attention.project(x)
             k, v = cache.append(index, k, v)
             # A single new token sees every key, so only a prompt needs the causal mask.
@@ -294,7 +296,7 @@ class TextStack(nn.Module):
     def _check(self, streams: Sequence[TextStream], image_kv: ImageKV | None) -> None:
         for stream in streams:
             if stream.mode not in self.modes:
-                raise ValueError(f"this model has no text {stream.mode}: it was built with {', '.join(self.modes)} only")
+                raise ValueError(f"this model has no text {stream.mode}: it has {', '.join(self.modes)} only")
             if (stream.images is None) != (image_kv is None):
                 raise ValueError("every text stream must name its images when image_kv is given, and none without it")
             if stream.mode == "decoder" and stream.first_row_only:

@@ -43,7 +43,8 @@ def test_full_attention_equals_the_formula(backend, lengths, heads, head_dim, se
 
 
 @settings(max_examples=40, deadline=None)
-@given(lengths=st.lists(st.tuples(st.integers(0, 7), st.integers(0, 5)), min_size=1, max_size=6), seed=st.integers(0, 99))
+@given(lengths=st.lists(st.tuples(st.integers(0, 7), st.integers(0, 5)), min_size=1, max_size=6),
+       seed=st.integers(0, 99))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_causal_attention_equals_the_formula(backend, lengths, seed):
     check(backend, [n for n, _ in lengths], [n + extra for n, extra in lengths], 2, 16, seed, causal=True)
@@ -110,7 +111,8 @@ def faulty_calls():
     yield "backend 'fast' is not known", (x, x, x, ok, ok), {"backend": "fast"}
 
 
-@pytest.mark.parametrize(("message", "arguments", "options"), list(faulty_calls()), ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize(("message", "arguments", "options"), list(faulty_calls()),
+                         ids=lambda x: x if isinstance(x, str) else "")
 def test_bad_input_is_named(message, arguments, options):
     with pytest.raises(ValueError, match=message):
         attention(*arguments, **options)

@@ -19,6 +19,7 @@ from blip_fast.checkpoint import load_model, save_original
 from blip_fast.config import BlipConfig, SpecialTokens, TextConfig, VisionConfig
 from blip_fast.model import BlipModel
 from blip_fast.packing import PackedTexts
+from blip_fast.tokenizer import BERT_TOKENS, Tokenizer
 
 HEAD = "text_decoder.cls.predictions.decoder.weight"
 WORDS = "text_decoder.bert.embeddings.word_embeddings.weight"
@@ -90,7 +91,7 @@ def test_training_from_it_trains_it(tmp_path):
     """The run's own `tied_lm_head` is a size like others: the checkpoint's stands."""
     path = save_original_kind("pretraining", tmp_path / "x.pth")
     recipe = Recipe(init=str(path), model=BlipConfig(vision=VisionConfig(image_size=24, patch_size=8)))
-    model = prepare_model(recipe, small_tokenizer())
+    model = prepare_model(recipe, Tokenizer([*BERT_TOKENS, *"abcdefg"]))
     batch = Batch(torch.randn(3, 3, 24, 24), PackedTexts.from_lists(TEXTS), torch.arange(3))
     Pretraining(model, Objective(losses=("lm",)), seed=0)(batch, alpha=0.0).total.backward()
     assert model.lm_head.projection.weight.grad.abs().sum() > 0
@@ -111,7 +112,7 @@ def test_fresh_projection_is_initialised():
 
 @pytest.fixture
 def fine_tuned(tmp_path) -> Path:
-    """As the transformers of 2023 left a fine-tuned captioner: it did not tie the two, and its config.json says it did."""
+    """As the transformers of 2023 left a fine-tuned captioner: the two untied, and a config.json that says tied."""
     save_model("BlipForConditionalGeneration", small_tokenizer(), tmp_path / "hf")
     tensors = weights(tmp_path / "hf")
     tensors[HEAD] = tensors[WORDS] + 0.1 * torch.randn(tensors[WORDS].shape)

@@ -90,7 +90,8 @@ def test_zero_stages_train_alike(scenes, whole_run, tmp_path, stage):
 
 
 def test_two_ranks_train_together(scenes, tmp_path):
-    done = blip_fast_train(scenes, tmp_path, "--runtime.ranks", "2", "--runtime.zero_stage", "2", "--schedule.max_steps", "3")
+    done = blip_fast_train(scenes, tmp_path, "--runtime.ranks", "2", "--runtime.zero_stage", "2",
+                           "--schedule.max_steps", "3")
     assert done.returncode == 0, done.stderr
     assert [step for step, *_ in losses(tmp_path)] == [1, 2, 3]
     assert len(list((tmp_path / "tiny" / "checkpoints" / "step-00000003").glob("rank-*.pt"))) == 2
@@ -120,7 +121,8 @@ def test_a_bad_recipe_is_one_clear_line(scenes, tmp_path, options, message):
 
 def test_schedules():
     schedule = Schedule(lr=1.0, min_lr=0.1, warmup_lr=0.2, warmup_steps=4, decay=0.5, epochs=10)
-    assert [schedule.lr_at(step, 10) for step in (0, 2, 4, 9, 10, 25, 90)] == pytest.approx([0.2, 0.6, 1, 1, 0.5, 0.25, 0.1])
+    rates = [schedule.lr_at(step, 10) for step in (0, 2, 4, 9, 10, 25, 90)]
+    assert rates == pytest.approx([0.2, 0.6, 1, 1, 0.5, 0.25, 0.1])
     cosine = Schedule(kind="cosine", lr=1.0, min_lr=0.0, warmup_steps=0, epochs=2)
     assert [cosine.lr_at(step, 10) for step in (0, 10, 20)] == pytest.approx([1, 0.5, 0])
     assert [alpha_at(step, 10, 0.4, 2.0) for step in (0, 10, 20, 99)] == pytest.approx([0, 0.2, 0.4, 0.4])

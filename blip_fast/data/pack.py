@@ -13,6 +13,7 @@ import csv
 import io
 import json
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from typing import Any, TextIO
 
 import numpy as np
 from nvidia import nvimgcodec
+from rich.console import Console
 from rich.progress import track
 
 from blip_fast.data.integrity import image_format, what_is_wrong
@@ -37,9 +39,10 @@ _decoders = threading.local()  # a decoder serves one thread at a time
 
 @dataclass(frozen=True)
 class PackReport:
-    """What `pack` wrote: `samples` in `shards` tar files, `quarantined` images left out."""
+    """What `pack` wrote: `samples` in `shards` tar files, some without a caption; `quarantined` images left out."""
 
     samples: int
+    without_caption: int
     shards: int
     quarantined: int
     directory: Path
@@ -77,13 +80,15 @@ def pack(
         if first is None:
             raise ValueError(f"none of {len(records)} images can be read: {quarantine} says why")
         index = write_shards(chain([first], samples), directory, samples_per_shard=samples_per_shard)
-    return PackReport(index.samples, len(index.shards), len(records) - index.samples, directory)
+    left_out = len(records) - index.samples
+    return PackReport(index.samples, index.without_caption, len(index.shards), left_out, directory)
 
 
 def _good_samples(folder: Path, records: list[dict[str, Any]], refused: TextIO, threads: int) -> Iterator[Sample]:
     """Samples of the images that can be read, in order; a line in `refused` for each of the others."""
+    hidden = not sys.stderr.isatty()
     with ThreadPoolExecutor(threads) as pool:
-        left = track(iter(records), "packing", total=len(records))
+        left = track(iter(records), "packing", total=len(records), console=Console(stderr=True), disable=hidden)
         while chunk := list(islice(left, READ_AHEAD * threads)):
             for record, content in zip(chunk, pool.map(_read, [folder / r["image"] for r in chunk]), strict=True):
                 if isinstance(content, ImageError):

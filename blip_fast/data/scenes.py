@@ -305,13 +305,13 @@ def write_scenes(
     folder: Path, count: int, split: str, seed: int, noise: float, image_size: int, one_object_share: float = 0.1
 ) -> list[dict]:
     """Draw scenes into `folder` as PNG with annotations.jsonl, ready to be packed; exactly round(count × noise)
-    captions are wrong. Rows, also returned: image, captions (one), scene (the truth's slots), caption_is_right.
+    captions are wrong. Rows, also returned: image, captions (one), split, scene (the truth's slots), caption_is_right.
     """
     if not 0 <= noise <= 1:
         raise ValueError(f"noise is {noise}; it is the share of wrong captions, 0 to 1")
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng([seed, SPLITS.index(split)])
     scenes = sample_scenes(count, split, seed, one_object_share)
+    rng = np.random.default_rng([seed, SPLITS.index(split)])
+    folder.mkdir(parents=True, exist_ok=True)
     wrong = set(rng.permutation(count)[: round(count * noise)].tolist())
     rows = []
     for i, scene in enumerate(scenes):
@@ -319,6 +319,7 @@ def write_scenes(
         draw(scene, image_size, rng).save(folder / name, compress_level=1)
         text = corrupt(scene, rng) if i in wrong else caption(scene)
         slots = asdict(scene) | {"things": [asdict(thing) for thing in scene.things]}  # lists, as JSON gives them back
-        rows.append({"image": name, "captions": [text], "scene": slots, "caption_is_right": i not in wrong})
+        right = i not in wrong
+        rows.append({"image": name, "captions": [text], "split": split, "scene": slots, "caption_is_right": right})
     (folder / "annotations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows

@@ -201,5 +201,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, kv_offsets: Tenso
         if offsets.device != q.device:
             raise ValueError(f"{name} is on {offsets.device}, q on {q.device}: move it there")
         # Reading values on an accelerator would stall it; there the shapes alone are checked.
-        if offsets.device.type == "cpu" and (offsets[0] != 0 or offsets[-1] != rows or bool((offsets.diff() < 0).any())):
-            raise ValueError(f"{name} must rise from 0 to {rows}, the number of rows; got {offsets[0]} to {offsets[-1]}")
+        if offsets.device.type != "cpu":
+            continue
+        first, last, falls = int(offsets[0]), int(offsets[-1]), bool((offsets.diff() < 0).any())
+        if first != 0 or last != rows or falls:
+            raise ValueError(f"{name} must rise from 0 to {rows}, the number of rows; got {first} to {last}")

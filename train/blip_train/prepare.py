@@ -89,7 +89,7 @@ def prepare_tokenizer(recipe: Recipe, shards: Path) -> Tokenizer:
 def prepare_pretraining(recipe: Recipe, tokenizer: Tokenizer) -> Pretraining:
     """The recipe's model with its momentum copy and queue.
 
-    Momentum copies and queue features of the initial checkpoint are taken over, as the published fine-tuning takes them.
+    Momentum copies and queue features of the initial checkpoint are taken over, as in the published fine-tuning.
     """
     pretraining = Pretraining(prepare_model(recipe, tokenizer), recipe.objective, recipe.seed)
     if recipe.init is not None and "itc" in recipe.objective.losses:

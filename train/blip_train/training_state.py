@@ -26,7 +26,7 @@ def export_state(pretraining: Pretraining) -> dict[str, Tensor]:
     if "itc" not in pretraining.objective.losses:
         return {}
     model, queue = _published(pretraining.model), pretraining.queue
-    # The copy has no cross-attention, for its features need none. The published code stores it: there stands the model's.
+    # The copy has no cross-attention: its features need none. Where the published code stores it, the model's stands.
     copies = model | _published(pretraining.momentum.copy)
     state = {key.replace(".", "_m.", 1): copies[key] for key in model if key.split(".")[0] in MOMENTUM_PARTS}
     state |= {"image_queue": queue.image.T.clone(), "text_queue": queue.text.T.clone(),

@@ -1,0 +1,99 @@
+"""`blip-fast data`: pack images into the shards that training reads, or draw scenes to train and evaluate on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+
+from blip_fast.commands import Command
+
+
+def _arguments(parser: ArgumentParser) -> None:
+    actions = parser.add_subcommands(dest="action", metavar="ACTION")
+    for name, add, help, example in (
+        ("pack", _pack_arguments, "pack a folder of images and captions into shards",
+         "blip-fast data pack photos/ --annotations captions.csv --output shards/"),
+        ("scenes", _scenes_arguments, "draw pictures with captions whose truth is known",
+         "blip-fast data scenes scenes/train --count 20000 --noise 0.3"),
+    ):
+        action = ArgumentParser(description=help, epilog=f"example: {example}", exit_on_error=False)
+        add(action)
+        action.add_argument("--json", action="store_true", help="print what was written as one JSON object")
+        actions.add_subcommand(name, action, help=help)
+
+
+def _pack_arguments(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("folder", metavar="FOLDER", help="where the images are, at any depth")
+    add("--output", required=True, metavar="DIR", help="directory for the shards; images that training could not "
+                                                       "decode are left out and named in its quarantine.jsonl")
+    add("--annotations", type=str | None, metavar="FILE",
+        help="JSONL or CSV: image (path below FOLDER), caption or captions, perhaps split and id (default: "
+             "annotations.jsonl in FOLDER, else every image is packed without captions)")
+    add("--split", type=str | None, help="pack the rows of this split only")
+    add("--samples-per-shard", type=int, default=1000, metavar="N", help="images in one tar file")
+    add("--shuffle-seed", type=int | None, metavar="N",
+        help="shuffle first: training itself shuffles within a buffer only")
+
+
+def _scenes_arguments(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("folder", metavar="DIR", help="new folder for the PNG files and their annotations.jsonl")
+    add("--count", type=int, default=1000, metavar="N", help="pictures to draw")
+    add("--split", choices=("train", "test"), default="train",
+        help="test scenes show combinations that train never shows")
+    add("--seed", type=int, default=0)
+    add("--noise", type=float, default=0.0, metavar="SHARE", help="share of wrong captions, 0 to 1")
+    add("--image-size", type=int, default=224, metavar="N", help="pixels a side")
+
+
+def _run(args: Namespace) -> None:
+    if args.action == "pack":
+        _pack(args.pack)
+    else:
+        _scenes(args.scenes)
+
+
+def _pack(args: Namespace) -> None:
+    from blip_fast.data.annotated import ANNOTATIONS
+    from blip_fast.data.pack import QUARANTINE, pack
+
+    beside = Path(args.folder) / ANNOTATIONS
+    annotations = args.annotations or (beside if beside.is_file() else None)
+    report = pack(args.folder, annotations, args.output, split=args.split, samples_per_shard=args.samples_per_shard,
+                  shuffle_seed=args.shuffle_seed)
+    quarantine = report.directory / QUARANTINE
+    if args.json:
+        print(json.dumps({**asdict(report), "directory": str(report.directory), "quarantine": str(quarantine)}))
+        return
+    print(f"{report.directory}: {report.samples} images in {report.shards} shards, {report.without_caption} of them "
+          "without a caption")
+    if report.quarantined:
+        print(f"{quarantine}: {report.quarantined} images left out, and why")
+
+
+def _scenes(args: Namespace) -> None:
+    from blip_fast.data.scenes import write_scenes
+
+    folder = Path(args.folder)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists already: remove it or name another folder")
+    if args.count < 1 or args.image_size < 1:
+        raise ValueError(f"--count and --image-size must be at least 1, got {args.count} and {args.image_size}")
+    rows = write_scenes(folder, args.count, args.split, args.seed, args.noise, args.image_size)
+    wrong = sum(not row["caption_is_right"] for row in rows)
+    if args.json:
+        print(json.dumps({"directory": str(folder), "images": len(rows), "wrong_captions": wrong}))
+    else:
+        print(f"{folder}: {len(rows)} scenes of split {args.split}, {wrong} of them with a wrong caption")
+
+
+COMMAND = Command(
+    help="pack images into shards, or draw scenes",
+    example="blip-fast data pack photos/ --annotations captions.csv --output shards/",
+    arguments=_arguments,
+    run=_run,
+)
