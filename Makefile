@@ -2,7 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # Tests that need photographs find them here and say so when they are skipped.
-export BLIP_FAST_DATA ?= $(abspath $(wildcard ../shared/data))
+ifneq ($(wildcard ../shared/data),)
+export BLIP_FAST_DATA ?= $(abspath ../shared/data)
+endif
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .PHONY: setup demo test test-all lint bench

@@ -40,7 +40,7 @@ def texts(*lengths: int, padded_to: int) -> tuple[Tensor, Tensor]:
 def published(kind: str) -> tuple[dict, dict[str, Tensor], dict[str, Tensor], Sizes]:
     """Configuration, weights and expected outputs of one published model."""
     root = os.environ.get("BLIP_FAST_DATA")
-    if root is None:
+    if not root:
         pytest.skip("set BLIP_FAST_DATA to the data folder to compare with files saved by the published code")
     folder = Path(root) / "original_blip"
     config = json.loads((folder / f"{kind}.json").read_text())

@@ -14,8 +14,15 @@ from blip_fast.tokenizer import Tokenizer
 from blip_train import checkpoints, collectives
 from blip_train.engine import TrainingEngine, mean_over_ranks, seed_everything, start_rank
 from blip_train.logs import RunLog
-from blip_train.prepare import EXPORT, check_directory, check_sources, prepare_model, prepare_shards, prepare_tokenizer
-from blip_train.pretraining import Batch, Pretraining
+from blip_train.prepare import (
+    EXPORT,
+    check_directory,
+    check_sources,
+    prepare_pretraining,
+    prepare_shards,
+    prepare_tokenizer,
+)
+from blip_train.pretraining import Batch
 from blip_train.recipe import Recipe
 from blip_train.report import write_run_report
 from blip_train.schedule import alpha_at
@@ -40,7 +47,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     shards, tokenizer = _prepare(recipe)
     # Every rank builds the same weights; afterwards each draws its own negatives and drop-outs.
     torch.manual_seed(recipe.seed)
-    pretraining = Pretraining(prepare_model(recipe, tokenizer), recipe.objective, recipe.seed)
+    pretraining = prepare_pretraining(recipe, tokenizer)
     engine = TrainingEngine(pretraining.train(), recipe, device)
     seed_everything(recipe.seed)
     _steps(recipe, engine, _open_input(recipe, shards, device), tokenizer, resume)
