@@ -59,7 +59,7 @@ def folder(tmp_path_factory):
 def shards(folder, tmp_path_factory):
     """The same images packed."""
     directory = tmp_path_factory.mktemp("shards")
-    samples = [Sample(f"{i:05d}", (folder / image.name).read_bytes(), image.row | {"source": image.name})
+    samples = [Sample(f"{i:05d}", (folder / image.name).read_bytes(), image.row)
                for i, image in enumerate(annotated_images(folder, None))]
     write_shards(samples, directory, samples_per_shard=4)
     return directory

@@ -163,10 +163,15 @@ def test_bad_annotations_are_named_before_any_work(tmp_path) -> None:
         ("g.csv", "picture,caption\na.jpg,a dog", 'has no "image"'),
         ("h.jsonl", "", "names no image"),
         ("i.json", "[]", "must be JSONL or CSV"),
+        ("j.jsonl", '\n{"image": "a.jpg"}\n\nnull', 'row 4 has no "image"'),
+        ("k.csv", f'image,caption\na.jpg,"{"never closed " * 20_000}', "cannot be read as CSV"),
     ]:
         (tmp_path / name).write_text(content)
         with pytest.raises(ValueError, match=words):
             pack(folder, tmp_path / name, tmp_path / "out")
+    (tmp_path / "latin.csv").write_bytes("image,caption\na.jpg,café".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin\.csv cannot be read as CSV in UTF-8"):
+        pack(folder, tmp_path / "latin.csv", tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="no folder"):
         pack(tmp_path / "nowhere", None, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ArgumentParser, Namespace
 
 from blip_fast.commands import Command
-from blip_fast.commands.inputs import ImageInput, expand
 from blip_fast.commands.jsonl import JsonLines
 from blip_fast.commands.model_options import add_model_options, model_options
 
 if TYPE_CHECKING:
+    from blip_fast.commands.inputs import ImageInput
     from blip_fast.generate import GenerationConfig
     from blip_fast.tasks.caption import Captioner
 
@@ -45,6 +45,8 @@ def _arguments(parser: ArgumentParser) -> None:
 
 
 def _run(args: Namespace) -> int:
+    from blip_fast.commands.inputs import expand
+
     generation = _generation(args)
     if args.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")

@@ -6,12 +6,10 @@ import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from PIL.Image import Image
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".jp2", ".avif"}
+from blip_fast.images import SUFFIXES, ImageError, load_image
 
 
 @dataclass(frozen=True)
@@ -25,8 +23,6 @@ class ImageInput:
 
     def load(self) -> Image:
         """Raises ImageError for an image that cannot be read."""
-        from blip_fast.images import ImageError, load_image
-
         if self.size is None:
             return load_image(self.path)
         try:

@@ -1,11 +1,12 @@
-"""Images with their captions, to evaluate on: a folder with `annotations.jsonl`, or packed shards. Nothing is decoded
-until it is asked for."""
+"""Images with their captions: a folder with `annotations.jsonl`, or packed shards. Nothing is decoded until it is asked
+for."""
 
 from __future__ import annotations
 
+import csv
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,19 +69,58 @@ def annotated_images(data: str | Path, split: str | None) -> list[AnnotatedImage
     return chosen
 
 
-def _of_folder(folder: Path) -> Iterator[AnnotatedImage]:
-    with (folder / ANNOTATIONS).open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{folder / ANNOTATIONS}, row {number}"
+def read_annotations(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file (UTF-8) or of a CSV file with a header.
+
+    A row has `image`, a path, and `caption`, or in JSONL `captions`, a list; where wanted `split`, an integer `id` and
+    whatever else. It is given back with `captions` as a list, perhaps an empty one, and all else as it was.
+
+    Raises FileNotFoundError, and ValueError that names the first row that is not understood.
+    """
+    path = Path(path)
+    if path.suffix not in (".jsonl", ".csv"):
+        raise ValueError(f"{path} must be JSONL or CSV, named .jsonl or .csv")
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            rows = enumerate(csv.DictReader(stream), start=1) if path.suffix == ".csv" else _json_rows(stream, path)
+            return [_row(row, f"{path}, row {number}") for number, row in rows]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} cannot be read as {path.suffix[1:].upper()} in UTF-8: {error}") from None
+
+
+def _json_rows(lines: Iterable[str], path: Path) -> Iterator[tuple[int, Any]]:
+    """Each line's number, from 1, and what it holds; blank ones are left out."""
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
             try:
-                row = json.loads(line)
-            except ValueError:
-                raise ValueError(f"{where} is not JSON") from None
-            if not isinstance(row, dict) or not isinstance(row.get("image"), str):
-                raise ValueError(f'{where} has no "image", a path below the folder')
-            yield AnnotatedImage(row["image"], _captions(row, where), row, folder / row["image"])
+                yield number, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, row {number} is not JSON: {error}") from None
+
+
+def _row(row: Any, where: str) -> dict[str, Any]:
+    """The row with its captions as a list; `where` stands for it in messages."""
+    if not isinstance(row, dict) or not isinstance(row.get("image"), str):
+        raise ValueError(f'{where} has no "image", a path below the folder')
+    if None in row:
+        raise ValueError(f"{where} has more fields than the header: put captions that hold commas in quotes")
+    row = dict(row)
+    captions = row.pop("captions", [])
+    if isinstance(captions, list) and "caption" in row:
+        captions = [*captions, row.pop("caption")]
+    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+        raise ValueError(f'{where}: "caption" must be a text, "captions" a list of texts')
+    if "id" in row:
+        try:
+            row["id"] = int(row["id"])
+        except (TypeError, ValueError):
+            raise ValueError(f'{where}: "id" is {row["id"]!r}, not an integer') from None
+    return {**row, "captions": captions}
+
+
+def _of_folder(folder: Path) -> Iterator[AnnotatedImage]:
+    for row in read_annotations(folder / ANNOTATIONS):
+        yield AnnotatedImage(row["image"], row["captions"], row, folder / row["image"])
 
 
 def _of_shards(directory: Path) -> Iterator[AnnotatedImage]:
@@ -96,13 +136,6 @@ def _of_shards(directory: Path) -> Iterator[AnnotatedImage]:
                     records[key] = json.loads(stream.read())
                 else:
                     images[key] = (member.offset_data, member.size)
-        for key, record in records.items():
-            name = record.get("source", key)
-            yield AnnotatedImage(name, _captions(record, f"{path}, sample {key}"), record, path, *images[key])
-
-
-def _captions(row: dict[str, Any], where: str) -> list[str]:
-    captions = row.get("captions", [row["caption"]] if "caption" in row else [])
-    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-        raise ValueError(f'{where}: "captions" must be a list of texts')
-    return captions
+        for key, content in records.items():
+            record = _row(content, f"{path}, sample {key}")
+            yield AnnotatedImage(record["image"], record["captions"], record, path, *images[key])

@@ -9,7 +9,6 @@ run. JPEG, PNG and WebP are stored as they are; what only Pillow reads (GIF, TIF
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import os
@@ -27,6 +26,7 @@ from nvidia import nvimgcodec
 from rich.console import Console
 from rich.progress import track
 
+from blip_fast.data.annotated import read_annotations
 from blip_fast.data.integrity import image_format, what_is_wrong
 from blip_fast.data.shards import Sample, claim, write_shards
 from blip_fast.images import SUFFIXES, ImageError, load_image
@@ -60,8 +60,7 @@ def pack(
 ) -> PackReport:
     """Write shards into `directory`; the same input gives the same bytes.
 
-    `annotations` is JSONL or CSV with a column `image` (path below `folder`), `caption` or, in JSONL, `captions`
-    (several), and where wanted `split` and an integer `id`; other columns are kept. Rows of one image are one sample.
+    `annotations` is a file for `read_annotations`, its images paths below `folder`; rows of one image are one sample.
     Without annotations every image below `folder` is packed, without captions. `split` keeps the rows of that split.
     DALI shuffles within a buffer only: give a `shuffle_seed` where neighbouring rows are alike.
 
@@ -69,7 +68,7 @@ def pack(
     `directory` holds shards already, and ValueError where not a single image can be read.
     """
     folder = Path(folder)
-    records = _read_annotations(folder, annotations, split)
+    records = _records(folder, annotations, split)
     if shuffle_seed is not None:
         records = [records[i] for i in np.random.default_rng(shuffle_seed).permutation(len(records))]
     directory = claim(directory)
@@ -124,7 +123,7 @@ def _read(path: Path) -> bytes | ImageError:
     return content
 
 
-def _read_annotations(folder: Path, annotations: str | Path | None, split: str | None) -> list[dict[str, Any]]:
+def _records(folder: Path, annotations: str | Path | None, split: str | None) -> list[dict[str, Any]]:
     """One record per image, in the order of the annotations: key, image, captions and what else is known."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder of images")
@@ -132,7 +131,7 @@ def _read_annotations(folder: Path, annotations: str | Path | None, split: str |
         found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
         rows = [{"image": path.relative_to(folder).as_posix(), "captions": []} for path in found]
     else:
-        rows = _read_rows(Path(annotations))
+        rows = read_annotations(annotations)
     by_image: dict[str, dict[str, Any]] = {}
     for i, row in enumerate(rows):
         if split is not None and row.get("split") != split:
@@ -143,35 +142,3 @@ def _read_annotations(folder: Path, annotations: str | Path | None, split: str |
         wanted = f" of split {split!r}" if split is not None else ""
         raise ValueError(f"{annotations or folder} names no image{wanted}: nothing to pack")
     return list(by_image.values())
-
-
-def _read_rows(annotations: Path) -> list[dict[str, Any]]:
-    """All rows of a JSONL or CSV file, validated."""
-    if annotations.suffix not in (".jsonl", ".csv"):
-        raise ValueError(f"{annotations} must be JSONL or CSV, named .jsonl or .csv")
-    with annotations.open(encoding="utf-8-sig", newline="") as stream:
-        lines = csv.DictReader(stream) if annotations.suffix == ".csv" else (line for line in stream if line.strip())
-        return [_row(line, f"{annotations}, row {number}") for number, line in enumerate(lines, start=1)]
-
-
-def _row(line: str | dict[str, Any], where: str) -> dict[str, Any]:
-    """One annotation with its `captions` as a list; `where` stands for it in messages."""
-    try:
-        row = json.loads(line) if isinstance(line, str) else line
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON: {error}") from None
-    if not isinstance(row, dict) or not isinstance(row.get("image"), str):
-        raise ValueError(f'{where} has no "image", a path below the folder')
-    if None in row:
-        raise ValueError(f"{where} has more fields than the header: put captions that hold commas in quotes")
-    captions = row.pop("captions", [])
-    if isinstance(captions, list) and "caption" in row:
-        captions = [*captions, row.pop("caption")]
-    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-        raise ValueError(f'{where}: "caption" must be a text, "captions" a list of texts')
-    if "id" in row:
-        try:
-            row["id"] = int(row["id"])
-        except (TypeError, ValueError):
-            raise ValueError(f'{where}: "id" is {row["id"]!r}, not an integer') from None
-    return {**row, "captions": captions}
