@@ -14,7 +14,12 @@ from pathlib import Path
 
 import huggingface_hub
 import tokenizers
-from huggingface_hub.errors import RemoteEntryNotFoundError
+from huggingface_hub.errors import (
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from blip_fast.packing import PackedTexts
@@ -71,23 +76,20 @@ class Tokenizer:
         return cls(Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n"))
 
     @classmethod
-    def from_pretrained(cls, model: str | Path) -> Tokenizer:
-        """Read the vocabulary of a checkpoint directory, or of a model on the Hugging Face Hub (`Salesforce/…`).
+    def from_pretrained(cls, source: str | Path) -> Tokenizer:
+        """Read a `vocab.txt` or `tokenizer.json`, or that of a directory or of a model on the Hub (`Salesforce/…`).
 
-        Raises FileNotFoundError where it holds neither `tokenizer.json` nor `vocab.txt`, ValueError where the
-        tokenizer is not a lower-casing WordPiece.
+        Raises FileNotFoundError where there is neither, or the Hub cannot be reached; ValueError where the tokenizer is
+        not a lower-casing WordPiece.
         """
-        directory = Path(model)
+        path = Path(source)
+        if path.is_file():
+            return cls._from_json_file(path) if path.suffix == ".json" else cls.from_vocab_file(path)
         for name, read in (("tokenizer.json", cls._from_json_file), ("vocab.txt", cls.from_vocab_file)):
-            if directory.is_dir():
-                if (directory / name).is_file():
-                    return read(directory / name)
-                continue
-            try:
-                return read(huggingface_hub.hf_hub_download(str(model), name))
-            except RemoteEntryNotFoundError:
-                continue
-        raise FileNotFoundError(f"{model} holds neither tokenizer.json nor vocab.txt: pass a checkpoint with either")
+            file = path / name if path.is_dir() else _download(str(source), name)
+            if file is not None and file.is_file():
+                return read(file)
+        raise FileNotFoundError(f"{source} holds neither tokenizer.json nor vocab.txt: pass a checkpoint with either")
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -115,8 +117,11 @@ class Tokenizer:
 
     @classmethod
     def _from_json_file(cls, path: str | Path) -> Tokenizer:
-        stored = json.loads(Path(path).read_text(encoding="utf-8"))
-        kind, lower = stored["model"].get("type"), (stored.get("normalizer") or {}).get("lowercase")
+        try:
+            stored = json.loads(Path(path).read_text(encoding="utf-8"))
+            kind, lower = stored["model"].get("type"), (stored.get("normalizer") or {}).get("lowercase")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{path} is not what the tokenizers library writes: fetch it again") from None
         if kind != "WordPiece" or not lower:
             raise ValueError(
                 f"{path} is a {kind} tokenizer, lower-casing {bool(lower)}: BLIP needs lower-casing WordPiece"
@@ -161,6 +166,20 @@ class Tokenizer:
         pieces = None if max_tokens is None else max_tokens - 2
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [[first_ids[first], *encoding.ids[:pieces], self.sep_id] for encoding in encodings]
+
+
+def _download(model: str, name: str) -> Path | None:
+    """A file of a model on the Hub, from the cache where it is there; None where the model has none of that name."""
+    try:
+        return Path(huggingface_hub.hf_hub_download(model, name))
+    except RemoteEntryNotFoundError:
+        return None
+    except LocalEntryNotFoundError:
+        raise FileNotFoundError(f"{model}: no such file or directory, and the Hub, which may have a model of that "
+                                "name, cannot be reached") from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise FileNotFoundError(f"{model}: no such file or directory, and no public model of that name on the "
+                                "Hub") from None
 
 
 def _word_piece(model: models.WordPiece) -> tokenizers.Tokenizer:

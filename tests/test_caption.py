@@ -17,6 +17,7 @@ from blip_fast.generate import GenerationConfig
 from blip_fast.images import ImageError, evaluation_transform
 from blip_fast.tasks.caption import Captioner
 from blip_fast.tasks.loading import load_for_task
+from blip_fast.tokenizer import BERT_TOKENS, Tokenizer
 
 PROMPT = "a picture of"
 
@@ -133,7 +134,15 @@ def test_load_for_task(checkpoint, tmp_path):
             (tmp_path / file.name).symlink_to(file)
     with pytest.raises(ValueError, match="tokenizer"):
         load_for_task(tmp_path)
-    assert load_for_task(tmp_path, tokenizer=directory)[1].vocab_size == model.config.text.vocab_size
+    for kept in (directory, directory / "vocab.txt", directory / "tokenizer.json"):
+        assert load_for_task(tmp_path, tokenizer=kept)[1].vocab_size == model.config.text.vocab_size
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(checkpoint, tmp_path):
+    """Its ids would lie beyond the embeddings, or mean other words: it must not load."""
+    Tokenizer([*BERT_TOKENS, *(f"word{i}" for i in range(500))]).save(tmp_path)
+    with pytest.raises(ValueError, match=r"tokenizer has 507 tokens.*do not belong together"):
+        load_for_task(checkpoint[0], tokenizer=tmp_path)
 
 
 def test_command_prints_json(checkpoint, captioner, folder, capsys):

@@ -181,11 +181,16 @@ def test_hub_checkpoint_without_tokenizer_json(monkeypatch, tmp_path) -> None:
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     assert Tokenizer.from_pretrained("someone/blip").encode("dog") == [2, 5, 3]
-    vocabulary.unlink()
     offline = LocalEntryNotFoundError("offline")
     monkeypatch.setattr("huggingface_hub.hf_hub_download", MagicMock(side_effect=offline))
-    with pytest.raises(LocalEntryNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"^someone/blip: no such file or directory, and the Hub.* cannot be"):
         Tokenizer.from_pretrained("someone/blip")
+
+
+def test_paths_that_are_not_there_are_named(tmp_path) -> None:
+    """The Hub's client would call such a path a malformed model name."""
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/nowhere: no such file or directory"):
+        Tokenizer.from_pretrained(tmp_path / "nowhere")
 
 
 def test_bad_vocabularies_are_refused(tmp_path) -> None:
@@ -198,6 +203,10 @@ def test_bad_vocabularies_are_refused(tmp_path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": {}}}))
     with pytest.raises(ValueError, match="is a BPE tokenizer"):
         Tokenizer.from_pretrained(tmp_path)
+    for broken in ('{"model": {"type": "Word', "{}", "[]", '{"model": []}'):
+        (tmp_path / "tokenizer.json").write_text(broken)
+        with pytest.raises(ValueError, match=r"tokenizer\.json is not what the tokenizers library writes"):
+            Tokenizer.from_pretrained(tmp_path)
 
 
 def test_published_clean_up() -> None:

@@ -39,17 +39,17 @@ def load_for_task(source: str | Path, *, dtype: str = "float32", device: str | N
             checkpoint brings none.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_model`; an unknown dtype; a device that is not there; no tokenizer.
+        FileNotFoundError, ValueError: as `load_model`; an unknown dtype; a device that is not there; no tokenizer, or
+            one with more tokens than the model has embeddings.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     target = _device(device)
-    own_tokenizer = None if tokenizer is None else _tokenizer(tokenizer)
-    model, stored_tokenizer = load_model(source, image_size=image_size, heads=heads, dtype=DTYPES[dtype])
-    chosen = own_tokenizer or stored_tokenizer
-    if chosen is None:
+    given = None if tokenizer is None else Tokenizer.from_pretrained(tokenizer)
+    model, fitting = load_model(source, tokenizer=given, image_size=image_size, heads=heads, dtype=DTYPES[dtype])
+    if fitting is None:
         raise ValueError(f"{source} brings no tokenizer: name a directory with vocab.txt (--tokenizer)")
-    return model.to(target), chosen
+    return model.to(target), fitting
 
 
 def as_sources(images: ImageSource | Sequence[ImageSource]) -> Sequence[ImageSource]:
@@ -108,7 +108,3 @@ def _device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # torch's ways of saying that it is not there
         raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
     return torch.device(name)
-
-
-def _tokenizer(source: str | Path) -> Tokenizer:
-    return Tokenizer.from_vocab_file(source) if Path(source).is_file() else Tokenizer.from_pretrained(source)
