@@ -129,7 +129,7 @@ class BlipModel(nn.Module):
     def _initialise(self) -> None:
         """Weights that keep their input's size (std 1/√fan-in), zero biases, unit norms.
 
-        Visual positions start as large as patch embeddings: at ViT's std of 0.02 small models stay blind to where
+        Visual positions start larger than patch embeddings: at ViT's std of 0.02 small models stay blind to where
         things are for thousands of steps (docs/decisions.md).
         """
         for module in self.modules():
@@ -137,5 +137,5 @@ class BlipModel(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=module.weight[0].numel() ** -0.5)
                 if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)  # type: ignore[arg-type]
-        nn.init.trunc_normal_(self.vision.cls_token, std=1.0)
-        nn.init.trunc_normal_(self.vision.position_embeds, std=1.0)
+        nn.init.normal_(self.vision.cls_token)
+        nn.init.normal_(self.vision.position_embeds, std=2.0)

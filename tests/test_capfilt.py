@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from blip_fast.capfilt import CapFiltConfig, CapFiltResult, CapFiltRow, WebBatch, capfilt, filter_quality
 from blip_fast.capfilt.clean import NUCLEUS
+from blip_fast.capfilt.quality import calibrated_threshold
 from blip_fast.config import BlipConfig, SpecialTokens, TextConfig, VisionConfig
 from blip_fast.generate import GenerationConfig
 from blip_fast.model import BlipModel
@@ -176,3 +177,17 @@ def test_quality_needs_right_and_wrong_captions():
         filter_quality([True, False], [True, True])
     with pytest.raises(ValueError, match="got 1 and 2"):
         filter_quality([True], [True, False])
+
+
+def test_the_calibrated_threshold_keeps_the_share_of_clean_pairs():
+    clean = [i / 100 for i in range(100)]
+    for keep in (0.5, 0.9, 0.97, 1.0):
+        threshold = calibrated_threshold(clean, keep)
+        assert sum(p >= threshold for p in clean) == round(100 * keep)
+    assert calibrated_threshold([0.4], 0.97) == 0.4
+
+
+@pytest.mark.parametrize(("clean", "keep"), [([], 0.9), ([0.5], 0.0), ([0.5], 1.5)])
+def test_a_calibration_without_pairs_or_share_is_refused(clean, keep):
+    with pytest.raises(ValueError, match="calibration needs clean pairs"):
+        calibrated_threshold(clean, keep)

@@ -210,3 +210,23 @@ def test_negatives_follow_their_weights():
         expected = probability[row].double() * len(draws)
         chi_square = ((counts - expected)[others] ** 2 / expected[others]).sum()
         assert chi_square < 13.8  # p = 0.001 at 2 degrees of freedom, seed fixed
+
+
+def test_language_first_trains_lm_alone():
+    """The same LM loss, no gradient outside vision and decoder, a momentum copy that follows and a queue that waits."""
+    batch, pretraining = make_batch(0, 0), Pretraining(make_model(), OBJECTIVES["pretraining"], seed=3)
+    both = Pretraining(make_model(), OBJECTIVES["pretraining"], seed=3)(batch, alpha=0.0)
+    queue = pretraining.queue.image.clone()
+    output = pretraining(batch, alpha=0.0, language_only=True)
+    assert list(output.losses) == ["lm"]
+    torch.testing.assert_close(output.losses["lm"], both.losses["lm"])
+    output.total.backward()
+    model = pretraining.model
+    assert model.itm_head.weight.grad is None and model.vision_projection.weight.grad is None
+    assert model.vision.cls_token.grad.norm() > 0
+    assert torch.equal(pretraining.queue.image, queue) and pretraining.queue.pointer == 0
+    with torch.no_grad():
+        model.vision.cls_token.add_(1.0)
+    moved = pretraining.momentum.copy.vision.cls_token.clone()
+    pretraining(batch, alpha=0.0, language_only=True)
+    torch.testing.assert_close(pretraining.momentum.copy.vision.cls_token, moved + 0.1, atol=1e-5, rtol=0)  # m = 0.9

@@ -109,7 +109,7 @@ def capfilt_batch(captioner: Captioner, matcher: Matcher, batch: WebBatch, confi
                          "image_size")
     written = captioner.caption_pixels(batch.pixels, config.prompt, config.generation, strip_prompt=True)
     texts = [[*web, synthetic.caption] for web, synthetic in zip(batch.captions, written, strict=True)]
-    scores = iter(_match_probabilities(matcher, batch.pixels, texts, config.first_token))
+    scores = iter(match_probabilities(matcher, batch.pixels, texts, config.first_token))
     return [_row(name, text, i == len(mine) - 1, next(scores), config.threshold)
             for name, mine in zip(batch.names, texts, strict=True) for i, text in enumerate(mine)]
 
@@ -119,7 +119,7 @@ def _row(name: str, text: str, synthetic: bool, itm: float, threshold: float) ->
     return CapFiltRow(name, text, "synthetic" if synthetic else "web", itm, has_word and itm >= threshold)
 
 
-def _match_probabilities(matcher: Matcher, pixels: Tensor, texts: Sequence[Sequence[str]],
+def match_probabilities(matcher: Matcher, pixels: Tensor, texts: Sequence[Sequence[str]],
                          first_token: str) -> list[float]:
     """ITM's probability of 'matched' for the texts of each image, in order; one pass for all of them."""
     cleaned = [clean_caption(text) for mine in texts for text in mine]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,6 +52,24 @@ def filter_quality(kept: Sequence[bool], right: Sequence[bool]) -> FilterQuality
         chance_keeping_precision=_share(n_right, total) if n_kept else 0.0,
         chance_keeping_recall=_share(n_kept, total),
     )
+
+
+def calibrated_threshold(clean: Sequence[float], keep: float = 0.97) -> float:
+    """The highest threshold of ITM's probability that keeps a share of clean pairs.
+
+    A filter answers 'matched' too easily on captions that are wrong in one word; pairs known to be right say how high
+    the bar may be set.
+
+    Args:
+        clean: probabilities of right pairs that the filter was not trained on.
+        keep: the share of them that must pass, 0 to 1.
+
+    Raises:
+        ValueError: there is no pair, or `keep` is not a share.
+    """
+    if not clean or not 0.0 < keep <= 1.0:
+        raise ValueError(f"calibration needs clean pairs and a share to keep in (0, 1], got {len(clean)} and {keep}")
+    return sorted(clean)[math.floor((1.0 - keep) * len(clean))]
 
 
 def _share(part: int, whole: int) -> float:

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 
-from blip_fast.capfilt.clean import CapFiltConfig, CapFiltResult, WebBatch, capfilt
-from blip_fast.capfilt.quality import FilterQuality, filter_quality
+from blip_fast.capfilt.clean import CapFiltConfig, CapFiltResult, WebBatch, capfilt, match_probabilities
+from blip_fast.capfilt.quality import FilterQuality, calibrated_threshold, filter_quality
 from blip_fast.data.annotated import AnnotatedImage, annotated_images
+from blip_fast.data.scenes import write_scenes
 from blip_fast.evaluation import CaptionEvaluation, evaluate_captions, evaluate_retrieval
 from blip_fast.generate import GenerationConfig
 from blip_fast.images import evaluation_transform
@@ -29,6 +30,8 @@ from blip_train.recipe import Recipe, load_recipe
 
 STAGES = ("pretrain", "captioner", "filter")
 CLEANED = 2000  # noisy pairs that CapFilt goes through
+CALIBRATION = 500  # clean pairs, in no training set, that set the filter's threshold
+CALIBRATION_SEED = 2  # training scenes have the recipes' seeds 0 and 1
 BATCH = 100
 CAPTIONING = GenerationConfig(beams=3, max_length=24, min_length=5)
 
@@ -45,6 +48,7 @@ class DemoResult:
     retrieval: RetrievalResult
     image_of_text: torch.Tensor
     web: list[AnnotatedImage]
+    threshold: float
     cleaned: CapFiltResult
     quality: FilterQuality
     seconds: dict[str, float]
@@ -128,15 +132,26 @@ def _measure(recipes: dict[str, Recipe]) -> dict:
     retrieval_before, image_of_text = evaluate_retrieval(before.model, before.tokenizer, test, top_k=rerank)
     retrieval, _ = evaluate_retrieval(matcher.model, matcher.tokenizer, test, top_k=rerank)
     web = annotated_images(source_folder(pretrain, "train"), None)[:CLEANED]
-    cleaned = capfilt(captioner, matcher, _batches(web, pretrain.model.vision.image_size), CapFiltConfig(prompt=prompt))
+    image_size = pretrain.model.vision.image_size
+    threshold = _threshold(matcher, pretrain.directory / "scenes" / "calibration", image_size)
+    cleaned = capfilt(captioner, matcher, _batches(web, image_size), CapFiltConfig(prompt=prompt, threshold=threshold))
     kept = [row.kept for row in cleaned.of_origin("web")]
     return {
         "test": test, "image_of_text": image_of_text, "retrieval_before": retrieval_before, "retrieval": retrieval,
         "captions_before": evaluate_captions(before, test, CAPTIONING, prompt=""),
         "captions": evaluate_captions(captioner, test, CAPTIONING, prompt=prompt),
-        "web": web, "cleaned": cleaned,
+        "web": web, "threshold": threshold, "cleaned": cleaned,
         "quality": filter_quality(kept, [image.row["caption_is_right"] for image in web]),
     }
+
+
+def _threshold(matcher: Matcher, folder: Path, image_size: int) -> float:
+    """The filter's threshold, from clean scenes that it has not seen."""
+    write_scenes(folder, CALIBRATION, "train", CALIBRATION_SEED, 0.0, image_size)
+    batches = _batches(annotated_images(folder, None), image_size)
+    first_token = CapFiltConfig().first_token
+    return calibrated_threshold([probability for batch in batches for probability in
+                                 match_probabilities(matcher, batch.pixels, batch.captions, first_token)])
 
 
 def _batches(images: list[AnnotatedImage], image_size: int) -> Iterator[WebBatch]:

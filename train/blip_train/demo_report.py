@@ -71,8 +71,10 @@ def _retrieval(report: Report, result: DemoResult) -> None:
 def _capfilt(report: Report, result: DemoResult) -> None:
     web, synthetic = result.cleaned.of_origin("web"), result.cleaned.of_origin("synthetic")
     removed = sum(not row.kept for row in web)
+    kept_synthetic = sum(row.kept for row in synthetic)
     report.section("CapFilt", f"Of {len(web):,} noisy captions the filter removed {removed:,}; of as many synthetic "
-                              f"ones it kept {sum(row.kept for row in synthetic):,}. Removed texts are struck through.")
+                   f"ones it kept {kept_synthetic:,}. A text passes at an ITM probability of {result.threshold:.2f} or "
+                   "more, the bar that 97 % of clean pairs clear. Removed texts are struck through.")
     triples = list(zip(result.web, web, synthetic, strict=True))
     for kept in (False, True):
         chosen = [triple for triple in triples if triple[1].kept == kept][:SHOWN]

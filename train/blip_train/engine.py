@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import random
+import warnings
 from datetime import timedelta
 from typing import Any
 
@@ -34,6 +35,8 @@ def start_rank() -> torch.device:
         os.environ.setdefault(variable, alone)
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(_free_port())
+    # DeepSpeed calls PyTorch's collectives by their old names, once a step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
     import deepspeed  # only now: importing it reads DS_ACCELERATOR
 
     # Its shared-memory all-reduce for CPUs would compile C++ for a minute at the first run; gloo does without.
@@ -85,13 +88,13 @@ class TrainingEngine:
     def pretraining(self) -> Pretraining:
         return self.engine.module
 
-    def step(self, batch: Batch, alpha: float, lr: float) -> StepOutput:
+    def step(self, batch: Batch, alpha: float, lr: float, language_only: bool) -> StepOutput:
         """One optimiser step on this rank's batch at learning rate `lr`."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         enabled = self.recipe.runtime.precision == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
-            output = self.engine(batch, alpha)
+            output = self.engine(batch, alpha, language_only)
         self.engine.backward(output.total)
         self.engine.step()
         return output

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import resource
 import time
-from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -54,13 +53,10 @@ class RunLog:
             self.file.close()
 
 
-def read_log(path: Path) -> dict[str, list[float]]:
-    """Columns of a `log.jsonl`."""
-    columns: dict[str, list[float]] = defaultdict(list)
-    for line in path.read_text().splitlines():
-        for key, value in json.loads(line).items():
-            columns[key].append(value)
-    return dict(columns)
+def read_log(path: Path, key: str) -> list[tuple[float, float]]:
+    """(step, value) of every row of a `log.jsonl` that has `key`."""
+    rows = map(json.loads, path.read_text().splitlines())
+    return [(row["step"], row[key]) for row in rows if key in row]
 
 
 def _drop_rows_after(path: Path, step: int) -> None:

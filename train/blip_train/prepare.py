@@ -65,8 +65,11 @@ def source_folder(recipe: Recipe, split: Literal["train", "test"]) -> Path:
     assert scenes is not None
     folder = recipe.directory / "scenes" / split
     if not (folder / ANNOTATIONS).is_file():
-        count, noise = (scenes.count, scenes.noise) if split == "train" else (scenes.test, 0.0)
-        write_scenes(folder, count, split, scenes.seed, noise, recipe.model.vision.image_size, scenes.one_object_share)
+        size = recipe.model.vision.image_size
+        if split == "train":
+            write_scenes(folder, scenes.count, split, scenes.seed, scenes.noise, size, scenes.one_object_share)
+        else:  # two objects each, so that no two captions are alike
+            write_scenes(folder, scenes.test, split, scenes.seed, 0.0, size, one_object_share=0.0)
     return folder
 
 

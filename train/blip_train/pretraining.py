@@ -50,6 +50,7 @@ class Objective:
     positives: Literal["pair", "id"] = "pair"
     negatives: Literal["local", "all_ranks"] = "local"
     negative_floor: float = 1e-4
+    language_first_steps: int = 0  # the run's first steps train LM alone (small models from scratch: docs/decisions.md)
     prompt_tokens: int = 0  # leading tokens of a caption, [DEC] included, that carry no LM loss
 
     def __post_init__(self) -> None:
@@ -57,6 +58,8 @@ class Objective:
         unknown = set(self.losses) - {"itc", "itm", "lm"}
         if unknown or not self.losses:
             raise ValueError(f"objective.losses must name some of itc, itm, lm; got {list(self.losses)}")
+        if self.language_first_steps and "lm" not in self.losses:
+            raise ValueError("objective.language_first_steps is set but losses has no lm to start with")
         if "itm" in self.losses and "itc" not in self.losses:
             raise ValueError("objective.losses has itm without itc: ITM draws its negatives from ITC's similarities")
         if not 0.0 <= self.momentum <= 1.0 or not 0.0 <= self.alpha <= 1.0:
@@ -118,12 +121,17 @@ class Pretraining(nn.Module):
             self.momentum = MomentumEncoders(model)
             self.queue = KeyQueue(objective.queue_size, model.config.embed_dim, seed)
 
-    def forward(self, batch: Batch, alpha: float) -> StepOutput:
+    def forward(self, batch: Batch, alpha: float, language_only: bool = False) -> StepOutput:
         """Losses of one rank's batch; updates the momentum copy and the queue (BLIP section 3.2; order as published).
 
         Args:
             alpha: share of ITC's soft targets at this step.
+            language_only: compute LM alone; the momentum copy follows, the queue stands still.
         """
+        if language_only:
+            if "itc" in self.objective.losses:
+                self.momentum.update(self.model, self.objective.momentum)
+            return StepOutput(self._grounded(batch, self.model.encode_images(batch.images), None), None)
         losses: dict[str, Tensor] = {}
         negatives = None
         image_embeds = self.model.encode_images(batch.images)

@@ -31,7 +31,8 @@ class TokenizerRecipe:
 
 @dataclass(frozen=True)
 class ScenesRecipe:
-    """Drawn pictures: `count` to train on, of which `noise` carry a wrong caption, and `test` held-out ones."""
+    """Drawn pictures: `count` to train on, of which `noise` carry a wrong caption and `one_object_share` show one
+    object only, and `test` held-out ones with two objects."""
 
     count: int = 20000
     noise: float = 0.3

@@ -52,9 +52,8 @@ def write_run_report(recipe: Recipe, model: Path) -> dict[str, float]:
 
 def loss_plots(log: Path) -> list[Plot]:
     """One plot a loss, from a run's `log.jsonl`."""
-    columns = read_log(log)
-    return [Plot(title, {name.upper(): list(zip(columns["step"], columns[name], strict=True))})
-            for name, title in LOSS_TITLES.items() if name in columns]
+    series = {name: read_log(log, name) for name in LOSS_TITLES}
+    return [Plot(LOSS_TITLES[name], {name.upper(): points}) for name, points in series.items() if points]
 
 
 def test_images(recipe: Recipe) -> list[AnnotatedImage]:

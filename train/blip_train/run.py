@@ -98,7 +98,7 @@ def _steps(recipe: Recipe, engine: TrainingEngine, source: TrainInput, tokenizer
                 pairs.captions, max_tokens=recipe.tokenizer.max_tokens).to(engine.device), pairs.ids.to(engine.device))
             alpha = alpha_at(step, steps_per_epoch, recipe.objective.alpha, recipe.objective.alpha_ramp_epochs)
             lr = recipe.schedule.lr_at(step, steps_per_epoch)
-            output = engine.step(batch, alpha, lr)
+            output = engine.step(batch, alpha, lr, step < recipe.objective.language_first_steps)
             step, window = step + 1, window + 1
             if step % recipe.runtime.log_every == 0 or step == total:
                 row = mean_over_ranks({**output.losses, "loss": output.total})
