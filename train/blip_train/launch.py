@@ -41,7 +41,9 @@ def _launch(recipe: Recipe, resume: bool) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                f"--nproc-per-node={recipe.runtime.ranks}", "-m", "blip_fast", "train", "--config", str(saved)]
     command += ["--resume"] if resume else []
-    status = subprocess.run(command, env=rank_environment(), check=False).returncode
+    threads = max((os.cpu_count() or 1) // recipe.runtime.ranks, 1)  # ranks of one machine share its cores
+    environment = {"OMP_NUM_THREADS": str(threads)} | rank_environment()
+    status = subprocess.run(command, env=environment, check=False).returncode
     if status:
         raise OSError(f"the run {recipe.name} ended with exit status {status}: the first failing rank's error is above")
 

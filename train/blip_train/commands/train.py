@@ -15,10 +15,14 @@ def _arguments(parser: ArgumentParser) -> None:
 
 
 def _run(arguments: Namespace) -> None:
+    import os
+
     from blip_train.launch import carry_out
     from blip_train.recipe import read_recipe
 
-    print(carry_out(read_recipe(arguments), arguments.resume))
+    model = carry_out(read_recipe(arguments), arguments.resume)
+    if os.environ.get("RANK") == "0":  # one rank speaks for all; a process that only launched them is none
+        print(model)
 
 
 COMMAND = Command(
