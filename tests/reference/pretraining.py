@@ -57,6 +57,10 @@ class TextbookPretraining(Matcher):
     The momentum copies start as the model's own weights.
     """
 
+    image_queue: Tensor  # [d, queue_length], as the text queue
+    text_queue: Tensor
+    idx_queue: Tensor  # [1, queue_length], with `retrieval` alone
+
     def __init__(
         self,
         sizes: Sizes,
@@ -114,8 +118,8 @@ class TextbookPretraining(Matcher):
         if len(image_features) > length:
             raise ValueError(f"{len(image_features)} pairs do not fit a queue of {length}: use a longer queue")
         slots = (pointer + torch.arange(len(image_features))) % length
-        self.image_queue[:, slots] = image_features.T
-        self.text_queue[:, slots] = text_features.T
+        self.image_queue[:, slots] = image_features.T.to(self.image_queue.dtype)
+        self.text_queue[:, slots] = text_features.T.to(self.text_queue.dtype)
         if ids is not None:
             self.idx_queue[0, slots] = ids
         pointer.copy_((slots[-1:] + 1) % length)
