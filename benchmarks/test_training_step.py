@@ -14,7 +14,7 @@ from blip_fast.config import BlipConfig, TextConfig, VisionConfig
 from blip_fast.model import BlipModel
 from blip_fast.packing import PackedTexts
 
-SIZES = {"small": (384, 6, 6, 8), "base": (768, 12, 12, 4)}  # width, layers, heads, of image and text alike; pairs
+SIZES = {"small": (384, 6, 6, 8), "base": (768, 12, 12, 2)}  # width, layers, heads, of image and text alike; pairs
 CASES = [("small", "float32"), ("small", "bfloat16"), ("base", "bfloat16")]
 PADDED, ALPHA = 30, 0.4  # captions are padded to 30 tokens, as published
 TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2}
