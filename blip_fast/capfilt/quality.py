@@ -69,7 +69,8 @@ def calibrated_threshold(clean: Sequence[float], keep: float = 0.97) -> float:
     """
     if not clean or not 0.0 < keep <= 1.0:
         raise ValueError(f"calibration needs clean pairs and a share to keep in (0, 1], got {len(clean)} and {keep}")
-    return sorted(clean)[math.floor((1.0 - keep) * len(clean))]
+    kept = math.ceil(round(keep * len(clean), 9))  # rounded: a product a hair above a whole number is that number
+    return sorted(clean, reverse=True)[kept - 1]
 
 
 def _share(part: int, whole: int) -> float:
