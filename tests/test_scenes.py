@@ -107,6 +107,17 @@ def test_corrupted_captions_are_wrong_half_by_one_slot():
     assert 0.46 < one_slot < 0.55
 
 
+def test_twins_differ_in_one_slot_and_stay_in_training():
+    drawn = scenes.sample_twins(400, seed=3, one_object_share=0.2)
+    assert {s.split for s in drawn} == {"train"}
+    for first, second in zip(drawn[::2], drawn[1::2], strict=True):
+        right, total, exact = score_caption(caption(second), first)
+        assert (right, exact) == (total - 1, False)
+    assert drawn == scenes.sample_twins(400, seed=3, one_object_share=0.2)
+    with pytest.raises(ValueError, match="even number"):
+        scenes.sample_twins(7, seed=0)
+
+
 def test_chance_is_far_below_right_and_agrees_with_counting():
     drawn = scenes.sample_scenes(2000, "train", seed=7, one_object_share=0)
     slots, exact = scenes.chance_levels(drawn, seed=0)

@@ -194,6 +194,18 @@ def sample_scenes(count: int, split: str, seed: int, one_object_share: float = 0
     return [scenes[i] for i in rng.permutation(count)]
 
 
+def sample_twins(count: int, seed: int, one_object_share: float = 0.1) -> list[Scene]:
+    """Training scenes of which each two neighbours (0 and 1, 2 and 3, …) differ in one slot: a filter's hardest.
+
+    Raises ValueError where `count` is odd; else as `sample_scenes`.
+    """
+    if count % 2:
+        raise ValueError(f"{count} scenes asked for: twins need an even number")
+    rng = np.random.default_rng([seed, SPLITS.index("train")])
+    firsts = sample_scenes(count // 2, "train", seed, one_object_share)
+    return [scene for first in firsts for scene in (first, _edit(first, rng))]
+
+
 def _random_scene(split: str, objects: int, rng: np.random.Generator) -> Scene:
     while True:
         u = rng.random(8)
@@ -213,15 +225,23 @@ def _pick(words: tuple[str, ...], u: float) -> str:
 
 def corrupt(scene: Scene, rng: np.random.Generator) -> str:
     """A wrong caption of the same split: with equal chance another scene's, or this one's with one slot changed."""
-    from_another = rng.random() < 0.5
+    if rng.random() >= 0.5:
+        return caption(_edit(scene, rng))
     while True:
-        wrong = _random_scene(scene.split, len(scene.things), rng) if from_another else _edit(scene, rng)
-        if wrong.split == scene.split and not wrong.same_as(scene) and len(set(wrong.things)) == len(wrong.things):
+        wrong = _random_scene(scene.split, len(scene.things), rng)
+        if not wrong.same_as(scene):
             return caption(wrong)
 
 
 def _edit(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The scene with one of its slots, each equally likely, given another value."""
+    """Another scene of the same split: this one with one of its slots, each equally likely, given another value."""
+    while True:
+        other = _with_one_slot_changed(scene, rng)
+        if other.split == scene.split and not other.same_as(scene) and len(set(other.things)) == len(other.things):
+            return other
+
+
+def _with_one_slot_changed(scene: Scene, rng: np.random.Generator) -> Scene:
     slots = [(i, name) for i in range(len(scene.things)) for name in ("size", "colour", "shape")]
     slots += [(None, "background")] + [(None, "relation")] * (scene.relation is not None)
     i, name = slots[rng.integers(len(slots))]
@@ -302,14 +322,20 @@ def scene_from_slots(slots: dict) -> Scene:
 
 
 def write_scenes(
-    folder: Path, count: int, split: str, seed: int, noise: float, image_size: int, one_object_share: float = 0.1
+    folder: Path, count: int, split: str, seed: int, noise: float, image_size: int, one_object_share: float = 0.1,
+    twins: bool = False,
 ) -> list[dict]:
     """Draw scenes into `folder` as PNG with annotations.jsonl, ready to be packed; exactly round(count × noise)
-    captions are wrong. Rows, also returned: image, captions (one), split, scene (the truth's slots), caption_is_right.
+    captions are wrong. With `twins`, for the split "train", each two neighbours differ in one slot (`sample_twins`).
+
+    Rows, also returned: image, captions (one), split, scene (the truth's slots), caption_is_right.
     """
     if not 0 <= noise <= 1:
         raise ValueError(f"noise is {noise}; it is the share of wrong captions, 0 to 1")
-    scenes = sample_scenes(count, split, seed, one_object_share)
+    if twins and split != "train":
+        raise ValueError(f"twins are for training, not for the split {split}")
+    scenes = (sample_twins(count, seed, one_object_share) if twins
+              else sample_scenes(count, split, seed, one_object_share))
     rng = np.random.default_rng([seed, SPLITS.index(split)])
     folder.mkdir(parents=True, exist_ok=True)
     wrong = set(rng.permutation(count)[: round(count * noise)].tolist())

@@ -51,9 +51,10 @@ def prepare_shards(recipe: Recipe) -> Path:
         return folder
     shards = recipe.directory / "shards"
     if not (shards / INDEX).is_file():
-        # Rows of one source often stand together, and DALI shuffles within a buffer only.
-        split = recipe.data.train_split if recipe.data.root else None
-        pack(folder, folder / ANNOTATIONS, shards, split=split, shuffle_seed=recipe.seed)
+        if recipe.data.root is None:  # scenes are drawn in random order, twins side by side
+            pack(folder, folder / ANNOTATIONS, shards)
+        else:  # rows of one source often stand together, and DALI shuffles within a buffer only
+            pack(folder, folder / ANNOTATIONS, shards, split=recipe.data.train_split, shuffle_seed=recipe.seed)
     return shards
 
 
@@ -67,7 +68,8 @@ def source_folder(recipe: Recipe, split: Literal["train", "test"]) -> Path:
     if not (folder / ANNOTATIONS).is_file():
         size = recipe.model.vision.image_size
         if split == "train":
-            write_scenes(folder, scenes.count, split, scenes.seed, scenes.noise, size, scenes.one_object_share)
+            write_scenes(folder, scenes.count, split, scenes.seed, scenes.noise, size, scenes.one_object_share,
+                         scenes.twins)
         else:  # two objects each, so that no two captions are alike
             write_scenes(folder, scenes.test, split, scenes.seed, 0.0, size, one_object_share=0.0)
     return folder

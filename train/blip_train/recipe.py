@@ -32,12 +32,17 @@ class TokenizerRecipe:
 @dataclass(frozen=True)
 class ScenesRecipe:
     """Drawn pictures: `count` to train on, of which `noise` carry a wrong caption and `one_object_share` show one
-    object only, and `test` held-out ones with two objects."""
+    object only, and `test` held-out ones with two objects.
+
+    With `twins` each training scene is followed by one that differs in one word; a `shuffle_buffer` of 1 keeps the two
+    in one batch, where each is the other's hardest negative.
+    """
 
     count: int = 20000
     noise: float = 0.3
     test: int = 200
     one_object_share: float = 0.1
+    twins: bool = False
     seed: int = 0
 
 
