@@ -56,6 +56,15 @@ def whole_run(scenes, tmp_path_factory):
     return runs
 
 
+def test_a_filter_without_a_decoder_is_measured_and_reported(scenes, tmp_path):
+    """The report once asked every model for captions, so that a filter's run failed after its last step."""
+    done = blip_fast_train(scenes, tmp_path, "--model.text_stacks", "encoder", "--objective.losses=[itc,itm]",
+                           "--schedule.max_steps", "2", "--evaluation.images", "6")
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "tiny" / "metrics.json").read_text())
+    assert {"i2t_r1", "t2i_r10"} <= metrics.keys() and "caption_loss" not in metrics
+
+
 def test_a_run_leaves_its_log_checkpoints_and_model(whole_run):
     run = whole_run / "tiny"
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]

@@ -12,9 +12,12 @@ from blip_fast.data.annotated import AnnotatedImage, annotated_images
 from blip_fast.data.scenes import scene_from_slots, score_caption
 from blip_fast.evaluation import CaptionEvaluation, evaluate_captions, evaluate_retrieval
 from blip_fast.generate import GenerationConfig
+from blip_fast.model import BlipModel
 from blip_fast.report.page import Card, Line, Metric, Report
 from blip_fast.report.plot import Plot
 from blip_fast.tasks.caption import Captioner
+from blip_fast.tasks.loading import load_for_task
+from blip_fast.tokenizer import Tokenizer
 from blip_train.logs import read_log
 from blip_train.prepare import source_folder
 from blip_train.recipe import Recipe
@@ -40,11 +43,12 @@ def write_run_report(recipe: Recipe, model: Path) -> dict[str, float]:
     report.section("Losses").plots(loss_plots(recipe.directory / "log.jsonl"))
     metrics: dict[str, float] = {}
     if recipe.evaluation.images:
-        captioner = Captioner.from_pretrained(model)
+        loaded, tokenizer = load_for_task(model)
         images = test_images(recipe)
-        if captioner.model.config.has_encoder and captioner.model.config.matching:
-            metrics |= _retrieval(report, recipe, captioner, images)
-        metrics |= _captions(report, recipe, captioner, images)
+        if loaded.config.has_encoder and loaded.config.matching:
+            metrics |= _retrieval(report, recipe, loaded, tokenizer, images)
+        if loaded.config.has_decoder:
+            metrics |= _captions(report, recipe, Captioner(loaded, tokenizer), images)
         (recipe.directory / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     report.write(recipe.directory / "report.html")
     return metrics
@@ -77,9 +81,9 @@ def retrieval_metrics(recalls: dict[str, float], chances: dict[str, float]) -> l
             for name, value in recalls.items()]
 
 
-def _retrieval(report: Report, recipe: Recipe, captioner: Captioner, images: list[AnnotatedImage]) -> dict[str, float]:
-    result, image_of_text = evaluate_retrieval(captioner.model, captioner.tokenizer, images,
-                                               top_k=recipe.evaluation.rerank)
+def _retrieval(report: Report, recipe: Recipe, model: BlipModel, tokenizer: Tokenizer,
+               images: list[AnnotatedImage]) -> dict[str, float]:
+    result, image_of_text = evaluate_retrieval(model, tokenizer, images, top_k=recipe.evaluation.rerank)
     recalls, chances = result.recalls(image_of_text), result.chances(image_of_text)
     report.section("Retrieval", f"{len(images)} images, {len(image_of_text)} texts; ITC, then ITM over the best "
                                 f"{recipe.evaluation.rerank} of each.").metrics(retrieval_metrics(recalls, chances))
@@ -87,8 +91,6 @@ def _retrieval(report: Report, recipe: Recipe, captioner: Captioner, images: lis
 
 
 def _captions(report: Report, recipe: Recipe, captioner: Captioner, images: list[AnnotatedImage]) -> dict[str, float]:
-    if not captioner.model.config.has_decoder:
-        return {}
     generation = GenerationConfig(beams=recipe.evaluation.beams, max_length=MAX_LENGTH, min_length=MIN_LENGTH)
     split = recipe.data.train_split if recipe.data.root is not None else None
     train = [caption for image in annotated_images(source_folder(recipe, "train"), split) for caption in image.captions]
