@@ -90,7 +90,7 @@ import json
 import torch
 from blip_kernels.backends import ATTENTION_BACKENDS, attention_backend
 device = "cuda" if torch.cuda.is_available() else "cpu"
-queries = [torch.empty(1, 1, 1, dtype=dtype, device=device) for dtype in (torch.float32, torch.bfloat16)]
+queries = [torch.empty(1, 1, 64, dtype=dtype, device=device) for dtype in (torch.float32, torch.bfloat16)]
 chosen = [attention_backend(q) for q in queries]
 print(json.dumps({"detail": chosen[0] if len(set(chosen)) == 1 else f"{chosen[0]} in float32, {chosen[1]} in 16 bits",
                   "known": ATTENTION_BACKENDS}))

@@ -1,149 +1,158 @@
 """Attention over packed segments.
 
-    out[i] = softmax(scale · q[i] kᵀ[segment of i]) v[segment of i]
+    out[i] = dropout(softmax(scale · q[i] kᵀ[segment of i])) v[segment of i]
 
 Rows of all segments stand one after another; `q_offsets` and `kv_offsets` say where each segment starts. Query segment
 s reads key segment s and nothing else, so texts of different lengths need no padding, and one key segment (an image)
 serves all the query rows that belong to it (its captions, its beams).
+
+The op keeps the log-sum-exp of each row's logits and recomputes the weights in its backward:
+
+    p = exp(s − lse),  δ = Σ dout · out,  dp = dropout(dout vᵀ),  ds = p · (dp − δ)
+    dq = scale · ds k,  dk = scale · dsᵀ q,  dv = dropout(p)ᵀ dout
+
+Dropout is a function of (seed, head, query row, key): the backward draws the same weights again, and so does the twin.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from blip_kernels import block_attention
 from blip_kernels.backends import attention_backend
-from blip_kernels.sliced_attention import SlicedAttention
+from blip_kernels.padded_attention import CORES, causal_mask, padded_attention
+from blip_kernels.random import new_seed, philox
 
-# (q, k, v [segments, heads, tokens, head_dim], mask or None, causal, dropout, scale) → as q
-Core = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, float, float], Tensor]
+MAX_ROWS = 2**31 - 1  # offsets are int32
+DROPOUT_STEPS = 1 << 16  # dropout's probability is a multiple of 1 / DROPOUT_STEPS: 16 random bits a weight
 
 
-def _attention_reference(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, kv_offsets: Tensor, causal: bool,
-                         dropout: float, scale: float) -> Tensor:
-    """The formula, one segment at a time, in float32 at least. Slow and obvious."""
-    out = torch.zeros_like(q)
+# ---------------------------------------------------------------- the eager twin
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """One segment in float32 at least: which rows it owns, and its weights before and after dropout."""
+
+    q_rows: slice
+    kv_rows: slice
+    weights: Tensor  # [heads, queries, keys]
+    kept: Tensor | None  # the same shape: 0 where dropped, 1 / (1 − dropout) elsewhere
+    lse: Tensor  # [heads, queries], +∞ where a query sees no key
+
+
+def _segments(q: Tensor, k: Tensor, q_offsets: Tensor, kv_offsets: Tensor, causal: bool, dropout: float, scale: float,
+              seed: int) -> Iterator[_Segment]:
+    """The formula, one segment at a time."""
     q_bounds, kv_bounds = q_offsets.tolist(), kv_offsets.tolist()
     wide = torch.promote_types(q.dtype, torch.float32)
-    pieces = []
     for s in range(len(q_bounds) - 1):
         q_rows, kv_rows = slice(q_bounds[s], q_bounds[s + 1]), slice(kv_bounds[s], kv_bounds[s + 1])
-        q_s, k_s, v_s = q[q_rows].to(wide), k[kv_rows].to(wide), v[kv_rows].to(wide)
-        if k_s.shape[0] == 0:
-            pieces.append(out[q_rows])
-            continue
-        logits = torch.einsum("qhd,khd->hqk", q_s, k_s) * scale
+        queries, keys = q_rows.stop - q_rows.start, kv_rows.stop - kv_rows.start
+        logits = torch.einsum("qhd,khd->hqk", q[q_rows].to(wide), k[kv_rows].to(wide)) * scale
         if causal:
-            logits = logits.masked_fill(~_causal_mask(q_s.shape[0], k_s.shape[0], q.device), float("-inf"))
-        weights = F.dropout(torch.softmax(logits, dim=-1), dropout)
-        pieces.append(torch.einsum("hqk,khd->qhd", weights, v_s).to(q.dtype))
-    return torch.cat(pieces) if pieces else out
+            logits = logits.masked_fill(~causal_mask(queries, keys, q.device), float("-inf"))
+        lse = torch.logsumexp(logits, dim=-1)
+        lse = torch.where(lse == float("-inf"), float("inf"), lse)  # no key: weights of zero
+        kept = _kept(q.shape[1], q_rows, keys, dropout, seed, q.device) if dropout else None
+        yield _Segment(q_rows, kv_rows, torch.exp(logits - lse[..., None]), kept, lse)
 
 
-def _causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
-    """[queries, keys], True where a query may look: the last query sees every key."""
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+def _kept(heads: int, q_rows: slice, keys: int, dropout: float, seed: int, device: torch.device) -> Tensor:
+    """Dropout's factors [heads, queries, keys]: 16 bits a weight, eight weights to one call of Philox."""
+    head = torch.arange(heads, device=device)[:, None, None]
+    row = torch.arange(q_rows.start, q_rows.stop, device=device)[None, :, None]
+    group = torch.arange(-(-keys // 8), device=device)[None, None, :]
+    words = torch.stack(philox(seed, group, row, head), dim=-1)
+    bits = torch.stack([words & 0xFFFF, words >> 16], dim=-1).flatten(2)[..., :keys]
+    threshold = round(dropout * DROPOUT_STEPS)
+    return (bits >= threshold).float() * (DROPOUT_STEPS / (DROPOUT_STEPS - threshold))
 
 
-def _attention_padded(core: Core, q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, kv_offsets: Tensor,
-                      causal: bool, dropout: float, scale: float) -> Tensor:
-    """Segments padded into a batch for `core`; equal lengths are a view and cost nothing."""
-    q_lengths, kv_lengths = q_offsets.diff(), kv_offsets.diff()
-    longest_q, longest_kv = int(q_lengths.max()), int(kv_lengths.max())
-    if longest_q == 0 or longest_kv == 0:
-        return torch.zeros_like(q)
-    q_ragged = longest_q * len(q_lengths) != q.shape[0]
-    kv_ragged = longest_kv * len(kv_lengths) != k.shape[0]
-    q_places = _places(q_offsets, q_lengths, longest_q) if q_ragged else None
-    kv_places = q_places if kv_offsets is q_offsets else (
-        _places(kv_offsets, kv_lengths, longest_kv) if kv_ragged else None)
-    q_batch = _pad(q, len(q_lengths), longest_q, q_places)
-    k_batch = _pad(k, len(kv_lengths), longest_kv, kv_places)
-    v_batch = _pad(v, len(kv_lengths), longest_kv, kv_places)
-
-    # With equal query and key segments the causal mask alone keeps real rows from padded keys, which stand behind them.
-    same_segments = kv_offsets is q_offsets or torch.equal(q_offsets, kv_offsets)
-    mask = None
-    if causal and not same_segments:
-        mask = _ragged_causal_mask(q_lengths, kv_lengths, longest_q, longest_kv)
-    elif kv_ragged and not causal:
-        mask = (torch.arange(longest_kv, device=q.device) < kv_lengths[:, None])[:, None, None, :]
-    out = core(q_batch, k_batch, v_batch, mask, causal and same_segments, dropout, scale)
-    rows = out.transpose(1, 2).reshape(-1, *q.shape[1:])
-    if q_places is not None:
-        rows = _Unpad.apply(rows, q_places)
-    if mask is not None and bool((kv_lengths == 0).any()):
-        empty = torch.repeat_interleave(kv_lengths == 0, q_lengths.long())
-        rows = rows.masked_fill(empty[:, None, None], 0.0)
-    return rows
+def _twin_forward(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, kv_offsets: Tensor, causal: bool, dropout: float,
+                  scale: float, seed: int) -> tuple[Tensor, Tensor]:
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    lse = torch.empty(q.shape[1], q.shape[0], dtype=wide, device=q.device)
+    for s in _segments(q, k, q_offsets, kv_offsets, causal, dropout, scale, seed):
+        weights = s.weights if s.kept is None else s.weights * s.kept
+        out[s.q_rows] = torch.einsum("hqk,khd->qhd", weights, v[s.kv_rows].to(wide)).to(q.dtype)
+        lse[:, s.q_rows] = s.lse
+    return out, lse
 
 
-def _ragged_causal_mask(q_lengths: Tensor, kv_lengths: Tensor, longest_q: int, longest_kv: int) -> Tensor:
-    """[segments, 1, longest_q, longest_kv], bottom-right aligned in each segment."""
-    queries = torch.arange(longest_q, device=q_lengths.device)[None, :, None]
-    keys = torch.arange(longest_kv, device=q_lengths.device)[None, None, :]
-    ends = queries + (kv_lengths - q_lengths)[:, None, None]
-    return ((keys <= ends) & (keys < kv_lengths[:, None, None]))[:, None]
+def _twin_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, q_offsets: Tensor, kv_offsets: Tensor,
+                   causal: bool, dropout: float, scale: float, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    for s in _segments(q, k, q_offsets, kv_offsets, causal, dropout, scale, seed):
+        grad_s, out_s = grad[s.q_rows].to(wide), out[s.q_rows].to(wide)
+        delta = (grad_s * out_s).sum(-1).T[..., None]  # [heads, queries, 1]
+        d_weights = torch.einsum("qhd,khd->hqk", grad_s, v[s.kv_rows].to(wide))
+        weights = s.weights
+        if s.kept is not None:
+            weights, d_weights = weights * s.kept, d_weights * s.kept
+        d_logits = s.weights * (d_weights - delta) * scale
+        dv[s.kv_rows] = torch.einsum("hqk,qhd->khd", weights, grad_s).to(v.dtype)
+        dq[s.q_rows] = torch.einsum("hqk,khd->qhd", d_logits, k[s.kv_rows].to(wide)).to(q.dtype)
+        dk[s.kv_rows] = torch.einsum("hqk,qhd->khd", d_logits, q[s.q_rows].to(wide)).to(k.dtype)
+    return dq, dk, dv
 
 
-def _places(offsets: Tensor, lengths: Tensor, longest: int) -> Tensor:
-    """int64 [rows]: where each packed row stands in the padded batch [segments × longest]."""
-    shift = torch.arange(len(lengths), device=offsets.device) * longest - offsets[:-1]
-    return torch.arange(int(offsets[-1]), device=offsets.device) + torch.repeat_interleave(shift, lengths.long())
+# ---------------------------------------------------------------- registration
 
 
-def _pad(x: Tensor, segments: int, longest: int, places: Tensor | None) -> Tensor:
-    """[rows, heads, head_dim] → [segments, heads, longest, head_dim], zeros behind the shorter segments."""
-    rows = x if places is None else _Pad.apply(x, places, segments * longest)
-    return rows.reshape(segments, longest, *x.shape[1:]).transpose(1, 2)
+@torch.library.custom_op("blip_kernels::attention", mutates_args=())
+def _op(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, kv_offsets: Tensor, causal: bool, dropout: float,
+        scale: float, seed: int, triton: bool) -> tuple[Tensor, Tensor]:
+    """→ out and the log-sum-exp [heads, query rows], Triton's to base 2."""
+    if triton:
+        from blip_kernels.gpu.attention import forward
+
+        return forward(q, k, v, q_offsets, kv_offsets, causal, dropout, scale, seed)
+    return _twin_forward(q, k, v, q_offsets, kv_offsets, causal, dropout, scale, seed)
 
 
-class _Pad(torch.autograd.Function):
-    """Rows to their places in a padded batch. Places are unique, so the gradient is a plain gather."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, places: Tensor, padded_rows: int) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(places)
-        return x.new_zeros(padded_rows, *x.shape[1:]).index_copy_(0, places, x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
-        return grad.index_select(0, ctx.saved_tensors[0]), None, None
+@_op.register_fake
+def _(q, k, v, q_offsets, kv_offsets, causal, dropout, scale, seed, triton):
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty(q.shape), lse
 
 
-class _Unpad(torch.autograd.Function):
-    """The inverse of `_Pad`; its gradient is `_Pad`'s forward."""
+@torch.library.custom_op("blip_kernels::attention_backward", mutates_args=())
+def _backward_op(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, q_offsets: Tensor,
+                 kv_offsets: Tensor, causal: bool, dropout: float, scale: float, seed: int,
+                 triton: bool) -> tuple[Tensor, Tensor, Tensor]:
+    if triton:
+        from blip_kernels.gpu.attention import backward
 
-    @staticmethod
-    def forward(ctx, padded: Tensor, places: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(places)
-        ctx.padded_rows = padded.shape[0]
-        return padded.index_select(0, places)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
-        return grad.new_zeros(ctx.padded_rows, *grad.shape[1:]).index_copy_(0, ctx.saved_tensors[0], grad), None
+        return backward(grad, q, k, v, out, lse, q_offsets, kv_offsets, causal, dropout, scale, seed)
+    return _twin_backward(grad, q, k, v, out, q_offsets, kv_offsets, causal, dropout, scale, seed)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float, scale: float) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=causal, scale=scale)
+@_backward_op.register_fake
+def _(grad, q, k, v, out, lse, q_offsets, kv_offsets, causal, dropout, scale, seed, triton):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _sliced(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float, scale: float) -> Tensor:
-    if causal:
-        mask = _causal_mask(q.shape[2], k.shape[2], q.device).expand(len(q), 1, -1, -1)
-    return SlicedAttention.apply(q, k, v, mask, dropout, scale)
+def _save(ctx, inputs, output):
+    q, k, v, q_offsets, kv_offsets, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, *output, q_offsets, kv_offsets)
+    ctx.mark_non_differentiable(output[1])
 
 
-_IMPLEMENTATIONS = {
-    "reference": _attention_reference,
-    "sdpa": partial(_attention_padded, _sdpa),
-    "sliced": partial(_attention_padded, _sliced),
-}
+def _differentiate(ctx, grad, _):
+    return *_backward_op(grad, *ctx.saved_tensors, *ctx.options), *(None,) * 7
+
+
+_op.register_autograd(_differentiate, setup_context=_save)
+
+
+# ---------------------------------------------------------------- the public function
 
 
 def attention(
@@ -172,14 +181,21 @@ def attention(
         backend: one of `blip_kernels.backends.ATTENTION_BACKENDS`; None reads `BLIP_FAST_ATTENTION`.
 
     Returns:
-        [query rows, heads, head_dim] in `q`'s dtype. Queries of an empty key segment get zeros.
+        [query rows, heads, head_dim] in `q`'s dtype. Queries that see no key get zeros. A value that is not a number
+        spreads to the rows that see it and no further.
 
     Raises:
-        ValueError: shapes, dtypes, devices or offsets do not fit; the message names the argument.
+        ValueError: shapes, dtypes, devices or offsets do not fit, or the backend cannot run; the message says which.
     """
     _check(q, k, v, q_offsets, kv_offsets, dropout)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _IMPLEMENTATIONS[attention_backend(q, backend)](q, k, v, q_offsets, kv_offsets, causal, dropout, scale)
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    chosen = attention_backend(q, backend)
+    if chosen in block_attention.ADAPTERS:
+        return block_attention.ADAPTERS[chosen](q, k, v, q_offsets, kv_offsets, causal, dropout, factor)
+    if chosen in CORES:
+        return padded_attention(CORES[chosen], q, k, v, q_offsets, kv_offsets, causal, dropout, factor)
+    return _op(q, k, v, q_offsets, kv_offsets, causal, dropout, factor, new_seed() if dropout else 0,
+               chosen == "triton")[0]
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, kv_offsets: Tensor, dropout: float) -> None:
@@ -190,18 +206,22 @@ def _check(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, kv_offsets: Tenso
                          f"{tuple(v.shape)}")
     if not q.dtype == k.dtype == v.dtype or not q.dtype.is_floating_point:
         raise ValueError(f"q, k and v must share one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
     if q_offsets.shape != kv_offsets.shape:
         raise ValueError(f"q_offsets and kv_offsets must be of one length (segments + 1), got {len(q_offsets)} and "
                          f"{len(kv_offsets)}")
     for name, offsets, rows in (("q_offsets", q_offsets, len(q)), ("kv_offsets", kv_offsets, len(k))):
+        if rows > MAX_ROWS:
+            raise ValueError(f"{name} would have to reach {rows} rows, beyond int32: split the batch")
         if offsets.dtype != torch.int32 or offsets.ndim != 1 or len(offsets) < 2:
             raise ValueError(f"{name} must be int32 [segments + 1], got {offsets.dtype} {tuple(offsets.shape)}")
         if offsets.device != q.device:
             raise ValueError(f"{name} is on {offsets.device}, q on {q.device}: move it there")
-        # Reading values on an accelerator would stall it; there the shapes alone are checked.
-        if offsets.device.type != "cpu":
+        # Reading values on an accelerator would stall it, and a compiler cannot; there the shapes alone are checked.
+        if offsets.device.type != "cpu" or torch.compiler.is_compiling():
             continue
         first, last, falls = int(offsets[0]), int(offsets[-1]), bool((offsets.diff() < 0).any())
         if first != 0 or last != rows or falls:

@@ -8,35 +8,96 @@ not.
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-ATTENTION_BACKENDS = ("auto", "sdpa", "sliced", "reference")
+ATTENTION_BACKENDS = ("auto", "triton", "sdpa", "sliced", "flash_attn", "xformers", "reference")
 ATTENTION_VARIABLE = "BLIP_FAST_ATTENTION"
+HEAD_WIDTHS = (32, 64, 128)  # of Triton's attention
+HALF = (torch.float16, torch.bfloat16)
 
 
 def attention_backend(q: Tensor, requested: str | None = None) -> str:
     """Resolve the attention implementation for a call.
 
-    `auto` is `sliced` for 16-bit types on a CPU, where PyTorch's fused attention is several times slower, else `sdpa`.
+    `auto` is Triton's on an NVIDIA GPU where heads are 32, 64 or 128 wide. On a CPU it is `sliced` for 16-bit types,
+    where PyTorch's fused attention is several times slower. Elsewhere it is `sdpa`. While `torch.compile` traces it is
+    Triton's or the reference, each one node of the graph: the others read lengths on the host, which breaks it.
 
     Args:
-        q: the call's queries.
+        q: the call's queries [rows, heads, head_dim].
         requested: one of `ATTENTION_BACKENDS`, or None to take `BLIP_FAST_ATTENTION` (default `auto`).
 
     Returns:
-        `"sdpa"`, `"sliced"` or `"reference"`.
+        One of `ATTENTION_BACKENDS` but `auto`.
 
     Raises:
-        ValueError: the name is not one of `ATTENTION_BACKENDS`, or `sliced` is asked for off the CPU.
+        ValueError: the name is not one of `ATTENTION_BACKENDS`, or it cannot run this call; the message says why and
+            which can.
     """
     name = requested or os.environ.get(ATTENTION_VARIABLE) or "auto"
     if name not in ATTENTION_BACKENDS:
         raise ValueError(f"attention backend {name!r} is not known: choose one of {', '.join(ATTENTION_BACKENDS)}")
-    on_cpu = q.device.type == "cpu"
-    if name == "sliced" and not on_cpu:
-        raise ValueError(f"attention backend 'sliced' runs on a CPU only, and q is on {q.device}: choose auto or sdpa")
     if name == "auto":
-        return "sliced" if on_cpu and q.dtype in (torch.bfloat16, torch.float16) else "sdpa"
+        if torch.compiler.is_compiling():
+            return "triton" if q.device.type == "cuda" and not attention_cannot("triton", q) else "reference"
+        if q.device.type == "cpu":
+            return "sliced" if q.dtype in HALF else "sdpa"
+        return "sdpa" if attention_cannot("triton", q) else "triton"
+    if reason := attention_cannot(name, q):
+        able = [other for other in ATTENTION_BACKENDS[1:] if not attention_cannot(other, q)]
+        raise ValueError(f"attention backend {name!r} cannot run: {reason}; here can run: {', '.join(able)}")
     return name
+
+
+def attention_cannot(name: str, q: Tensor) -> str | None:
+    """Why the attention backend `name` cannot run a call with queries `q`; None where it can."""
+    if name == "triton":
+        if q.shape[-1] not in HEAD_WIDTHS:
+            return f"heads are {q.shape[-1]} wide and its kernels take {', '.join(map(str, HEAD_WIDTHS))}"
+        if q.dtype not in (*HALF, torch.float32):
+            return f"its kernels take float16, bfloat16 and float32, not {q.dtype}"
+        return triton_cannot(q)
+    if name == "sliced" and q.device.type != "cpu":
+        return f"it runs on a CPU only, and q is on {q.device}"
+    if name in ("flash_attn", "xformers"):
+        if find_spec(name) is None:
+            return f"{name.replace('_', '-')} is not installed (it needs CUDA to build)"
+        if q.device.type != "cuda":
+            return f"it runs on a GPU only, and q is on {q.device}"
+        if name == "flash_attn" and q.dtype not in HALF:
+            return f"it takes float16 and bfloat16, not {q.dtype}"
+    return None
+
+
+def op_backend(x: Tensor, requested: str | None = None) -> str:
+    """Resolve the implementation of an op that has a Triton kernel and an eager twin.
+
+    Args:
+        x: any of the call's tensors.
+        requested: `auto` (the default: Triton on an NVIDIA GPU, else the twin), `triton` or `reference` (the twin).
+
+    Returns:
+        `"triton"` or `"reference"`.
+
+    Raises:
+        ValueError: another name, or `triton` where it cannot run, with the reason.
+    """
+    if requested not in (None, "auto", "triton", "reference"):
+        raise ValueError(f"backend {requested!r} is not known: choose one of auto, triton, reference")
+    if requested == "triton" and (reason := triton_cannot(x)):
+        raise ValueError(f"backend 'triton' cannot run: {reason}; choose auto or reference")
+    if requested in (None, "auto"):
+        return "triton" if x.device.type != "cpu" and not triton_cannot(x) else "reference"
+    return requested
+
+
+def triton_cannot(x: Tensor) -> str | None:
+    """Why Triton cannot run a call on `x`; None where it can."""
+    try:
+        from blip_kernels.gpu.launch import why_not
+    except ImportError as error:
+        return f"Triton is not installed ({error})"
+    return why_not(x)
