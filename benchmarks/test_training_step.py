@@ -68,6 +68,7 @@ def test_training_step(side_by_side, size, precision):
         with autocast():
             output = ours(batch, ALPHA)
         output.total.backward()
+        ours.enqueue(output)
         return output.losses, textbook.Negatives(output.negatives.image_for_text, output.negatives.text_for_image)
 
     def their_step() -> dict[str, torch.Tensor]:

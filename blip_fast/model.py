@@ -118,6 +118,11 @@ class BlipModel(nn.Module):
 
     def vocabulary_logits(self, hidden: Tensor) -> Tensor:
         """Decoder states [..., width] → logits [..., vocab_size]."""
+        return F.linear(*self.vocabulary_projection(hidden))
+
+    def vocabulary_projection(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Decoder states [..., width] → the operands of their logits: transformed states [..., width], weight
+        [vocab_size, width] and bias [vocab_size], for a loss that never holds all logits."""
         assert self.lm_head is not None
         return self.lm_head(hidden, self.stack("decoder").word_embeds.weight)
 

@@ -340,7 +340,7 @@ class _Permute(torch.autograd.Function):
 
 
 class LMHead(nn.Module):
-    """dense → GELU → norm → projection + bias. `tied`: projects with the word embeddings, else its own weight."""
+    """dense → GELU → norm, then a projection with the word embeddings (`tied`) or a weight of its own, and a bias."""
 
     def __init__(self, config: TextConfig, tied: bool) -> None:
         super().__init__()
@@ -349,7 +349,8 @@ class LMHead(nn.Module):
         self.projection = None if tied else nn.Linear(config.width, config.vocab_size, bias=False)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
-    def forward(self, hidden: Tensor, word_embeds: Tensor) -> Tensor:
-        """[..., width], the stack's word embeddings [vocab_size, width] → logits [..., vocab_size]."""
+    def forward(self, hidden: Tensor, word_embeds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[..., width], the stack's word embeddings [vocab_size, width] → what `F.linear` makes logits of: states
+        [..., width], weight [vocab_size, width], bias [vocab_size]."""
         weight = word_embeds if self.projection is None else self.projection.weight
-        return F.linear(self.norm(F.gelu(self.dense(hidden))), weight, self.bias)
+        return self.norm(F.gelu(self.dense(hidden))), weight, self.bias

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from blip_train.objectives import draw_negatives, negative_weights
 from blip_train.pretraining import Batch, Objective, Pretraining
+from reference import losses
 from reference import pretraining as textbook
 from reference.model import Sizes
 
@@ -64,6 +64,7 @@ def run_product(name: str, ranks: int) -> list[dict]:
         output = pretraining(make_batch(step, rank), alpha=0.2 * step)
         pretraining.zero_grad()
         output.total.backward()
+        pretraining.enqueue(output)
         losses = torch.stack([output.losses[key].detach() for key in ("itc", "itm", "lm")])
         drawn = torch.stack([output.negatives.image_for_text, output.negatives.text_for_image])
         if ranks > 1:
@@ -179,15 +180,6 @@ def test_gradients_reach_images_of_another_rank(tmp_path):
     assert crossing > 0
 
 
-def test_a_row_without_an_admissible_negative_draws_none():
-    similarities = torch.randn(3, 3)
-    excluded = torch.tensor([[True, True, True], [True, False, True], [False, True, False]])
-    drawn = draw_negatives(negative_weights(similarities, excluded, floor=0.0))
-    assert drawn[0] == -1
-    assert drawn[1] == 1
-    assert drawn[2] in (0, 2)
-
-
 def test_a_batch_of_one_image_trains_without_negatives():
     """All ids equal: no pair is a negative, ITM sees the positives alone and nothing fails."""
     batch = make_batch(0, 0)
@@ -197,19 +189,32 @@ def test_a_batch_of_one_image_trains_without_negatives():
     assert output.total.isfinite()
 
 
-def test_negatives_follow_their_weights():
-    """χ² of 40,000 draws against softmax + floor without the own pair."""
+@pytest.mark.parametrize("kind", ["pretraining", "ids"])
+def test_negatives_are_drawn_from_the_published_weights(kind):
+    """χ² of 3,000 draws: pre-training ranks by the momentum features, fine-tuning by the model's own, equal ids out."""
     torch.manual_seed(0)
-    weights = negative_weights(torch.randn(4, 4) * 2, torch.eye(4, dtype=torch.bool), floor=1e-4)
-    draws = torch.stack([draw_negatives(weights) for _ in range(10_000)])
-    probability = weights / weights.sum(1, keepdim=True)
-    for row in range(4):
-        counts = torch.bincount(draws[:, row], minlength=4).double()
-        assert counts[row] == 0
-        others = [i for i in range(4) if i != row]
-        expected = probability[row].double() * len(draws)
-        chi_square = ((counts - expected)[others] ** 2 / expected[others]).sum()
-        assert chi_square < 13.8  # p = 0.001 at 2 degrees of freedom, seed fixed
+    batch, pretraining = make_batch(0, 0), Pretraining(make_model(), OBJECTIVES[kind], seed=3)
+    batch = Batch(batch.images, batch.texts, torch.tensor([0, 1, 2, 1, 3]))
+    features = pretraining._features(batch, pretraining.model.encode_images(batch.images))
+    image, text, image_m, text_m = (torch.nn.functional.normalize(torch.randn(5, 16), dim=1) for _ in range(4))
+    features = type(features)(image, text, image_m, text_m)
+    with torch.no_grad():
+        pretraining.model.temperature.fill_(0.5)
+    if kind == "pretraining":
+        weights = [losses.pretraining_negative_weights(q @ k.T / 0.5) for q, k in ((text, image_m), (image, text_m))]
+    else:
+        weights = [losses.fine_tuning_negative_weights(q @ k.T / 0.5, batch.ids, batch.ids)
+                   for q, k in ((text, image), (image, text))]
+    drawn = [pretraining._negatives(batch, features) for _ in range(3000)]
+    for want, draws in zip(weights, (torch.stack([d.image_for_text for d in drawn]),
+                                     torch.stack([d.text_for_image for d in drawn])), strict=True):
+        for row in range(5):
+            expected = want[row].double() / want[row].sum() * len(drawn)
+            counts = torch.bincount(draws[:, row], minlength=5).double()
+            assert (counts[expected == 0] == 0).all()
+            possible = expected > 0
+            chi_square = ((counts - expected)[possible] ** 2 / expected[possible]).sum()
+            assert chi_square < 16.3  # p = 0.001 at 3 degrees of freedom, seed fixed
 
 
 def test_language_first_trains_lm_alone():
@@ -221,6 +226,7 @@ def test_language_first_trains_lm_alone():
     assert list(output.losses) == ["lm"]
     torch.testing.assert_close(output.losses["lm"], both.losses["lm"])
     output.total.backward()
+    pretraining.enqueue(output)
     model = pretraining.model
     assert model.itm_head.weight.grad is None and model.vision_projection.weight.grad is None
     assert model.vision.cls_token.grad.norm() > 0

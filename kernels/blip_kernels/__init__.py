@@ -1,5 +1,10 @@
 """Kernels over packed segments. This package knows tensors and nothing of BLIP."""
 
 from blip_kernels.attention import attention
+from blip_kernels.contrastive import contrastive
+from blip_kernels.decode_attention import cached_attention, decode_attention
+from blip_kernels.hard_negatives import hard_negatives
+from blip_kernels.linear_cross_entropy import linear_cross_entropy
 
-__all__ = ["attention"]
+__all__ = ["attention", "cached_attention", "contrastive", "decode_attention", "hard_negatives",
+           "linear_cross_entropy"]

@@ -1,7 +1,7 @@
-"""Philox 4×32, the counter-based generator that kernels and their eager twins share: the same bits for the same
-counter, whatever the order, the tiling or the device (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
+"""Philox 4×32, the counter-based generator that kernels and their eager twins share.
 
-A kernel that recomputes a random choice in its backward needs the seed alone.
+The same counter gives the same bits, whatever the order, the tiling or the device (Salmon et al., "Parallel random
+numbers: as easy as 1, 2, 3", 2011). A kernel that recomputes a random choice in its backward needs the seed alone.
 """
 
 from __future__ import annotations

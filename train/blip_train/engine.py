@@ -96,6 +96,7 @@ class TrainingEngine:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
             output = self.engine(batch, alpha, language_only)
         self.engine.backward(output.total)
+        self.pretraining.enqueue(output)
         self.engine.step()
         return output
 

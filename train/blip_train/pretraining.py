@@ -8,10 +8,12 @@ keys and values, projected once per image.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from blip_kernels import contrastive, hard_negatives, linear_cross_entropy
+from blip_kernels.random import new_seed
 from torch import Tensor, nn
 
 from blip_fast.model import BlipModel
@@ -19,17 +21,10 @@ from blip_fast.packing import PackedTexts
 from blip_fast.text import TextStream
 from blip_train import collectives
 from blip_train.momentum import MomentumEncoders
-from blip_train.objectives import (
-    IGNORED,
-    contrastive_loss,
-    draw_negatives,
-    language_loss,
-    negative_weights,
-    positive_targets,
-)
 from blip_train.queue import KeyQueue
 
 TEMPERATURE_RANGE = (0.001, 0.5)
+IGNORED = -100  # LM's target where a token carries no loss
 
 
 @dataclass(frozen=True)
@@ -85,10 +80,12 @@ class Negatives:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """`losses` by name (scalars with gradients), and the negatives that were drawn."""
+    """`losses` by name (scalars with gradients), the negatives that were drawn, and the momentum features (image, text)
+    and ids of this rank's batch for the queue."""
 
     losses: dict[str, Tensor]
-    negatives: Negatives | None
+    negatives: Negatives | None = None
+    keys: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
     def total(self) -> Tensor:
@@ -106,7 +103,7 @@ class _Features:
 
 
 class Pretraining(nn.Module):
-    """The model with its momentum copy and queue; `forward` is one step's losses.
+    """The model with its momentum copy and queue; `forward` is one step's losses, `enqueue` follows their backward.
 
     Args:
         model: the model to train; it needs the parts that the objective's losses read.
@@ -122,7 +119,7 @@ class Pretraining(nn.Module):
             self.queue = KeyQueue(objective.queue_size, model.config.embed_dim, seed)
 
     def forward(self, batch: Batch, alpha: float, language_only: bool = False) -> StepOutput:
-        """Losses of one rank's batch; updates the momentum copy and the queue (BLIP section 3.2; order as published).
+        """Losses of one rank's batch; updates the momentum copy (BLIP section 3.2; order as published).
 
         Args:
             alpha: share of ITC's soft targets at this step.
@@ -131,19 +128,23 @@ class Pretraining(nn.Module):
         if language_only:
             if "itc" in self.objective.losses:
                 self.momentum.update(self.model, self.objective.momentum)
-            return StepOutput(self._grounded(batch, self.model.encode_images(batch.images), None), None)
+            return StepOutput(self._grounded(batch, self.model.encode_images(batch.images), None))
         losses: dict[str, Tensor] = {}
-        negatives = None
+        negatives = keys = None
         image_embeds = self.model.encode_images(batch.images)
         if "itc" in self.objective.losses:
             features = self._features(batch, image_embeds)
             losses["itc"] = self._contrastive(batch, features, alpha)
             if "itm" in self.objective.losses:
                 negatives = self._negatives(batch, features)
-            self.queue.enqueue(*(collectives.gather(x) for x in (features.momentum_image, features.momentum_text,
-                                                                 batch.ids)))
+            keys = (features.momentum_image, features.momentum_text, batch.ids)
         losses.update(self._grounded(batch, image_embeds, negatives))
-        return StepOutput(losses, negatives)
+        return StepOutput(losses, negatives, keys)
+
+    def enqueue(self, output: StepOutput) -> None:
+        """Put the step's keys of all ranks into the queue. After the backward, which reads the queue as it was."""
+        if output.keys is not None:
+            self.queue.enqueue(*map(collectives.gather, output.keys))
 
     def _features(self, batch: Batch, image_embeds: Tensor) -> _Features:
         with torch.no_grad():
@@ -154,17 +155,12 @@ class Pretraining(nn.Module):
 
     def _contrastive(self, batch: Batch, features: _Features, alpha: float) -> Tensor:
         """ITC, mean of both directions. Keys: the batch's momentum features in front of the queue's."""
-        temperature = self.model.temperature
-        image_keys = torch.cat([features.momentum_image, self.queue.image])
-        text_keys = torch.cat([features.momentum_text, self.queue.text])
-        if self.objective.positives == "id":
-            positives = positive_targets(batch.ids, torch.cat([batch.ids, self.queue.ids]))
-        else:
-            positives = torch.eye(len(batch.ids), len(image_keys), device=image_keys.device)
-        image, image_m, text, text_m = features.image, features.momentum_image, features.text, features.momentum_text
-        image_to_text = contrastive_loss(image, image_m, text_keys, positives, temperature, alpha)
-        text_to_image = contrastive_loss(text, text_m, image_keys, positives, temperature, alpha)
-        return (image_to_text + text_to_image) / 2
+        by_id = self.objective.positives == "id"
+        ids: dict[str, Any] = {"ids": batch.ids, "queue_ids": self.queue.ids} if by_id else {}
+        directions = ((features.image, features.momentum_image, features.momentum_text, self.queue.text),
+                      (features.text, features.momentum_text, features.momentum_image, self.queue.image))
+        losses = [contrastive(*tensors, self.model.temperature, alpha, **ids).mean() for tensors in directions]
+        return (losses[0] + losses[1]) / 2
 
     @torch.no_grad()
     def _negatives(self, batch: Batch, features: _Features) -> Negatives:
@@ -180,15 +176,14 @@ class Pretraining(nn.Module):
             image_keys, text_keys, key_ids = features.image, features.text, ids
         else:
             image_keys, text_keys, key_ids = map(collectives.gather, (features.image, features.text, ids))
-        if objective.positives == "id":
-            excluded = ids[:, None] == key_ids[None, :]
-        else:
-            first = collectives.world()[0] * len(ids) if len(key_ids) > len(ids) else 0
-            excluded = torch.arange(first, first + len(ids), device=ids.device)[:, None] == torch.arange(
-                len(key_ids), device=ids.device)
-        temperature, floor = self.model.temperature, objective.negative_floor
-        drawn = [draw_negatives(negative_weights(queries @ keys.T / temperature, excluded, floor))
-                 for queries, keys in ((features.text, image_keys), (features.image, text_keys))]
+        excluded: dict[str, Any] = {"ids": ids, "key_ids": key_ids}
+        if objective.positives == "pair":
+            first = collectives.world()[0] * len(ids) if objective.negatives == "all_ranks" else 0
+            excluded = {"first_own_key": first}
+        seed = new_seed()
+        drawn = [hard_negatives(queries, keys, self.model.temperature, floor=objective.negative_floor, seed=seed,
+                                stream=stream, **excluded)
+                 for stream, (queries, keys) in enumerate([(features.text, image_keys), (features.image, text_keys)])]
         return Negatives(image_for_text=drawn[0], text_for_image=drawn[1])
 
     def _grounded(self, batch: Batch, image_embeds: Tensor, negatives: Negatives | None) -> dict[str, Tensor]:
@@ -210,9 +205,9 @@ class Pretraining(nn.Module):
         if decoder_stream is not None:
             targets = captions.without_first()
             ignored = targets.positions() < self.objective.prompt_tokens - 1
-            losses["lm"] = language_loss(self.model.vocabulary_logits(hidden["decoder"]),
-                                         targets.token_ids.masked_fill(ignored, IGNORED),
-                                         self.objective.label_smoothing)
+            losses["lm"] = linear_cross_entropy(
+                *self.model.vocabulary_projection(hidden["decoder"]), targets.token_ids.masked_fill(ignored, IGNORED),
+                label_smoothing=self.objective.label_smoothing, ignore_index=IGNORED)
         return losses
 
     def _matching_stream(self, batch: Batch, image_embeds: Tensor, negatives: Negatives,

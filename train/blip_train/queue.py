@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from blip_kernels.contrastive import NO_ID
 from torch import Tensor, nn
-
-from blip_train.objectives import IGNORED
 
 
 class KeyQueue(nn.Module):
     """The last `size` image and text features of all ranks, with their ids.
 
-    Buffers: `image`, `text` [size, embed_dim], `ids` int64 [size] (`IGNORED` where never filled), `pointer` int64.
+    Buffers: `image`, `text` [size, embed_dim], `ids` int64 [size] (`NO_ID` where never filled), `pointer` int64.
     It starts with unit Gaussian vectors drawn from `seed`.
     """
 
@@ -26,7 +25,7 @@ class KeyQueue(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         for name in ("image", "text"):
             self.register_buffer(name, F.normalize(torch.randn(size, embed_dim, generator=generator), dim=1))
-        self.register_buffer("ids", torch.full((size,), IGNORED, dtype=torch.int64))
+        self.register_buffer("ids", torch.full((size,), NO_ID, dtype=torch.int64))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()

@@ -35,6 +35,7 @@ from blip_kernels.gpu.configs import config
 from blip_kernels.gpu.launch import generation, launch
 
 LOG2E = 1.4426950408889634
+SHORT_TILE = 32  # rows of the other side's tiles where segments are shorter than a whole tile
 
 
 @triton.jit
@@ -325,7 +326,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, kv_offsets: Tens
     rows, heads, head_dim = q.shape
     out = torch.empty((rows, heads, head_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((heads, rows), dtype=torch.float32, device=q.device)
-    chosen = _config("forward", q, "BLOCK_M", rows, q_offsets)
+    chosen = _config("forward", q, dropout, "BLOCK_M", rows, q_offsets)
     tiles = _tiles(q_offsets, rows, chosen["BLOCK_M"])
     launch(_forward_kernel, (len(tiles), heads), q, k, v, out, lse, tiles, q_offsets, kv_offsets, rows,
            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2], scale * LOG2E, seed,
@@ -345,12 +346,12 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Te
     numbers = (scale * LOG2E, seed, *_dropout_arguments(dropout))
     constants = _constants(q, causal, dropout)
 
-    chosen = _config("dq", q, "BLOCK_M", rows, q_offsets)
+    chosen = _config("dq", q, dropout, "BLOCK_M", rows, q_offsets)
     tiles = _tiles(q_offsets, rows, chosen["BLOCK_M"])
     launch(_dq_kernel, (len(tiles), heads), q, k, v, out, grad, lse, delta, dq, tiles, q_offsets, kv_offsets, rows,
            *strides, *numbers, **constants, **chosen)
 
-    chosen = _config("dk and dv", q, "BLOCK_N", len(k), kv_offsets)
+    chosen = _config("dk and dv", q, dropout, "BLOCK_N", len(k), kv_offsets)
     tiles = _tiles(kv_offsets, len(k), chosen["BLOCK_N"])
     launch(_dkv_kernel, (len(tiles), heads), q, k, v, grad, lse, delta, dk, dv, tiles, q_offsets, kv_offsets, rows,
            *strides, *dk.stride()[:2], *numbers, **constants, **chosen)
@@ -367,19 +368,26 @@ def _tiles(offsets: Tensor, rows: int, tile_rows: int) -> Tensor:
 
 
 def _rows_in_place(x: Tensor) -> Tensor:
-    """x [rows, heads, head_dim] as it is where head_dim lies contiguous (a slice of a fused projection), else a copy."""
+    """x [rows, heads, head_dim] as it is where head_dim lies contiguous (slices of a fused projection), else a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _config(name: str, q: Tensor, tiled: str, rows: int, offsets: Tensor) -> dict[str, int]:
+def _config(name: str, q: Tensor, dropout: float, tiled: str, rows: int, offsets: Tensor) -> dict[str, int]:
     """The table's configuration, its tile `tiled` made to fit segments of the mean length: the smallest power of two
-    that covers it, 16 at least. Each warp needs 16 rows of its own, or warps repeat each other's products."""
+    that covers it, 16 at least.
+
+    Each warp needs 16 rows of its own, or warps repeat each other's products; few warps hold small tiles only.
+    """
     width = "float32" if q.dtype == torch.float32 else "16 bit"
-    chosen = config("attention", f"{name}, head_dim {q.shape[-1]}, {width}", generation(q.device))
-    mean = rows / (len(offsets) - 1)
+    launch_name = f"{name}, head_dim {q.shape[-1]}, {width}{', dropout' * (dropout > 0)}"
+    chosen = config("attention", launch_name, generation(q.device))
+    mean, full = rows / (len(offsets) - 1), chosen[tiled]
     while chosen[tiled] > 16 and chosen[tiled] // 2 >= mean:
         chosen[tiled] //= 2
-    chosen["num_warps"] = min(chosen["num_warps"], chosen[tiled] // 16)
+    if chosen[tiled] < full:
+        other = "BLOCK_N" if tiled == "BLOCK_M" else "BLOCK_M"
+        chosen[other] = min(chosen[other], SHORT_TILE)
+        chosen["num_warps"] = min(chosen["num_warps"], chosen[tiled] // 16)
     return chosen
 
 

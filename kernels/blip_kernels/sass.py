@@ -1,0 +1,260 @@
+"""What a compiled kernel will do, read from its machine code: registers, spills, loops and what they hold.
+
+The hot loop of a GEMM-like kernel is the innermost *natural* loop that holds tensor-core instructions: a back edge to a
+block that dominates its source, and all blocks from which that edge is reached. "The last backward branch" would be
+another one: mbarrier retries branch backwards too, ptxas puts cold blocks behind the kernel's end, and `CALL.REL` is
+how it writes far jumps. Kernels of different generations are compared by
+
+    instructions per m16n8k16 equivalent = loop instructions that a warp issues / (MMA FLOPs that it owns / 4,096)
+
+and not by instructions per tensor-core instruction: an HMMA.16816 is 4,096 FLOPs of one warp, an HGMMA.64x64x16
+131,072 of four warps, and a UTCHMMA belongs to a whole CTA.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+MMA_FLOPS = 4096  # of one m16n8k16, a multiply and an add counted apart
+
+_INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z]\w*(?:\.\w+)*)\s*([^;]*?)\s*;", re.M)
+_FUNCTION = re.compile(r"^\s*Function : (\S+)\s*$", re.M)
+_BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
+_ENDS = ("EXIT", "RET", "BRX", "JMX", "KILL")  # nothing known follows, unless guarded
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of a disassembly: `@!P0 BRA 0x1a0`."""
+
+    address: int
+    guard: str | None
+    opcode: str  # with its modifiers, "HMMA.16816.F32"
+    operands: str
+
+    @property
+    def base(self) -> str:
+        """The opcode without modifiers."""
+        return self.opcode.partition(".")[0]
+
+
+@dataclass(frozen=True)
+class Mma:
+    """What one tensor-core instruction does: the FLOPs that a warp owns of it, and whether at TF32's half rate."""
+
+    flops: float
+    tf32: bool
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A natural loop: every instruction in it once, nested loops included."""
+
+    address: int  # of the block that every pass begins with
+    code: tuple[Instruction, ...]
+    mma: tuple[Mma, ...]
+
+    @property
+    def instructions_per_mma(self) -> float:
+        """Instructions that a warp issues in a pass per 4,096 MMA FLOPs that it owns."""
+        return len(self.code) / (sum(mma.flops for mma in self.mma) / MMA_FLOPS)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A kernel's machine code and its resources."""
+
+    registers: int
+    stack_bytes: int
+    code: tuple[Instruction, ...]
+
+    @property
+    def spill_bytes(self) -> int:
+        """Bytes that the stores to local memory write, what `ptxas -v` calls spill stores."""
+        return sum(_width(i.opcode) for i in self.code if i.base == "STL")
+
+
+def disassemble(cubin: bytes, kernel: str) -> Listing:
+    """The listing of one kernel, by the cuobjdump in Triton's wheel."""
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        command = [knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", str(file)]
+        # it finds its nvdisasm beside itself, and warns of ELF flavours on stderr
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    usage = re.search(rf"^ *Function {re.escape(kernel)}:\s+REG:(\d+) STACK:(\d+)", text, re.M)
+    if usage is None:
+        raise ValueError(f"cuobjdump says nothing of a kernel {kernel}")
+    parts = _FUNCTION.split(text)  # preamble, name, body, name, body, …
+    body = dict(zip(parts[1::2], parts[2::2], strict=True))[kernel]
+    return Listing(int(usage[1]), int(usage[2]), parse(body))
+
+
+def parse(text: str) -> tuple[Instruction, ...]:
+    """The instructions of a `cuobjdump -sass` text of one function."""
+    return tuple(Instruction(int(address, 16), guard or None, opcode, operands)
+                 for address, guard, opcode, operands in _INSTRUCTION.findall(text))
+
+
+def loops(code: Sequence[Instruction]) -> list[Loop]:
+    """The innermost natural loops with tensor-core instructions, or without any such loop the innermost of all.
+
+    Their `mma` is left for `with_shapes` to fill.
+    """
+    blocks = _blocks(code)
+    found = _natural_loops(_successors(code, blocks))
+    bodies = {header: tuple(code[i] for block in sorted(body) for i in range(*blocks[block]))
+              for header, body in found.items()}
+    hot = {header for header in found if any(is_mma(i) for i in bodies[header])} or set(found)
+    innermost = [h for h in hot if not any(other != h and other in found[h] for other in hot)]
+    return [Loop(bodies[h][0].address, bodies[h], ()) for h in sorted(innermost)]
+
+
+def is_mma(instruction: Instruction) -> bool:
+    """Whether it runs on the tensor cores."""
+    return instruction.base.endswith("MMA")
+
+
+def mma_shapes(code: Sequence[Instruction], warps: int) -> dict[int, Mma]:
+    """What each tensor-core instruction (by address) of a kernel does. `warps`: of a CTA."""
+    return {i.address: _mma(code, index, warps) for index, i in enumerate(code) if is_mma(i)}
+
+
+def with_shapes(loop: Loop, shapes: dict[int, Mma]) -> Loop:
+    """The loop with what its tensor-core instructions do, of `mma_shapes`."""
+    return Loop(loop.address, loop.code, tuple(shapes[i.address] for i in loop.code if i.address in shapes))
+
+
+def _mma(code: Sequence[Instruction], index: int, warps: int) -> Mma:
+    opcode = code[index].opcode
+    if opcode.startswith("UTCHMMA"):  # of a CTA: each of its warps owns a part
+        m, n, tf32 = _descriptor(code, index)
+        return Mma(2 * m * n * (8 if tf32 else 16) / warps, tf32)
+    if shape := re.match(r"HMMA\.168(16|8|4)\b", opcode):
+        return Mma(2 * 16 * 8 * int(shape[1]), ".TF32" in opcode)
+    if shape := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)\b", opcode):  # of four warps
+        return Mma(2 * int(shape[1]) * int(shape[2]) * int(shape[3]) / 4, ".TF32" in opcode)
+    raise ValueError(f"the shape of {opcode} is not known")
+
+
+def _descriptor(code: Sequence[Instruction], index: int) -> tuple[int, int, bool]:
+    """M, N and whether in TF32 of a UTCHMMA, which names a register that holds its instruction descriptor.
+
+    ptxas loads it with an immediate, `UMOV UR29, 0x4100010`, a few instructions before. Its bits (PTX ISA, section
+    "Instruction descriptor" of tcgen05.mma): 7–9 the left operand's type (2 is TF32), 17–22 N / 8, 24–28 M / 16.
+    """
+    register = re.search(r"idesc\[(UR\d+)\]", code[index].operands)
+    for earlier in reversed(code[:index]):
+        if register and re.match(rf"{register[1]}\b", earlier.operands):
+            value = re.search(r", 0x([0-9a-f]+)$", earlier.operands)
+            if earlier.base != "UMOV" or value is None:
+                break
+            bits = int(value[1], 16)
+            return (bits >> 24 & 31) * 16, (bits >> 17 & 63) * 8, bits >> 7 & 7 == 2
+    raise ValueError(f"the descriptor of {code[index].opcode} {code[index].operands} is not known")
+
+
+def _width(opcode: str) -> int:
+    return next((_BYTES[part] for part in opcode.split(".") if part in _BYTES), 4)
+
+
+def _target(instruction: Instruction) -> int | None:
+    """Where a direct branch goes. A call of a subroutine is an edge too: it is how ptxas writes some far jumps."""
+    if instruction.base not in ("BRA", "JMP", "CALL") or instruction.opcode.startswith("BRA.DIV"):
+        return None  # BRA.DIV: taken only by diverged warps, to a slow copy of the code behind it
+    address = re.search(r"\b0x([0-9a-f]+)$", instruction.operands)
+    return int(address[1], 16) if address else None
+
+
+def _falls_through(instruction: Instruction) -> bool:
+    if instruction.base in ("BRA", "JMP") and not instruction.opcode.startswith("BRA.DIV"):
+        return instruction.guard is not None or "," in instruction.operands  # BRA.U !UP0, 0x160
+    return instruction.guard is not None or instruction.base not in _ENDS
+
+
+def _blocks(code: Sequence[Instruction]) -> list[tuple[int, int]]:
+    """Basic blocks as ranges of indices."""
+    index = {instruction.address: i for i, instruction in enumerate(code)}
+    starts = {0}
+    for i, instruction in enumerate(code):
+        target = _target(instruction)
+        if target in index:
+            starts.add(index[target])
+        if target is not None or not _falls_through(instruction) or instruction.base in _ENDS:
+            starts.add(i + 1)
+    return list(pairwise([*sorted(starts - {len(code)}), len(code)]))
+
+
+def _successors(code: Sequence[Instruction], blocks: Sequence[tuple[int, int]]) -> list[list[int]]:
+    at = {code[start].address: block for block, (start, _) in enumerate(blocks)}
+    following: list[list[int]] = []
+    for block, (_, stop) in enumerate(blocks):
+        last = code[stop - 1]
+        targets = [at[t]] if (t := _target(last)) in at else []
+        if _falls_through(last) and block + 1 < len(blocks):
+            targets.append(block + 1)
+        following.append(targets)
+    return following
+
+
+def _natural_loops(successors: Sequence[Sequence[int]]) -> dict[int, set[int]]:
+    """Header → blocks, loops of one header merged. Block 0 is the entry."""
+    order = _postorder(successors)
+    predecessors: dict[int, list[int]] = {block: [] for block in order}
+    for block in order:
+        for target in successors[block]:
+            predecessors[target].append(block)
+    dominators = _dominators(order[::-1], predecessors)
+    found: dict[int, set[int]] = {}
+    for source in order:
+        for header in successors[source]:
+            if header in dominators[source]:
+                found.setdefault(header, {header}).update(_reaching(source, header, predecessors))
+    return found
+
+
+def _postorder(successors: Sequence[Sequence[int]]) -> list[int]:
+    order, seen, stack = [], {0}, [(0, iter(successors[0]))]
+    while stack:
+        block, targets = stack[-1]
+        fresh = next((t for t in targets if t not in seen), None)
+        if fresh is None:
+            order.append(block)
+            stack.pop()
+        else:
+            seen.add(fresh)
+            stack.append((fresh, iter(successors[fresh])))
+    return order
+
+
+def _dominators(order: Sequence[int], predecessors: dict[int, list[int]]) -> dict[int, set[int]]:
+    """The blocks on every way from the entry to each block, itself included. `order`: a reverse postorder."""
+    found = {block: set(order) for block in order}
+    found[order[0]] = {order[0]}
+    changed = True
+    while changed:
+        changed = False
+        for block in order[1:]:
+            new = {block}.union(set.intersection(*(found[p] for p in predecessors[block])))
+            changed |= new != found[block]
+            found[block] = new
+    return found
+
+
+def _reaching(source: int, header: int, predecessors: dict[int, list[int]]) -> set[int]:
+    body, stack = {header, source}, [source]
+    while stack:
+        block = stack.pop()
+        if block != header:
+            fresh = [p for p in predecessors[block] if p not in body]
+            body.update(fresh)
+            stack.extend(fresh)
+    return body
