@@ -19,7 +19,8 @@ from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
-from blip_kernels import attention
+from blip_kernels import attention, cached_attention, decode_attention
+from blip_kernels.decode_attention import MOST_ROWS
 from torch import Tensor, nn
 
 from blip_fast.config import TextConfig
@@ -82,15 +83,17 @@ class SelfCache:
     def advance(self, tokens: int) -> None:
         """Make the next `tokens` positions of every row current: `append` fills them, layer by layer."""
         end = self.length + tokens
-        self._written, self._read = self.slots[:, self.length : end].flatten(), self.slots[:, :end].flatten()
+        self._written = self.slots[:, self.length : end].flatten()
         self.length = end
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v [rows × current tokens, heads, head_dim]; return those of all tokens so far, packed by row."""
+    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Store k, v [rows × current tokens, heads, head_dim]."""
         self.kv[layer, 0].index_copy_(0, self._written, k)
         self.kv[layer, 1].index_copy_(0, self._written, v)
-        k, v = self.kv[layer].index_select(1, self._read).unbind(0)
-        return k, v
+
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        """q [rows, heads, head_dim], one token a row, over all of the row's tokens so far, read where they lie."""
+        return cached_attention(q, self.kv[layer, 0], self.kv[layer, 1], self.slots[:, : self.length])
 
     def select(self, rows: Tensor) -> None:
         """Go on from the given rows, in that order (beams that survive, or a prompt's row once per beam)."""
@@ -151,8 +154,11 @@ class CrossAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         for query, out, (k, v) in zip(self.query, self.out, image_kv.layer(layer), strict=True):
             q = rows.sort(query(x)).view(len(x), self.heads, -1)
-            attended = attention(q, k, v, rows.offsets, image_kv.offsets, dropout=dropout).flatten(1)
-            seen.append(out(rows.unsort(attended)))
+            if rows.each is not None and rows.each <= MOST_ROWS:
+                attended = decode_attention(q, k, v, image_kv.offsets)
+            else:
+                attended = attention(q, k, v, rows.offsets, image_kv.offsets, dropout=dropout)
+            seen.append(out(rows.unsort(attended.flatten(1))))
         if len(seen) == 1:
             merged = seen[0]
         elif self.merge is not None:
@@ -259,10 +265,11 @@ class TextStack(nn.Module):
         return ImageKV(kv, offsets)
 
     def decode(self, token_ids: Tensor, cache: SelfCache, image_kv: ImageKV) -> Tensor:
-        """Next tokens of texts in generation, with the decoder's self-attention over a cache.
+        """Next tokens of texts in generation, with the decoder's self-attention over a cache. Without gradients.
 
         Args:
-            token_ids: int64 [rows, new tokens]; every image owns the same number of consecutive rows.
+            token_ids: int64 [rows, new tokens], one each, or the prompts on an empty cache; every image owns the same
+                number of consecutive rows.
             cache: of the tokens before these; the new ones are added.
             image_kv: of the images.
 
@@ -270,22 +277,24 @@ class TextStack(nn.Module):
             [rows, new tokens, width].
         """
         rows, new = token_ids.shape
+        if new > 1 and cache.length:
+            raise ValueError(f"{new} tokens on a cache of {cache.length}: a prompt starts an empty cache")
         cache.advance(new)
-        end = cache.length
-        positions = torch.arange(end - new, end, device=token_ids.device).repeat(rows)
+        positions = torch.arange(cache.length - new, cache.length, device=token_ids.device).repeat(rows)
         x = self._embed(token_ids.flatten(), positions)
-        by_text = torch.arange(rows + 1, dtype=torch.int32, device=x.device)
+        by_text = torch.arange(rows + 1, dtype=torch.int32, device=x.device) * new
         images = len(image_kv.offsets) - 1
-        by_image = torch.arange(images + 1, dtype=torch.int32, device=x.device) * (rows // images * new)
+        each = rows // images * new
+        by_image = RowsByImage(torch.arange(images + 1, dtype=torch.int32, device=x.device) * each, None, None, each)
         for index, module in enumerate(self.layers):
             layer = cast(TextLayer, module)
             self_attention = cast(SelfAttention, layer.self_attention["decoder"])
             assert layer.cross_attention is not None
             q, k, v = self_attention.project(x)
-            k, v = cache.append(index, k, v)
-            # A single new token sees every key, so only a prompt needs the causal mask.
-            x = self_attention.finish(x, attention(q, k, v, by_text * new, by_text * end, causal=new > 1))
-            x = layer.cross_attention(x, RowsByImage(by_image, None, None), image_kv, index)
+            cache.append(index, k, v)
+            attended = attention(q, k, v, by_text, by_text, causal=True) if new > 1 else cache.attend(index, q)
+            x = self_attention.finish(x, attended)
+            x = layer.cross_attention(x, by_image, image_kv, index)
             x = layer.feed_forward(x)
         return x.unflatten(0, (rows, new))
 
@@ -310,6 +319,7 @@ class RowsByImage:
     offsets: Tensor  # int32 [images + 1]
     order: Tensor | None  # int64 [rows]: sorted position → row; None where rows stand sorted
     inverse: Tensor | None  # int64 [rows]: row → sorted position
+    each: int | None = None  # in generation: how many rows every image has
 
     @classmethod
     def of(cls, streams: Sequence[TextStream], images: int, first_rows: Sequence[bool]) -> RowsByImage:

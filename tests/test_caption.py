@@ -82,7 +82,8 @@ def test_kinds_of_images(captioner, folder):
         kinds = [path, str(path), path.read_bytes(), image.copy(), np.asarray(image)]
     captions = captioner(kinds)
     assert len({tuple(caption.token_ids) for caption in captions}) == 1
-    assert captioner(kinds[3]) == captioner([kinds[4]]) == captions[:1]
+    assert captioner(kinds[3]) == captioner([kinds[4]])
+    assert captioner(kinds[3])[0].token_ids == captions[0].token_ids  # scores may round otherwise in another batch
     assert captioner([]) == []
     with pytest.raises(ImageError, match=r"03\.png"):
         captioner([path, folder / "03.png"])

@@ -312,6 +312,40 @@ def test_the_best_candidate_that_runs_is_chosen():
         tune.best(ENTRY, lambda config: None)
 
 
+def test_tuning_writes_a_table_that_launches_read(monkeypatch, tmp_path):
+    """With a stand-in for the clock to which small is fast. An earlier run's entries stay."""
+    configs = pytest.importorskip("blip_kernels.gpu.configs")
+    output, said = tmp_path / "tuned.json", []
+    table = configs.table("hard_negatives")
+    output.write_text(json.dumps({"hard_negatives": {"merge": {"sm_80": table["merge"]["sm_80"]}}}))
+    monkeypatch.setattr(tune, "_gpu", lambda: torch.device("cpu"))
+    monkeypatch.setattr(tune, "workloads", lambda op, dtype, device: [("a workload", lambda: [])])
+    name = "draw, width 64, 16 bit"
+    monkeypatch.setattr(tune, "entries_read", lambda op, table, target, noted: [name])
+    monkeypatch.setattr(tune, "_timer", lambda *_: lambda config: 1.0 + sum(config.values()))
+    before = dict(table[name]["sm_80"])
+    try:
+        tune.tune(["hard_negatives"], ["float16"], output, said.append)
+        written = json.loads(output.read_text())["hard_negatives"]
+        assert written.keys() == {"merge", name} and written[name]["sm_80"] != before
+        assert "hard_negatives, draw, width 64, 16 bit (a workload, float16):" in said[0]
+        configs.table.cache_clear()
+        monkeypatch.setenv(configs.TUNED_VARIABLE, str(output))
+        assert configs.config("hard_negatives", name, 80) == written[name]["sm_80"]
+        monkeypatch.delenv(configs.TUNED_VARIABLE)
+    finally:
+        configs.table.cache_clear()
+    assert configs.config("hard_negatives", name, 80) == before
+
+
+def test_results_may_differ_by_rounding_only():
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    assert tune._same(x * 1.001, x) and not tune._same(x * 1.1, x) and not tune._same(x * torch.nan, x)
+    drawn = torch.arange(1000)
+    assert tune._same(drawn.clone().index_fill_(0, drawn[:10], -1), drawn)
+    assert not tune._same(drawn.clone().index_fill_(0, drawn[:30], -1), drawn)
+
+
 def test_every_entry_of_the_tables_is_tuned_by_a_workload(tmp_path):
     """On a CPU, where launches are noted and none runs: which entries the workloads read, in 16 bit and float32."""
     pytest.importorskip("triton")

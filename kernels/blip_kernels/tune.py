@@ -83,13 +83,9 @@ def tune(ops: Sequence[str], dtypes: Sequence[str], output: Path, say: Callable[
         ValueError: there is no NVIDIA GPU that the kernels run on.
     """
     from blip_kernels.gpu import configs
-    from blip_kernels.gpu.launch import generation, why_not
+    from blip_kernels.gpu.launch import generation
 
-    if not torch.cuda.is_available():
-        raise ValueError("tuning measures on an NVIDIA GPU, and PyTorch finds none here: see blip-fast doctor")
-    device = torch.device("cuda", torch.cuda.current_device())
-    if reason := why_not(torch.empty(1, device=device)):
-        raise ValueError(f"tuning needs the kernels to run: {reason}")
+    device = _gpu()
     target = f"sm_{generation(device)}"
     written = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
     for op in ops:
@@ -103,6 +99,17 @@ def tune(ops: Sequence[str], dtypes: Sequence[str], output: Path, say: Callable[
                     written.setdefault(op, {}).setdefault(name, {})[target] = chosen
                     output.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
                     say(f"{op}, {name} ({label}, {dtype}): {before:.3f} → {taken:.3f} ms, {chosen}")
+
+
+def _gpu() -> torch.device:
+    from blip_kernels.gpu.launch import why_not
+
+    if not torch.cuda.is_available():
+        raise ValueError("tuning measures on an NVIDIA GPU, and PyTorch finds none here: see blip-fast doctor")
+    device = torch.device("cuda", torch.cuda.current_device())
+    if reason := why_not(torch.empty(1, device=device)):
+        raise ValueError(f"tuning needs the kernels to run: {reason}")
+    return device
 
 
 def _timer(run: Callable[[], Sequence[Tensor]], generations: dict[str, Config], target: str,

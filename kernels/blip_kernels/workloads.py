@@ -36,7 +36,8 @@ def _attention(dtype: torch.dtype, device: torch.device) -> Iterator[Workload]:
     for head_dim, dropout in product((32, 64, 128), (0.0, 0.1)):
         shape = (64 * 577, 768 // head_dim, head_dim)
         inputs = (_random(*shape, dtype=dtype, device=device) for _ in range(3))
-        yield f"images, head_dim {head_dim}, dropout {dropout}", _with_gradients(partial(call, dropout=dropout), *inputs)
+        run = _with_gradients(partial(call, dropout=dropout), *inputs)
+        yield f"images, head_dim {head_dim}, dropout {dropout}", run
 
 
 def _decode_attention(dtype: torch.dtype, device: torch.device) -> Iterator[Workload]:

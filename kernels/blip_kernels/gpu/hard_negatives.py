@@ -74,13 +74,15 @@ def _draw_kernel(p_q, p_keys, p_scale, p_ids, p_key_ids, p_reals, p_indices, see
     if CHUNK == BLOCK_D:
         b_q = load_rows(p_q, n_here, 0, D, BLOCK_D, BLOCK_M, BLOCK_D, True)
     scale = tl.load(p_scale)
-    b_id = o_row + first_own
+    b_id = o_row.to(tl.int32) + first_own
     if BY_ID:
         b_id = tl.load(p_ids + o_row, mask=m_row, other=0)
-    b_top, b_best = tl.full([BLOCK_M], -1e30, tl.float32), tl.full([BLOCK_M], float("-inf"), tl.float32)
+    b_top, b_count = tl.full([BLOCK_M], -1e30, tl.float32), tl.zeros([BLOCK_M], tl.int32)
     b_sum, b_admitted = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
-    b_count, b_least = tl.zeros([BLOCK_M], tl.int32), tl.full([BLOCK_M], 0x7FFFFFFF, tl.int32)
-    b_drawn, b_even = tl.full([BLOCK_M], -1, tl.int32), tl.full([BLOCK_M], -1, tl.int32)
+    # The winners so far stay apart by column until the end: a comparison an element instead of a reduction a tile.
+    b_best, b_least = (tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32),
+                       tl.full([BLOCK_M, BLOCK_N], 0x7FFFFFFF, tl.int32))
+    b_drawn, b_even = tl.full([BLOCK_M, BLOCK_N], -1, tl.int32), tl.full([BLOCK_M, BLOCK_N], -1, tl.int32)
     n_tiles = tl.cdiv(n_keys, 4 * BLOCK_N)
     for i_tile in range(i_share * n_share, tl.minimum(i_share * n_share + n_share, n_tiles)):
         o_counter = i_tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -102,12 +104,11 @@ def _draw_kernel(p_q, p_keys, p_scale, p_ids, p_key_ids, p_reals, p_indices, see
             b_s = _products(p_q, b_q, n_here, p_keys + first * D, n_left, D, BLOCK_D, CHUNK, BLOCK_M, BLOCK_N,
                             PRECISION) * scale
             m_key = o_key < n_keys
-            b_key_id = o_key.to(tl.int64)
+            b_key_id = o_key
             if BY_ID:
-                b_key_id = tl.load(p_key_ids + o_key, mask=m_key, other=0)
+                b_key_id = tl.load(p_key_ids + o_key, mask=m_key, other=-100)
+                b_key_id = tl.where(b_key_id == -100, -101, b_key_id)  # −100 equals nothing
             m_admissible = m_key[None, :] & (b_id[:, None] != b_key_id[None, :])
-            if BY_ID:
-                m_admissible = m_key[None, :] & ((b_id[:, None] != b_key_id[None, :]) | (b_id == -100)[:, None])
             b_seen = tl.where(m_key[None, :], b_s, float("-inf"))
             b_new = tl.maximum(b_top, tl.max(b_seen, 1))
             b_weight, b_shrink = tl.math.exp2(b_seen - b_new[:, None]), tl.math.exp2(b_top - b_new)
@@ -118,22 +119,23 @@ def _draw_kernel(p_q, p_keys, p_scale, p_ids, p_key_ids, p_reals, p_indices, see
 
             b_bits = _bits(b_word)
             b_score = b_s - tl.math.log2(_waiting_time(_uniform(b_bits)))
-            b_value, b_index = tl.max(tl.where(m_admissible, b_score, float("-inf")), 1, return_indices=True)
-            b_drawn = tl.where(b_value > b_best, 4 * (i_tile * BLOCK_N + b_index) + i_word, b_drawn)
-            b_best = tl.where(b_value > b_best, b_value, b_best)
-            b_value, b_index = tl.min(tl.where(m_admissible, b_bits, 0x7FFFFFFF), 1, return_indices=True)
-            b_even = tl.where(b_value < b_least, 4 * (i_tile * BLOCK_N + b_index) + i_word, b_even)
-            b_least = tl.minimum(b_least, b_value)
+            m_better = m_admissible & (b_score > b_best)
+            b_best, b_drawn = tl.where(m_better, b_score, b_best), tl.where(m_better, o_key[None, :], b_drawn)
+            m_better = m_admissible & (b_bits < b_least)
+            b_least, b_even = tl.where(m_better, b_bits, b_least), tl.where(m_better, o_key[None, :], b_even)
+    b_score, b_bits = tl.max(b_best, 1), tl.min(b_least, 1)
+    b_first = tl.min(tl.where(b_best == b_score[:, None], b_drawn, 0x7FFFFFFF), 1)
+    b_first_even = tl.min(tl.where(b_least == b_bits[:, None], b_even, 0x7FFFFFFF), 1)
     p_real = p_reals + i_share.to(tl.int64) * 4 * n_rows + o_row
     tl.store(p_real, b_top, mask=m_row)
     tl.store(p_real + n_rows, b_sum, mask=m_row)
     tl.store(p_real + 2 * n_rows, b_admitted, mask=m_row)
-    tl.store(p_real + 3 * n_rows, b_best, mask=m_row)
+    tl.store(p_real + 3 * n_rows, b_score, mask=m_row)
     p_index = p_indices + i_share.to(tl.int64) * 4 * n_rows + o_row
     tl.store(p_index, b_count, mask=m_row)
-    tl.store(p_index + n_rows, b_drawn, mask=m_row)
-    tl.store(p_index + 2 * n_rows, b_least, mask=m_row)
-    tl.store(p_index + 3 * n_rows, b_even, mask=m_row)
+    tl.store(p_index + n_rows, b_first, mask=m_row)
+    tl.store(p_index + 2 * n_rows, b_bits, mask=m_row)
+    tl.store(p_index + 3 * n_rows, b_first_even, mask=m_row)
 
 
 @triton.jit(do_not_specialize=["seed", "stream"])
