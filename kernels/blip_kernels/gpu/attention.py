@@ -1,10 +1,10 @@
 """Triton kernels of attention over segments: forward, and a backward of two kernels that write each gradient once.
 
-Scheduling. A tile is a run of rows of one segment; `_schedule_kernel` lists all tiles on the GPU (the host knows row
-counts but not lengths, so the list has room for the most there can be, and programs behind its end return at once).
-One program does one tile of one head, tiles of a segment side by side so that they meet its keys in the cache:
+Scheduling. A tile is a run of rows of one segment; `tiles_of` lists all tiles on the GPU, and programs behind the end
+of the list return at once. One program does one tile of one head, tiles of a segment side by side so that they meet its
+keys in the cache:
 
-- 577 × 577 (image attention): ten tiles a head and image in the forward, 64 images × 12 heads give 7,680 programs;
+- 577 × 577 (image attention): five tiles a head and image in the forward, 64 images × 12 heads give 3,840 programs;
 - many short texts: the rows of a tile follow from the mean length (`_config`), so that a text of 14 tokens takes a
   tile of 16 rows, and a thousand texts × 12 heads make 12,000 programs;
 - few queries over long keys (an image's texts): programs are as few as query tiles × heads in the forward and in dq,
@@ -33,33 +33,10 @@ from torch import Tensor
 
 from blip_kernels.gpu.configs import config
 from blip_kernels.gpu.launch import generation, launch
+from blip_kernels.gpu.tiles import tiles_of
 
 LOG2E = 1.4426950408889634
 SHORT_TILE = 32  # rows of the other side's tiles where segments are shorter than a whole tile
-
-
-@triton.jit
-def _schedule_kernel(p_tiles, p_offsets, n_segments, max_tiles, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Tiles of segment i: (segment, first row within it), behind those of all segments before; −1 behind the last."""
-    i_segment = tl.program_id(0)
-    first = 0
-    for start in range(0, i_segment, BLOCK):
-        o_segment = start + tl.arange(0, BLOCK)
-        m_before = o_segment < i_segment
-        b_length = (tl.load(p_offsets + o_segment + 1, mask=m_before, other=0)
-                    - tl.load(p_offsets + o_segment, mask=m_before, other=0))
-        first += tl.sum((b_length + ROWS - 1) // ROWS)
-    length = tl.load(p_offsets + i_segment + 1) - tl.load(p_offsets + i_segment)
-    end = first + (length + ROWS - 1) // ROWS
-    for start in range(first, end, BLOCK):
-        o_tile = start + tl.arange(0, BLOCK)
-        m_tile = o_tile < end
-        tl.store(p_tiles + 2 * o_tile, i_segment + tl.zeros_like(o_tile), mask=m_tile)
-        tl.store(p_tiles + 2 * o_tile + 1, (o_tile - first) * ROWS, mask=m_tile)
-    if i_segment == n_segments - 1:
-        for start in range(end, max_tiles, BLOCK):
-            o_tile = start + tl.arange(0, BLOCK)
-            tl.store(p_tiles + 2 * o_tile, tl.full([BLOCK], -1, tl.int32), mask=o_tile < max_tiles)
 
 
 @triton.jit
@@ -327,7 +304,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, kv_offsets: Tens
     out = torch.empty((rows, heads, head_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((heads, rows), dtype=torch.float32, device=q.device)
     chosen = _config("forward", q, dropout, "BLOCK_M", rows, q_offsets)
-    tiles = _tiles(q_offsets, rows, chosen["BLOCK_M"])
+    tiles = tiles_of(q_offsets, rows, chosen["BLOCK_M"])
     launch(_forward_kernel, (len(tiles), heads), q, k, v, out, lse, tiles, q_offsets, kv_offsets, rows,
            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2], scale * LOG2E, seed,
            *_dropout_arguments(dropout), **_constants(q, causal, dropout), **chosen)
@@ -347,24 +324,15 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Te
     constants = _constants(q, causal, dropout)
 
     chosen = _config("dq", q, dropout, "BLOCK_M", rows, q_offsets)
-    tiles = _tiles(q_offsets, rows, chosen["BLOCK_M"])
+    tiles = tiles_of(q_offsets, rows, chosen["BLOCK_M"])
     launch(_dq_kernel, (len(tiles), heads), q, k, v, out, grad, lse, delta, dq, tiles, q_offsets, kv_offsets, rows,
            *strides, *numbers, **constants, **chosen)
 
     chosen = _config("dk and dv", q, dropout, "BLOCK_N", len(k), kv_offsets)
-    tiles = _tiles(kv_offsets, len(k), chosen["BLOCK_N"])
+    tiles = tiles_of(kv_offsets, len(k), chosen["BLOCK_N"])
     launch(_dkv_kernel, (len(tiles), heads), q, k, v, grad, lse, delta, dk, dv, tiles, q_offsets, kv_offsets, rows,
            *strides, *dk.stride()[:2], *numbers, **constants, **chosen)
     return dq, dk, dv
-
-
-def _tiles(offsets: Tensor, rows: int, tile_rows: int) -> Tensor:
-    """int32 [tiles, 2]: segment and first row of every tile, −1 where there are fewer than there can be."""
-    segments = len(offsets) - 1
-    most = rows // tile_rows + segments
-    tiles = torch.empty((most, 2), dtype=torch.int32, device=offsets.device)
-    launch(_schedule_kernel, (segments,), tiles, offsets, segments, most, ROWS=tile_rows, BLOCK=256, num_warps=4)
-    return tiles
 
 
 def _rows_in_place(x: Tensor) -> Tensor:

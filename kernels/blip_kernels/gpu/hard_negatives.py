@@ -22,7 +22,7 @@ from torch import Tensor
 
 from blip_kernels.gpu.configs import config
 from blip_kernels.gpu.contrastive import LOG2E, load_rows, shares_of
-from blip_kernels.gpu.launch import generation, launch
+from blip_kernels.gpu.launch import INTERPRETED, generation, launch
 from blip_kernels.random import ROUNDS
 
 
@@ -39,10 +39,20 @@ def _uniform(b_bits):
 
 
 @triton.jit
-def _waiting_time(b_v):
+def _log2(b_x, APPROXIMATE: tl.constexpr):
+    """One instruction (error 2⁻²²) instead of the twenty of the exact logarithm; Triton's interpreter knows only this."""
+    if APPROXIMATE:
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [b_x], dtype=tl.float32, is_pure=True,
+                                         pack=1)
+    return tl.math.log2(b_x)
+
+
+@triton.jit
+def _waiting_time(b_v, APPROXIMATE: tl.constexpr):
     """−log2(1 − v), by its series where v is small: there are the draws that win."""
-    b_series = b_v * (1.0 + b_v * (0.5 + b_v * (0.3333333333333333 + b_v * 0.25))) * 1.4426950408889634
-    return tl.where(b_v < 0.015625, b_series, -tl.math.log2(1.0 - b_v))
+    b_series = b_v * (1.4426950408889634 + b_v * (0.7213475204444817 + b_v * (0.4808983469629878
+                                                                              + b_v * 0.36067376022224085)))
+    return tl.where(b_v < 0.015625, b_series, -_log2(1.0 - b_v, APPROXIMATE))
 
 
 @triton.jit
@@ -61,7 +71,8 @@ def _products(p_q, b_q, n_here, p_k, n_left, D: tl.constexpr, BLOCK_D: tl.conste
 @triton.jit(do_not_specialize=["seed", "stream", "n_share", "first_own"])
 def _draw_kernel(p_q, p_keys, p_scale, p_ids, p_key_ids, p_reals, p_indices, seed, stream, n_rows, n_keys, n_share,
                  first_own, D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr,
-                 BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, ROUNDS: tl.constexpr, BY_ID: tl.constexpr):
+                 BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, ROUNDS: tl.constexpr, BY_ID: tl.constexpr,
+                 APPROXIMATE: tl.constexpr):
     """One share of the keys: reals [shares, 4, n_rows] = maximum, Σ exp, Σ exp of admissible keys, best Gumbel score;
     indices [shares, 4, n_rows] = number of admissible keys, best score's key, least random number, that one's key.
     """
@@ -77,7 +88,7 @@ def _draw_kernel(p_q, p_keys, p_scale, p_ids, p_key_ids, p_reals, p_indices, see
     b_id = o_row.to(tl.int32) + first_own
     if BY_ID:
         b_id = tl.load(p_ids + o_row, mask=m_row, other=0)
-    b_top, b_count = tl.full([BLOCK_M], -1e30, tl.float32), tl.zeros([BLOCK_M], tl.int32)
+    b_top, b_count = tl.full([BLOCK_M], -1e30, tl.float32), tl.zeros([BLOCK_M], tl.float32)
     b_sum, b_admitted = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
     # The winners so far stay apart by column until the end: a comparison an element instead of a reduction a tile.
     b_best, b_least = (tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32),
@@ -114,11 +125,11 @@ def _draw_kernel(p_q, p_keys, p_scale, p_ids, p_key_ids, p_reals, p_indices, see
             b_weight, b_shrink = tl.math.exp2(b_seen - b_new[:, None]), tl.math.exp2(b_top - b_new)
             b_sum = b_sum * b_shrink + tl.sum(b_weight, 1)
             b_admitted = b_admitted * b_shrink + tl.sum(tl.where(m_admissible, b_weight, 0.0), 1)
-            b_count += tl.sum(m_admissible.to(tl.int32), 1)
+            b_count += tl.sum(tl.where(m_admissible, 1.0, 0.0), 1)
             b_top = b_new
 
             b_bits = _bits(b_word)
-            b_score = b_s - tl.math.log2(_waiting_time(_uniform(b_bits)))
+            b_score = b_s - _log2(_waiting_time(_uniform(b_bits), APPROXIMATE), APPROXIMATE)
             m_better = m_admissible & (b_score > b_best)
             b_best, b_drawn = tl.where(m_better, b_score, b_best), tl.where(m_better, o_key[None, :], b_drawn)
             m_better = m_admissible & (b_bits < b_least)
@@ -132,7 +143,7 @@ def _draw_kernel(p_q, p_keys, p_scale, p_ids, p_key_ids, p_reals, p_indices, see
     tl.store(p_real + 2 * n_rows, b_admitted, mask=m_row)
     tl.store(p_real + 3 * n_rows, b_score, mask=m_row)
     p_index = p_indices + i_share.to(tl.int64) * 4 * n_rows + o_row
-    tl.store(p_index, b_count, mask=m_row)
+    tl.store(p_index, b_count.to(tl.int32), mask=m_row)
     tl.store(p_index + n_rows, b_first, mask=m_row)
     tl.store(p_index + 2 * n_rows, b_bits, mask=m_row)
     tl.store(p_index + 3 * n_rows, b_first_even, mask=m_row)
@@ -185,7 +196,8 @@ def draw(q: Tensor, keys: Tensor, temperature: Tensor, floor: float, seed: int, 
     out = torch.empty(rows, dtype=torch.int64, device=device)
     launch(_draw_kernel, (blocks, shares), q, keys, LOG2E / temperature.float().reshape(1), ids, key_ids, reals,
            indices, seed, stream, rows, len(keys), triton.cdiv(tiles, max(shares, 1)), first_own, D=width,
-           BLOCK_D=block, CHUNK=chunk, PRECISION="tf32x3", ROUNDS=ROUNDS, BY_ID=ids is not None, **meta)
+           BLOCK_D=block, CHUNK=chunk, PRECISION="tf32x3", ROUNDS=ROUNDS, BY_ID=ids is not None,
+           APPROXIMATE=not INTERPRETED, **meta)
     merge = config("hard_negatives", "merge", generation(device))
     launch(_merge_draws_kernel, (triton.cdiv(rows, merge["ROWS"]),), reals, indices, out, floor, seed, stream, rows,
            shares, ROUNDS=ROUNDS, **merge)

@@ -1,0 +1,46 @@
+"""The tiles of packed segments, listed on the GPU: the host knows how many rows there are but not how long segments
+are, and asking would stall it. The list has room for the most tiles that there can be.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from blip_kernels.gpu.launch import launch
+
+
+@triton.jit
+def _schedule_kernel(p_tiles, p_offsets, n_segments, max_tiles, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Tiles of segment i: (segment, first row within it), behind those of all segments before; −1 behind the last."""
+    i_segment = tl.program_id(0)
+    first = 0
+    for start in range(0, i_segment, BLOCK):
+        o_segment = start + tl.arange(0, BLOCK)
+        m_before = o_segment < i_segment
+        b_length = (tl.load(p_offsets + o_segment + 1, mask=m_before, other=0)
+                    - tl.load(p_offsets + o_segment, mask=m_before, other=0))
+        first += tl.sum((b_length + ROWS - 1) // ROWS)
+    length = tl.load(p_offsets + i_segment + 1) - tl.load(p_offsets + i_segment)
+    end = first + (length + ROWS - 1) // ROWS
+    for start in range(first, end, BLOCK):
+        o_tile = start + tl.arange(0, BLOCK)
+        m_tile = o_tile < end
+        tl.store(p_tiles + 2 * o_tile, i_segment + tl.zeros_like(o_tile), mask=m_tile)
+        tl.store(p_tiles + 2 * o_tile + 1, (o_tile - first) * ROWS, mask=m_tile)
+    if i_segment == n_segments - 1:
+        for start in range(end, max_tiles, BLOCK):
+            o_tile = start + tl.arange(0, BLOCK)
+            tl.store(p_tiles + 2 * o_tile, tl.full([BLOCK], -1, tl.int32), mask=o_tile < max_tiles)
+
+
+def tiles_of(offsets: Tensor, rows: int, tile_rows: int) -> Tensor:
+    """int32 [tiles, 2]: segment and first row of every tile of `tile_rows` rows; −1 where there are fewer tiles than
+    the most that `rows` rows in these segments can make."""
+    segments = len(offsets) - 1
+    most = rows // tile_rows + segments
+    tiles = torch.empty((most, 2), dtype=torch.int32, device=offsets.device)
+    launch(_schedule_kernel, (segments,), tiles, offsets, segments, most, ROWS=tile_rows, BLOCK=256, num_warps=4)
+    return tiles
