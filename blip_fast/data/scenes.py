@@ -48,6 +48,8 @@ BACKGROUNDS = {
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 RELATIONS = tuple(OPPOSITE)
 
+HARD = 3  # of twins: how much likelier a shape or the relation differs than another slot
+
 GRID = 3  # objects stand near the centres of cells, GRID a side
 
 SPLITS = ("train", "test")
@@ -197,13 +199,15 @@ def sample_scenes(count: int, split: str, seed: int, one_object_share: float = 0
 def sample_twins(count: int, seed: int, one_object_share: float = 0.1) -> list[Scene]:
     """Training scenes of which each two neighbours (0 and 1, 2 and 3, …) differ in one slot: a filter's hardest.
 
+    A shape or the relation, which a filter learns last, is `HARD` times as likely to differ as any other slot.
+
     Raises ValueError where `count` is odd; else as `sample_scenes`.
     """
     if count % 2:
         raise ValueError(f"{count} scenes asked for: twins need an even number")
     rng = np.random.default_rng([seed, SPLITS.index("train")])
     firsts = sample_scenes(count // 2, "train", seed, one_object_share)
-    return [scene for first in firsts for scene in (first, _edit(first, rng))]
+    return [scene for first in firsts for scene in (first, _edit(first, rng, HARD))]
 
 
 def _random_scene(split: str, objects: int, rng: np.random.Generator) -> Scene:
@@ -226,24 +230,27 @@ def _pick(words: tuple[str, ...], u: float) -> str:
 def corrupt(scene: Scene, rng: np.random.Generator) -> str:
     """A wrong caption of the same split: with equal chance another scene's, or this one's with one slot changed."""
     if rng.random() >= 0.5:
-        return caption(_edit(scene, rng))
+        return caption(_edit(scene, rng, 1))
     while True:
         wrong = _random_scene(scene.split, len(scene.things), rng)
         if not wrong.same_as(scene):
             return caption(wrong)
 
 
-def _edit(scene: Scene, rng: np.random.Generator) -> Scene:
-    """Another scene of the same split: this one with one of its slots, each equally likely, given another value."""
+def _edit(scene: Scene, rng: np.random.Generator, hard: int) -> Scene:
+    """Another scene of the same split: this one with another value in one slot, shapes and the relation `hard` times as
+    likely as each other slot."""
     while True:
-        other = _with_one_slot_changed(scene, rng)
+        other = _with_one_slot_changed(scene, rng, hard)
         if other.split == scene.split and not other.same_as(scene) and len(set(other.things)) == len(other.things):
             return other
 
 
-def _with_one_slot_changed(scene: Scene, rng: np.random.Generator) -> Scene:
-    slots = [(i, name) for i in range(len(scene.things)) for name in ("size", "colour", "shape")]
-    slots += [(None, "background")] + [(None, "relation")] * (scene.relation is not None)
+def _with_one_slot_changed(scene: Scene, rng: np.random.Generator, hard: int) -> Scene:
+    things = range(len(scene.things))
+    slots: list[tuple[int | None, str]] = [(i, name) for i in things for name in ("size", "colour")]
+    slots += [(None, "background")] + hard * [(i, "shape") for i in things]
+    slots += hard * [(None, "relation")] * (scene.relation is not None)
     i, name = slots[rng.integers(len(slots))]
     values = {"size": SIZES, "colour": COLOURS, "shape": SHAPES, "background": BACKGROUNDS, "relation": RELATIONS}[name]
     old = getattr(scene if i is None else scene.things[i], name)

@@ -2,8 +2,8 @@
 
     P(row i draws key j) ∝ softmax_j(queries_i · keys / τ) + ε   over the admissible keys; the softmax is over all keys
 
-BLIP section 3.2, ITM: in pre-training ε = 1e-4 and the own pair is excluded, in fine-tuning ε = 0 and so is every key of
-the row's id.
+BLIP section 3.2, ITM: in pre-training ε = 1e-4 and the own pair is excluded, in fine-tuning ε = 0 and so is every key
+of the row's id.
 
 One pass, no weights of size rows × keys. The distribution is a mixture: with S the softmax's sum over the n admissible
 keys, a row takes the first component, softmax alone, with probability S / (S + ε n), and else draws uniformly. Both

@@ -129,6 +129,8 @@ def _timer(run: Callable[[], Sequence[Tensor]], generations: dict[str, Config], 
                 return None
             return float(do_bench(run, warmup=50, rep=200, return_mode="median"))  # pyright: ignore[reportArgumentType]
         except Exception:  # whatever the compiler or the driver says of a configuration, it is none for this GPU
+            if config == entry:
+                raise
             return None
         finally:
             generations[target] = entry

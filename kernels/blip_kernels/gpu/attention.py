@@ -36,7 +36,7 @@ from blip_kernels.gpu.launch import generation, launch
 from blip_kernels.gpu.tiles import tiles_of
 
 LOG2E = 1.4426950408889634
-SHORT_TILE = 32  # rows of the other side's tiles where segments are shorter than a whole tile
+SHORT_TILE = 16  # rows of the other side's tiles where segments are shorter than a whole tile
 
 
 @triton.jit

@@ -34,11 +34,12 @@ import triton.language as tl
 from torch import Tensor
 
 from blip_kernels.gpu.configs import config
-from blip_kernels.gpu.contrastive_merge import merge_forward, merge_gradient, positive_items
+from blip_kernels.gpu.contrastive_merge import cdiv, merge_forward, merge_gradient, positive_items
 from blip_kernels.gpu.launch import generation, launch
 
 LOG2E = math.log2(math.e)
 SHIFT = 14  # gradients of logits lie in [−1, 1]; in the big loops they are 2¹⁴ times as large
+SIZES = ["n_rows", "n_batch", "n_queue", "n_share", "i_first"]  # one compiled kernel for all of them
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}  # of A100, H100 and B200, where no GPU can be asked
 
 
@@ -80,7 +81,7 @@ def _share(n_tiles, n_share, n_tails, MASKED: tl.constexpr):
 
 @triton.jit
 def _keys_tile(p_batch, p_queue, n_batch, n_queue, i_tile, D: tl.constexpr, BLOCK_N: tl.constexpr,
-               MASKED: tl.constexpr):
+               MASKED: tl.constexpr) -> tuple:
     """Full tile i of the keys, the batch's first; with MASKED what is left of the batch (0) or of the queue (1).
 
     Returns where it starts and how many keys it holds.
@@ -131,7 +132,7 @@ def _forward_step(b_s, b_sm, n_left, scale, b_top, b_sum, b_top_m, b_sum_m, b_mi
     return b_new, b_sum, b_new_m, b_sum_m, b_mixed
 
 
-@triton.jit(do_not_specialize=["n_share", "i_first"])
+@triton.jit(do_not_specialize=SIZES)
 def _forward_kernel(p_q, p_qm, p_batch, p_queue, p_scale, p_parts, n_rows, n_batch, n_queue, n_share, i_first,
                     D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr,
                     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr):
@@ -172,7 +173,7 @@ def _forward_kernel(p_q, p_qm, p_batch, p_queue, p_scale, p_parts, n_rows, n_bat
     tl.store(p_out + 4 * n_rows, b_mixed, mask=m_m)
 
 
-@triton.jit(do_not_specialize=["n_share", "i_first"])
+@triton.jit(do_not_specialize=SIZES)
 def _queries_kernel(p_q, p_qm, p_batch, p_queue, p_scale, p_less, p_parts, n_rows, n_batch, n_queue, n_share, i_first,
                     D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr,
                     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr):
@@ -208,7 +209,7 @@ def _queries_kernel(p_q, p_qm, p_batch, p_queue, p_scale, p_less, p_parts, n_row
     _store_rows(p_part, b_dq, n_here, D, BLOCK_D, BLOCK_M)
 
 
-@triton.jit(do_not_specialize=["n_share", "i_first"])
+@triton.jit(do_not_specialize=SIZES)
 def _keys_kernel(p_q, p_qm, p_batch, p_scale, p_less, p_grad, p_parts, n_rows, n_batch, n_share, i_first,
                  D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr,
                  BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr):
@@ -266,7 +267,7 @@ def shares_of(blocks: int, tiles: int, device: torch.device, waves: int) -> int:
     units = (torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda"
              else MULTIPROCESSORS[generation(device)])
     most = max(1, min(tiles, waves * units // max(blocks, 1)))
-    return min(range(1, most + 1), key=lambda n: (-(-blocks * n // units) * (-(-tiles // n) + 4), n))
+    return min(range(1, most + 1), key=lambda n: (cdiv(blocks * n, units) * (cdiv(tiles, n) + 4), n))
 
 
 def _scale(temperature: Tensor) -> Tensor:
@@ -280,12 +281,12 @@ def _stream(kernel: Any, tensors: tuple[Tensor, ...], sizes: tuple[int, ...], ro
     Returns what the shares wrote, [shares, *part].
     """
     device, size = tensors[0].device, meta["BLOCK_N"]
-    blocks, tiles = triton.cdiv(rows, meta["BLOCK_M"]), sum(n // size for n in streamed)
+    blocks, tiles = cdiv(rows, meta["BLOCK_M"]), sum(n // size for n in streamed)
     shares = shares_of(blocks, tiles, device, waves)
     tails = any(n % size for n in streamed)
     parts = torch.empty(shares + tails, *part, dtype=torch.float32, device=device)
     if shares:
-        n_share = triton.cdiv(tiles, shares)
+        n_share = cdiv(tiles, shares)
         launch(kernel, (blocks, shares), *tensors, parts, *sizes, n_share, 0, MASKED=False, **meta)
     if tails:
         launch(kernel, (blocks, 1), *tensors, parts, *sizes, 0, shares, MASKED=True, **meta)

@@ -17,10 +17,12 @@ from torch import Tensor
 from blip_kernels.gpu.configs import config
 from blip_kernels.gpu.launch import generation, launch
 
+SIZES = ["n_rows", "n_batch", "n_first", "n_items", "n_shares", "shift"]  # one compiled kernel for all of them
+
 
 @triton.jit
 def _positives(p_ranges, p_order, p_first, p_second, p_weights, o_row, m_row, n_rows, n_first, n_items, shift,
-               BY_ID: tl.constexpr, WEIGHTED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+               BY_ID: tl.constexpr, WEIGHTED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr) -> tuple:
     """Σ of each row's positive items (weighted), float32 [rows, BLOCK_D], and their number.
 
     Items are the rows of `first` [n_first, D], then those of `second`. By pair, row i's item is i + shift; by id, row
@@ -50,7 +52,7 @@ def _positives(p_ranges, p_order, p_first, p_second, p_weights, o_row, m_row, n_
     return b_total, b_count
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _merge_forward_kernel(p_parts, p_q, p_batch, p_queue, p_scale, p_ranges, p_order, p_loss, p_stats, alpha,
                           n_rows, n_batch, n_items, n_shares, shift, BY_ID: tl.constexpr, D: tl.constexpr,
                           BLOCK_D: tl.constexpr, ROWS: tl.constexpr):
@@ -84,7 +86,7 @@ def _merge_forward_kernel(p_parts, p_q, p_batch, p_queue, p_scale, p_ranges, p_o
     tl.store(p_stats + 2 * n_rows + o_row, b_count.to(tl.float32), mask=m_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _merge_gradient_kernel(p_parts, p_outer, p_weights, p_q, p_first, p_second, p_ranges, p_order, p_scale, p_out,
                            p_dots, n_rows, n_first, n_items, n_shares, shift, OF_KEYS: tl.constexpr,
                            BY_ID: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr):
@@ -109,6 +111,10 @@ def _merge_gradient_kernel(p_parts, p_outer, p_weights, p_q, p_first, p_second, 
     if not OF_KEYS:
         b_q = tl.load(p_q + o_row[:, None] * D + o_d[None, :], mask=m_all, other=0.0)
         tl.store(p_dots + o_row, tl.sum(b_q.to(tl.float32) * b_out, 1), mask=m_row)
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 @dataclass(frozen=True)
@@ -141,7 +147,7 @@ def merge_forward(parts: Tensor, q: Tensor, positives: PositiveItems, scale: Ten
     """`parts` [shares, 5, rows] of `_forward_kernel` into `loss` [rows] and `stats` [3, rows]."""
     (rows, width), chosen = q.shape, config("contrastive", "merge", generation(q.device))
     first, second = positives.first, positives.second
-    launch(_merge_forward_kernel, (triton.cdiv(rows, chosen["ROWS"]),), parts, q, first, second, scale,
+    launch(_merge_forward_kernel, (cdiv(rows, chosen["ROWS"]),), parts, q, first, second, scale,
            positives.ranges, positives.order, loss, stats, alpha, rows, len(first), len(first) + len(second),
            len(parts), positives.shift, BY_ID=positives.ranges is not None, D=width,
            BLOCK_D=triton.next_power_of_2(max(width, 16)), **chosen)
@@ -156,7 +162,7 @@ def merge_gradient(parts: Tensor, outer: Tensor, weights: Tensor, positives: Pos
     """
     shares, rows, width = parts.shape
     chosen, first, second = config("contrastive", "merge", generation(parts.device)), positives.first, positives.second
-    launch(_merge_gradient_kernel, (triton.cdiv(rows, chosen["ROWS"]),), parts, outer, weights, q, first, second,
+    launch(_merge_gradient_kernel, (cdiv(rows, chosen["ROWS"]),), parts, outer, weights, q, first, second,
            positives.ranges, positives.order, scale, out, dots, rows, len(first), len(first) + len(second), shares,
            positives.shift, OF_KEYS=q is None, BY_ID=positives.ranges is not None, D=width,
            BLOCK_D=triton.next_power_of_2(max(width, 16)), **chosen)

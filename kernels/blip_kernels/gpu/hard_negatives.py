@@ -22,6 +22,7 @@ from torch import Tensor
 
 from blip_kernels.gpu.configs import config
 from blip_kernels.gpu.contrastive import LOG2E, load_rows, shares_of
+from blip_kernels.gpu.contrastive_merge import cdiv
 from blip_kernels.gpu.launch import INTERPRETED, generation, launch
 from blip_kernels.random import ROUNDS
 
@@ -40,7 +41,7 @@ def _uniform(b_bits):
 
 @triton.jit
 def _log2(b_x, APPROXIMATE: tl.constexpr):
-    """One instruction (error 2⁻²²) instead of the twenty of the exact logarithm; Triton's interpreter knows only this."""
+    """One instruction (error 2⁻²²) instead of the exact logarithm's twenty, which the interpreter has to take."""
     if APPROXIMATE:
         return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [b_x], dtype=tl.float32, is_pure=True,
                                          pack=1)
@@ -68,7 +69,7 @@ def _products(p_q, b_q, n_here, p_k, n_left, D: tl.constexpr, BLOCK_D: tl.conste
     return b_s
 
 
-@triton.jit(do_not_specialize=["seed", "stream", "n_share", "first_own"])
+@triton.jit(do_not_specialize=["seed", "stream", "n_rows", "n_keys", "n_share", "first_own"])
 def _draw_kernel(p_q, p_keys, p_scale, p_ids, p_key_ids, p_reals, p_indices, seed, stream, n_rows, n_keys, n_share,
                  first_own, D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr,
                  BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, ROUNDS: tl.constexpr, BY_ID: tl.constexpr,
@@ -149,7 +150,7 @@ def _draw_kernel(p_q, p_keys, p_scale, p_ids, p_key_ids, p_reals, p_indices, see
     tl.store(p_index + 3 * n_rows, b_first_even, mask=m_row)
 
 
-@triton.jit(do_not_specialize=["seed", "stream"])
+@triton.jit(do_not_specialize=["seed", "stream", "n_rows", "n_shares"])
 def _merge_draws_kernel(p_reals, p_indices, p_out, floor, seed, stream, n_rows, n_shares, ROWS: tl.constexpr,
                         ROUNDS: tl.constexpr):
     """Shares in their order, then the choice between the softmax's draw and the uniform one: int64 [n_rows]."""
@@ -189,17 +190,17 @@ def draw(q: Tensor, keys: Tensor, temperature: Tensor, floor: float, seed: int, 
     bits = "float32" if q.dtype == torch.float32 else "16 bit"
     meta = config("hard_negatives", f"draw, width {max(block, 64)}, {bits}", generation(device))
     chunk = min(meta.pop("CHUNK"), block)
-    blocks, tiles = triton.cdiv(rows, meta["BLOCK_M"]), triton.cdiv(len(keys), 4 * meta["BLOCK_N"])
+    blocks, tiles = cdiv(rows, meta["BLOCK_M"]), cdiv(len(keys), 4 * meta["BLOCK_N"])
     shares = shares_of(blocks, tiles, device, waves=4)
     reals = torch.empty(shares, 4, rows, dtype=torch.float32, device=device)
     indices = torch.empty(shares, 4, rows, dtype=torch.int32, device=device)
     out = torch.empty(rows, dtype=torch.int64, device=device)
     launch(_draw_kernel, (blocks, shares), q, keys, LOG2E / temperature.float().reshape(1), ids, key_ids, reals,
-           indices, seed, stream, rows, len(keys), triton.cdiv(tiles, max(shares, 1)), first_own, D=width,
+           indices, seed, stream, rows, len(keys), cdiv(tiles, max(shares, 1)), first_own, D=width,
            BLOCK_D=block, CHUNK=chunk, PRECISION="tf32x3", ROUNDS=ROUNDS, BY_ID=ids is not None,
            APPROXIMATE=not INTERPRETED, **meta)
     merge = config("hard_negatives", "merge", generation(device))
-    launch(_merge_draws_kernel, (triton.cdiv(rows, merge["ROWS"]),), reals, indices, out, floor, seed, stream, rows,
+    launch(_merge_draws_kernel, (cdiv(rows, merge["ROWS"]),), reals, indices, out, floor, seed, stream, rows,
            shares, ROUNDS=ROUNDS, **merge)
     return out
 
