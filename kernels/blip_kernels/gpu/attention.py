@@ -344,7 +344,8 @@ def _config(name: str, q: Tensor, dropout: float, tiled: str, rows: int, offsets
     """The table's configuration, its tile `tiled` made to fit segments of the mean length: the smallest power of two
     that covers it, 16 at least.
 
-    Each warp needs 16 rows of its own, or warps repeat each other's products; few warps hold small tiles only.
+    Each warp needs 16 rows of its own, or warps repeat each other's products; few warps hold small tiles only, and
+    dropout's random words not even those: it keeps two warps.
     """
     width = "float32" if q.dtype == torch.float32 else "16 bit"
     launch_name = f"{name}, head_dim {q.shape[-1]}, {width}{', dropout' * (dropout > 0)}"
@@ -355,7 +356,7 @@ def _config(name: str, q: Tensor, dropout: float, tiled: str, rows: int, offsets
     if chosen[tiled] < full:
         other = "BLOCK_N" if tiled == "BLOCK_M" else "BLOCK_M"
         chosen[other] = min(chosen[other], SHORT_TILE)
-        chosen["num_warps"] = min(chosen["num_warps"], chosen[tiled] // 16)
+        chosen["num_warps"] = min(chosen["num_warps"], max(chosen[tiled] // 16, 2 if dropout else 1))
     return chosen
 
 

@@ -81,7 +81,7 @@ def _share(n_tiles, n_share, n_tails, MASKED: tl.constexpr):
 
 @triton.jit
 def _keys_tile(p_batch, p_queue, n_batch, n_queue, i_tile, D: tl.constexpr, BLOCK_N: tl.constexpr,
-               MASKED: tl.constexpr) -> tuple:
+               MASKED: tl.constexpr):
     """Full tile i of the keys, the batch's first; with MASKED what is left of the batch (0) or of the queue (1).
 
     Returns where it starts and how many keys it holds.
@@ -194,7 +194,8 @@ def _queries_kernel(p_q, p_qm, p_batch, p_queue, p_scale, p_less, p_parts, n_row
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     first, last = _share(n_batch // BLOCK_N + n_queue // BLOCK_N, n_share, 2, MASKED)
     for i_tile in range(first, last):
-        p_k, n_left = _keys_tile(p_batch, p_queue, n_batch, n_queue, i_tile, D, BLOCK_N, MASKED)
+        p_k, n_left = _keys_tile(  # pyright: ignore[reportGeneralTypeIssues]
+            p_batch, p_queue, n_batch, n_queue, i_tile, D, BLOCK_N, MASKED)
         b_k = load_rows(p_k, n_left, 0, D, BLOCK_D, BLOCK_N, BLOCK_D, MASKED)
         if CHUNK == BLOCK_D:
             b_s, b_sm = tl.dot(b_q, tl.trans(b_k)), tl.dot(b_qm, tl.trans(b_k))

@@ -22,7 +22,7 @@ SIZES = ["n_rows", "n_batch", "n_first", "n_items", "n_shares", "shift"]  # one 
 
 @triton.jit
 def _positives(p_ranges, p_order, p_first, p_second, p_weights, o_row, m_row, n_rows, n_first, n_items, shift,
-               BY_ID: tl.constexpr, WEIGHTED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr) -> tuple:
+               BY_ID: tl.constexpr, WEIGHTED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Σ of each row's positive items (weighted), float32 [rows, BLOCK_D], and their number.
 
     Items are the rows of `first` [n_first, D], then those of `second`. By pair, row i's item is i + shift; by id, row
@@ -95,8 +95,9 @@ def _merge_gradient_kernel(p_parts, p_outer, p_weights, p_q, p_first, p_second, 
     o_d = tl.arange(0, BLOCK_D)
     m_row = o_row < n_rows
     m_all = m_row[:, None] & (o_d < D)[None, :]
-    b_total, _ = _positives(p_ranges, p_order, p_first, p_second, p_weights, o_row, m_row, n_rows, n_first, n_items,
-                            shift, BY_ID, OF_KEYS, D, BLOCK_D)
+    b_total, _ = _positives(  # pyright: ignore[reportGeneralTypeIssues]
+        p_ranges, p_order, p_first, p_second, p_weights, o_row, m_row, n_rows, n_first, n_items, shift, BY_ID, OF_KEYS, D,
+        BLOCK_D)
     if OF_KEYS:
         b_outer = tl.load(p_outer + 0 * o_row)
     else:
