@@ -96,8 +96,8 @@ def _merge_gradient_kernel(p_parts, p_outer, p_weights, p_q, p_first, p_second, 
     m_row = o_row < n_rows
     m_all = m_row[:, None] & (o_d < D)[None, :]
     b_total, _ = _positives(  # pyright: ignore[reportGeneralTypeIssues]
-        p_ranges, p_order, p_first, p_second, p_weights, o_row, m_row, n_rows, n_first, n_items, shift, BY_ID, OF_KEYS, D,
-        BLOCK_D)
+        p_ranges, p_order, p_first, p_second, p_weights, o_row, m_row, n_rows, n_first, n_items, shift, BY_ID, OF_KEYS,
+        D, BLOCK_D)
     if OF_KEYS:
         b_outer = tl.load(p_outer + 0 * o_row)
     else:
