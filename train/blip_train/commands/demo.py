@@ -11,7 +11,7 @@ def _arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--output", default="runs/demo", help="directory of the runs and the report; an earlier demo "
                                                               "there is replaced")
     parser.add_argument("--recipe", choices=["scenes.yaml", "scenes_long.yaml"], default="scenes.yaml",
-                        help="pre-training: minutes, or about forty")
+                        help="pre-training: minutes, or up to half an hour")
 
 
 def _run(arguments: Namespace) -> None:
