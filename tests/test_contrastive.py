@@ -18,9 +18,9 @@ BACKENDS = ("reference", "triton")
 op = import_module("blip_kernels.contrastive")  # its name in the package is the function
 
 # Float32 against float64: logits up to 1/τ = 14 carry an error of 1e-6 each, losses about that. Gradients are sums of
-# terms that cancel, (softmax − target) · feature, so they are compared on the scale of the terms: |upstream| / τ, and for
-# the temperature, where a logit stands in the place of a feature, Σ |upstream| / τ². Float16 inputs are exact on both
-# sides; only a gradient's weights and its result are rounded, to 11 bits.
+# terms that cancel, (softmax − target) · feature, so they are compared on the scale of the terms: |upstream| / τ, and
+# for the temperature, where a logit stands in the place of a feature, Σ |upstream| / τ². Float16 inputs are exact on
+# both sides; only a gradient's weights and its result are rounded, to 11 bits.
 LOSS = 5e-6
 GRADIENT = {torch.float32: 2e-6, torch.float16: 5e-4}
 
@@ -120,7 +120,7 @@ def test_any_sizes(rows, more, queued, width, kind, alpha, seed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["pair", "id"])
 @pytest.mark.parametrize("width", [31, 64, 128, 255, 256])
-@pytest.mark.parametrize(("rows", "keys", "queued"), [(127, 127, 513), (128, 256, 512), (257, 300, 1000), (64, 64, 3001)])
+@pytest.mark.parametrize(("rows", "keys", "queued"), [(127, 127, 513), (128, 256, 512), (257, 300, 999), (64, 64, 900)])
 def test_a_wide_sweep(rows, keys, queued, width, kind, dtype):
     for backend in BACKENDS:
         check(backend, rows, keys, queued, width, kind, 0.4, dtype)
@@ -129,7 +129,7 @@ def test_a_wide_sweep(rows, keys, queued, width, kind, dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("temperature", [0.001, 0.5])
 def test_the_ends_of_the_temperatures_range(backend, temperature):
-    """At 0.001 logits reach ±1000, and most weights underflow: no overflow, no NaN, losses to the last digits of logits."""
+    """At 0.001 logits reach ±1000 and most weights underflow: no overflow, no NaN, losses to the logits' last digit."""
     torch.manual_seed(0)
     tensors, options = case(21, 21, 90, 16, "pair")
     tensors[4] = torch.tensor([temperature])

@@ -37,7 +37,7 @@ def _words(seed: int, stream: int, rows: int, keys: range, device: torch.device)
     """int64 [rows, keys], 31 random bits each; `keys` starts at a multiple of 4."""
     counters = torch.arange(keys.start // 4, -(-keys.stop // 4), device=device)
     words = philox(seed, counters, torch.arange(rows, device=device)[:, None], torch.tensor(stream, device=device))
-    return (torch.stack(words, dim=2).reshape(rows, -1)[:, : len(keys)] >> 1).clamp_(max=LEAST)
+    return (torch.stack(words, dim=2).flatten(1)[:, : len(keys)] >> 1).clamp_(max=LEAST)
 
 
 def _reference(q: Tensor, keys: Tensor, temperature: Tensor, floor: float, seed: int, stream: int, ids: Tensor | None,
