@@ -119,7 +119,7 @@ def test_any_sizes(rows, more, queued, width, kind, alpha, seed):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["pair", "id"])
-@pytest.mark.parametrize("width", [31, 64, 128, 255, 256])
+@pytest.mark.parametrize("width", [31, 128, 255])
 @pytest.mark.parametrize(("rows", "keys", "queued"), [(127, 127, 513), (128, 256, 512), (257, 300, 999), (64, 64, 900)])
 def test_a_wide_sweep(rows, keys, queued, width, kind, dtype):
     for backend in BACKENDS:
