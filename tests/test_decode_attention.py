@@ -64,7 +64,7 @@ def test_decode_equals_the_formula(backend, lengths, head_dim, dtype):
 
 @settings(max_examples=15, deadline=None)
 @given(lengths=st.lists(st.integers(0, 150), min_size=1, max_size=4), each=st.sampled_from([1, 2, 5, 15, 16]),
-       heads=st.integers(1, 3), seed=st.integers(0, 99), scale=st.sampled_from([0.05, 1.0]))
+       heads=st.integers(1, 3), seed=st.integers(0, 99), scale=st.sampled_from([0.05, 0.3]))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_segments(backend, lengths, each, heads, seed, scale):
     q, k, v = tensors(each * len(lengths), sum(lengths), heads, 32, seed=seed)

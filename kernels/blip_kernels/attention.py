@@ -198,7 +198,8 @@ def attention(
                chosen == "triton")[0]
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, kv_offsets: Tensor, dropout: float) -> None:
+def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise ValueError unless q, k and v are [rows, heads, head_dim] of one floating dtype, k and v alike."""
     if q.ndim != 3:
         raise ValueError(f"q must be [rows, heads, head_dim], got shape {tuple(q.shape)}")
     if k.shape != v.shape or k.ndim != 3 or k.shape[1:] != q.shape[1:]:
@@ -206,6 +207,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, kv_offsets: Tenso
                          f"{tuple(v.shape)}")
     if not q.dtype == k.dtype == v.dtype or not q.dtype.is_floating_point:
         raise ValueError(f"q, k and v must share one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, kv_offsets: Tensor, dropout: float) -> None:
+    check_shapes(q, k, v)
     if not q.device == k.device == v.device:
         raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}")
     if not 0.0 <= dropout < 1.0:

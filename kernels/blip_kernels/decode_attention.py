@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from blip_kernels.attention import check_shapes
 from blip_kernels.backends import op_backend
 
 HEAD_DIMS = (32, 64, 128)  # of the kernels; the twins take any
@@ -185,13 +186,7 @@ def _how(q: Tensor, scale: float | None, backend: str | None) -> tuple[float, st
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if q.ndim != 3:
-        raise ValueError(f"q must be [rows, heads, head_dim], got shape {tuple(q.shape)}")
-    if k.shape != v.shape or k.ndim != 3 or k.shape[1:] != q.shape[1:]:
-        raise ValueError(f"k and v must be [rows, {q.shape[1]}, {q.shape[2]}] as q is, got {tuple(k.shape)} and "
-                         f"{tuple(v.shape)}")
-    if not q.dtype == k.dtype == v.dtype or not q.dtype.is_floating_point:
-        raise ValueError(f"q, k and v must share one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    check_shapes(q, k, v)
     _check_place(k, "k", q)
     _check_place(v, "v", q)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
