@@ -73,6 +73,22 @@ def test_lengths_of_the_model(q_lengths, kv_lengths):
     check(q_lengths, kv_lengths, 1, 64, False, torch.float32)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU takes its own generation's launches")
+@pytest.mark.parametrize(("q_lengths", "kv_lengths", "head_dim", "causal"), [
+    ([577], [577], 64, False), ([130, 150], [300, 513], 64, True), ([140], [256], 32, False), ([129], [260], 128, True),
+    ([200], [0], 64, False)], ids=["image", "causal", "whole-tiles", "wide", "no-keys"])
+def test_launches_of_the_newest_gpus(monkeypatch, q_lengths, kv_lengths, head_dim, causal):
+    """Tiles of 256 keys by descriptors, then masked ones of 64 (their PTX: test_exponentials.py)."""
+    from blip_kernels.gpu import attention as launches
+
+    descriptors = []
+    monkeypatch.setattr(launches, "generation", lambda device: 100)
+    monkeypatch.setattr(launches, "_descriptor", lambda *args, make=launches._descriptor: descriptors.append(args) or
+                        make(*args))
+    check(q_lengths, kv_lengths, 2, head_dim, causal, torch.float16)
+    assert len(descriptors) == (2 if sum(kv_lengths) else 0)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_dropout_is_the_twins(dtype, causal):

@@ -1,5 +1,7 @@
 """Counting in disassemblies written by hand, and what an SM's limits make of the counts."""
 
+from dataclasses import replace
+
 import pytest
 from blip_kernels.hardware import ceiling, occupancy
 from blip_kernels.sass import Instruction, Listing, Loop, Mma, loops, mma_shapes, parse
@@ -130,6 +132,28 @@ def test_a_blackwell_instruction_is_known_by_its_descriptor():
 def test_an_unknown_shape_is_an_error_and_no_guess(text):
     with pytest.raises(ValueError, match="not known"):
         mma_shapes(listing(text), warps=4)
+
+
+def test_what_one_warp_issues_for_all_is_issued_once():
+    """A block with UTCHMMA that a pass can go around is one warp's; one that every pass takes is everyone's."""
+    text = """
+        head: FADD R1, R1, R2
+              @P0 BRA join
+              UMOV UR29, 0x8100910
+              UTCHMMA gdesc[UR6], gdesc[UR4], tmem[UR1], tmem[UR8], idesc[UR29], UPT
+              UTCHMMA gdesc[UR6], gdesc[UR4], tmem[UR1], tmem[UR8], idesc[UR29], UPT
+              UTCBAR [UR8], URZ
+        join: BAR.SYNC 0x0
+              @P1 BRA head
+              EXIT
+    """
+    (loop,) = loops(listing(text))
+    assert (len(loop.code), loop.elected) == (8, 4)
+    (loop,) = loops(listing(text.replace("@P0 BRA join", "FADD R3, R3, R2")))
+    assert (len(loop.code), loop.elected) == (8, 0)
+    work = [Mma(4 * 128 * 64 * 64 / 4, False)]
+    everyone, one = (replace(loop_of(work, FADD=200, UIADD3=300), elected=n) for n in (0, 300))
+    assert ceiling(everyone, 4, 100).share == 256 / 500 and ceiling(one, 4, 100).share == 256 / (200 + 300 / 4)
 
 
 def test_spilled_bytes_are_what_is_stored_to_local_memory():

@@ -70,7 +70,7 @@ def ceiling(loop: Loop, warps: int, generation: int) -> Ceiling:
 
     cycles = {
         "tensor": sum(mma.flops * (2 if mma.tf32 else 1) for mma in loop.mma) * warps / (2 * sm.mma_fma),
-        "issue": len(loop.code) * warps / SCHEDULERS,
+        "issue": ((len(loop.code) - loop.elected) * warps + loop.elected) / SCHEDULERS,
         "MUFU": threads(_MUFU) / sm.mufu,
         "FMA": (threads(_FMA) + 2 * threads(_PACKED)) / sm.fma + threads(_IMAD) / sm.imad,
         "ALU": threads(_ALU) / sm.alu,

@@ -17,7 +17,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -58,7 +58,8 @@ class Loop:
 
     address: int  # of the block that every pass begins with
     code: tuple[Instruction, ...]
-    mma: tuple[Mma, ...]
+    mma: tuple[Mma, ...] = ()
+    elected: int = 0  # instructions that one warp of the CTA issues for all: blocks around a UTCHMMA that others skip
 
     @property
     def instructions_per_mma(self) -> float:
@@ -110,12 +111,14 @@ def loops(code: Sequence[Instruction]) -> list[Loop]:
     Their `mma` is left for `with_shapes` to fill.
     """
     blocks = _blocks(code)
-    found = _natural_loops(_successors(code, blocks))
+    successors = _successors(code, blocks)
+    found = _natural_loops(successors)
     bodies = {header: tuple(code[i] for block in sorted(body) for i in range(*blocks[block]))
               for header, body in found.items()}
     hot = {header for header in found if any(is_mma(i) for i in bodies[header])} or set(found)
     innermost = [h for h in hot if not any(other != h and other in found[h] for other in hot)]
-    return [Loop(bodies[h][0].address, bodies[h], ()) for h in sorted(innermost)]
+    return [Loop(bodies[h][0].address, bodies[h], elected=_elected(h, found[h], successors, code, blocks))
+            for h in sorted(innermost)]
 
 
 def is_mma(instruction: Instruction) -> bool:
@@ -130,7 +133,7 @@ def mma_shapes(code: Sequence[Instruction], warps: int) -> dict[int, Mma]:
 
 def with_shapes(loop: Loop, shapes: dict[int, Mma]) -> Loop:
     """The loop with what its tensor-core instructions do, of `mma_shapes`."""
-    return Loop(loop.address, loop.code, tuple(shapes[i.address] for i in loop.code if i.address in shapes))
+    return replace(loop, mma=tuple(shapes[i.address] for i in loop.code if i.address in shapes))
 
 
 def _mma(code: Sequence[Instruction], index: int, warps: int) -> Mma:
@@ -219,6 +222,24 @@ def _natural_loops(successors: Sequence[Sequence[int]]) -> dict[int, set[int]]:
             if header in dominators[source]:
                 found.setdefault(header, {header}).update(_reaching(source, header, predecessors))
     return found
+
+
+def _elected(header: int, body: set[int], successors: Sequence[Sequence[int]], code: Sequence[Instruction],
+             blocks: Sequence[tuple[int, int]]) -> int:
+    """Instructions of the blocks with a CTA's tensor-core instructions (UTCHMMA) that a pass can go around."""
+    def avoidable(block: int) -> bool:
+        seen, stack = {block}, [header]
+        while stack:
+            for target in successors[stack.pop()]:
+                if target == header:
+                    return True
+                if target in body and target not in seen:
+                    seen.add(target)
+                    stack.append(target)
+        return False
+
+    ranges = [blocks[block] for block in body if block != header and avoidable(block)]
+    return sum(stop - start for start, stop in ranges if any(i.base == "UTCHMMA" for i in code[start:stop]))
 
 
 def _postorder(successors: Sequence[Sequence[int]]) -> list[int]:

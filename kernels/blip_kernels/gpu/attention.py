@@ -27,270 +27,18 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from blip_kernels.gpu.attention_backward import dkv_kernel, dq_kernel
+from blip_kernels.gpu.attention_forward import forward_kernel
 from blip_kernels.gpu.configs import config
+from blip_kernels.gpu.exponentials import PACK
 from blip_kernels.gpu.launch import generation, launch
 from blip_kernels.gpu.tiles import tiles_of
 
 LOG2E = 1.4426950408889634
 SHORT_TILE = 16  # rows of the other side's tiles where segments are shorter than a whole tile
-
-
-@triton.jit
-def _keep(seed, i_head, o_row, column, COLUMNS: tl.constexpr, threshold):
-    """[rows, COLUMNS] bool: which weights dropout keeps. One Philox call gives eight columns 16 bits each, word w's low
-    half before its high one; o_row and column count within all rows and within the segment's keys."""
-    o_group = column // 8 + tl.arange(0, COLUMNS // 8)
-    c0 = (o_group[None, :] + tl.zeros_like(o_row)[:, None]).to(tl.uint32)
-    c1 = (o_row[:, None] + tl.zeros_like(o_group)[None, :]).to(tl.uint32)
-    zero = tl.zeros_like(c0)
-    w0, w1, w2, w3 = tl.philox(seed, c0, c1, zero + i_head.to(tl.uint32), zero, 7)
-    even = tl.join(w0, w2)  # joins nest: the last one varies fastest
-    odd = tl.join(w1, w3)
-    words = tl.join(even, odd)  # [rows, groups, (0, 2), (0, 1)] → words 0, 1, 2, 3
-    halves = tl.join(words & 0xFFFF, words >> 16)
-    return tl.reshape(halves, [o_row.shape[0], COLUMNS]).to(tl.int32) >= threshold
-
-
-@triton.jit
-def _forward_tiles(acc, b_max, b_sum, b_q, p_k, p_v, s_k, s_v, o_q, o_n, o_d, lo, hi, n_kv, shift, scale, seed, i_head,
-                   o_row, threshold, keep_scale, MASKED: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
-                   PRECISION: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Online softmax over keys lo to hi; query o_q of the tile sees keys up to o_q + shift where causal."""
-    for start in range(lo, hi, BLOCK_N):
-        start = tl.multiple_of(start, BLOCK_N)
-        o_key = start + o_n
-        p_b_k = p_k + start.to(tl.int64) * s_k + (o_n[None, :] * s_k + o_d[:, None])
-        p_b_v = p_v + start.to(tl.int64) * s_v + (o_n[:, None] * s_v + o_d[None, :])
-        if MASKED:
-            b_k = tl.load(p_b_k, mask=o_key[None, :] < n_kv, other=0.0)
-            b_v = tl.load(p_b_v, mask=o_key[:, None] < n_kv, other=0.0)
-        else:
-            b_k = tl.load(p_b_k)
-            b_v = tl.load(p_b_v)
-        b_s = tl.dot(b_q, b_k, input_precision=PRECISION)
-        if MASKED:
-            m_s = o_key[None, :] < n_kv
-            if CAUSAL:
-                m_s = m_s & (o_key[None, :] <= o_q[:, None] + shift)
-            b_s = tl.where(m_s, b_s, float("-inf"))
-        new_max = tl.maximum(b_max, tl.max(b_s, 1) * scale)
-        # A row that has seen no key yet keeps a finite maximum: −∞ − (−∞) is not a number.
-        safe_max = tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED else new_max
-        b_p = tl.exp2(b_s * scale - safe_max[:, None])
-        correction = tl.exp2(b_max - safe_max)
-        b_sum = b_sum * correction + tl.sum(b_p, 1)
-        acc = acc * correction[:, None]
-        if DROPOUT:
-            b_keep = _keep(seed, i_head, o_row, start, BLOCK_N, threshold)
-            b_p = tl.where(b_keep, b_p * keep_scale, 0.0)
-        acc = tl.dot(b_p.to(b_v.dtype), b_v, acc, input_precision=PRECISION)
-        b_max = new_max
-    return acc, b_max, b_sum
-
-
-@triton.jit
-def _forward_kernel(p_q, p_k, p_v, p_out, p_lse, p_tiles, p_q_offsets, p_kv_offsets, n_rows, s_q, s_qh, s_k, s_kh, s_v,
-                    s_vh, s_o, s_oh, scale, seed, threshold, keep_scale, D: tl.constexpr, CAUSAL: tl.constexpr,
-                    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    i_tile, i_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    i_segment = tl.load(p_tiles + 2 * i_tile)
-    if i_segment < 0:
-        return
-    row = tl.load(p_tiles + 2 * i_tile + 1)
-    q_first, kv_first = tl.load(p_q_offsets + i_segment), tl.load(p_kv_offsets + i_segment)
-    n_q = tl.load(p_q_offsets + i_segment + 1) - q_first
-    n_kv = tl.load(p_kv_offsets + i_segment + 1) - kv_first
-    o_q = row + tl.arange(0, BLOCK_M)
-    o_n, o_d = tl.arange(0, BLOCK_N), tl.arange(0, D)
-    m_q = o_q < n_q
-    p_q += q_first.to(tl.int64) * s_q + i_head * s_qh
-    p_k += kv_first.to(tl.int64) * s_k + i_head * s_kh
-    p_v += kv_first.to(tl.int64) * s_v + i_head * s_vh
-    b_q = tl.load(p_q + o_q[:, None].to(tl.int64) * s_q + o_d[None, :], mask=m_q[:, None], other=0.0)
-    acc = tl.zeros([BLOCK_M, D], tl.float32)
-    b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    b_sum = tl.zeros([BLOCK_M], tl.float32)
-    shift = n_kv - n_q
-    whole, end = n_kv, n_kv
-    if CAUSAL:
-        whole = tl.minimum(tl.maximum(row + shift + 1, 0), n_kv)
-        end = tl.minimum(tl.maximum(row + BLOCK_M + shift, 0), n_kv)
-    whole = whole // BLOCK_N * BLOCK_N
-    o_row = q_first + o_q
-    acc, b_max, b_sum = _forward_tiles(
-        acc, b_max, b_sum, b_q, p_k, p_v, s_k, s_v, o_q, o_n, o_d, 0, whole, n_kv, shift, scale, seed, i_head, o_row,
-        threshold, keep_scale, False, CAUSAL, DROPOUT, PRECISION, BLOCK_N)
-    acc, b_max, b_sum = _forward_tiles(
-        acc, b_max, b_sum, b_q, p_k, p_v, s_k, s_v, o_q, o_n, o_d, whole, end, n_kv, shift, scale, seed, i_head, o_row,
-        threshold, keep_scale, True, CAUSAL, DROPOUT, PRECISION, BLOCK_N)
-    # Rows that see no key: zeros, and a log-sum-exp of +∞ with which the backward's weights vanish.
-    seen = b_sum > 0
-    acc = acc / tl.where(seen, b_sum, 1.0)[:, None]
-    b_lse = tl.where(seen, b_max + tl.log2(tl.where(seen, b_sum, 1.0)), float("inf"))
-    p_out += q_first.to(tl.int64) * s_o + i_head * s_oh
-    tl.store(p_out + o_q[:, None].to(tl.int64) * s_o + o_d[None, :], acc.to(p_out.dtype.element_ty), mask=m_q[:, None])
-    tl.store(p_lse + i_head * n_rows + o_row, b_lse, mask=m_q)
-
-
-@triton.jit
-def _dq_tiles(acc, b_q, b_do, b_lse, b_delta, p_k, p_v, s_k, s_v, o_q, o_n, o_d, lo, hi, n_kv, shift, scale, seed,
-              i_head, o_row, threshold, keep_scale, MASKED: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
-              PRECISION: tl.constexpr, BLOCK_N: tl.constexpr):
-    """dq / scale of keys lo to hi."""
-    for start in range(lo, hi, BLOCK_N):
-        start = tl.multiple_of(start, BLOCK_N)
-        o_key = start + o_n
-        p_b_k = p_k + start.to(tl.int64) * s_k + (o_n[:, None] * s_k + o_d[None, :])
-        p_b_v = p_v + start.to(tl.int64) * s_v + (o_n[:, None] * s_v + o_d[None, :])
-        if MASKED:
-            b_k = tl.load(p_b_k, mask=o_key[:, None] < n_kv, other=0.0)
-            b_v = tl.load(p_b_v, mask=o_key[:, None] < n_kv, other=0.0)
-        else:
-            b_k = tl.load(p_b_k)
-            b_v = tl.load(p_b_v)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-        b_p = tl.exp2(b_s * scale - b_lse[:, None])
-        if MASKED:
-            m_s = o_key[None, :] < n_kv
-            if CAUSAL:
-                m_s = m_s & (o_key[None, :] <= o_q[:, None] + shift)
-            b_p = tl.where(m_s, b_p, 0.0)
-        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
-        if DROPOUT:
-            b_keep = _keep(seed, i_head, o_row, start, BLOCK_N, threshold)
-            b_dp = tl.where(b_keep, b_dp * keep_scale, 0.0)
-        b_ds = b_p * (b_dp - b_delta[:, None])
-        acc = tl.dot(b_ds.to(b_k.dtype), b_k, acc, input_precision=PRECISION)
-    return acc
-
-
-@triton.jit
-def _dq_kernel(p_q, p_k, p_v, p_out, p_do, p_lse, p_delta, p_dq, p_tiles, p_q_offsets, p_kv_offsets, n_rows, s_q, s_qh,
-               s_k, s_kh, s_v, s_vh, s_o, s_oh, scale, seed, threshold, keep_scale, D: tl.constexpr,
-               CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
-               BLOCK_N: tl.constexpr):
-    """dq of a tile of queries, and their δ for the kernel of dk and dv. out, dout and dq have the strides s_o, s_oh."""
-    i_tile, i_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    i_segment = tl.load(p_tiles + 2 * i_tile)
-    if i_segment < 0:
-        return
-    row = tl.load(p_tiles + 2 * i_tile + 1)
-    q_first, kv_first = tl.load(p_q_offsets + i_segment), tl.load(p_kv_offsets + i_segment)
-    n_q = tl.load(p_q_offsets + i_segment + 1) - q_first
-    n_kv = tl.load(p_kv_offsets + i_segment + 1) - kv_first
-    o_q = row + tl.arange(0, BLOCK_M)
-    o_n, o_d = tl.arange(0, BLOCK_N), tl.arange(0, D)
-    m_q = o_q < n_q
-    o_row = q_first + o_q
-    p_k += kv_first.to(tl.int64) * s_k + i_head * s_kh
-    p_v += kv_first.to(tl.int64) * s_v + i_head * s_vh
-    b_q = tl.load(p_q + i_head * s_qh + o_row[:, None].to(tl.int64) * s_q + o_d[None, :], mask=m_q[:, None], other=0.0)
-    o_out = i_head * s_oh + o_row[:, None].to(tl.int64) * s_o + o_d[None, :]
-    b_do = tl.load(p_do + o_out, mask=m_q[:, None], other=0.0)
-    b_out = tl.load(p_out + o_out, mask=m_q[:, None], other=0.0)
-    b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 1)
-    tl.store(p_delta + i_head * n_rows + o_row, b_delta, mask=m_q)
-    b_lse = tl.load(p_lse + i_head * n_rows + o_row, mask=m_q, other=float("inf"))
-    acc = tl.zeros([BLOCK_M, D], tl.float32)
-    shift = n_kv - n_q
-    whole, end = n_kv, n_kv
-    if CAUSAL:
-        whole = tl.minimum(tl.maximum(row + shift + 1, 0), n_kv)
-        end = tl.minimum(tl.maximum(row + BLOCK_M + shift, 0), n_kv)
-    whole = whole // BLOCK_N * BLOCK_N
-    acc = _dq_tiles(acc, b_q, b_do, b_lse, b_delta, p_k, p_v, s_k, s_v, o_q, o_n, o_d, 0, whole, n_kv, shift, scale,
-                    seed, i_head, o_row, threshold, keep_scale, False, CAUSAL, DROPOUT, PRECISION, BLOCK_N)
-    acc = _dq_tiles(acc, b_q, b_do, b_lse, b_delta, p_k, p_v, s_k, s_v, o_q, o_n, o_d, whole, end, n_kv, shift, scale,
-                    seed, i_head, o_row, threshold, keep_scale, True, CAUSAL, DROPOUT, PRECISION, BLOCK_N)
-    tl.store(p_dq + o_out, (acc * (scale * 0.6931471805599453)).to(p_dq.dtype.element_ty), mask=m_q[:, None])
-
-
-@triton.jit
-def _dkv_tiles(acc_k, acc_v, b_k, b_v, p_q, p_do, p_lse, p_delta, s_q, s_o, o_key, o_m, o_d, lo, hi, n_q, shift, scale,
-               seed, i_head, q_first, column, threshold, keep_scale, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
-               DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """dk / scale and dv of queries lo to hi, in transposed tiles [keys, queries]."""
-    for start in range(lo, hi, BLOCK_M):
-        o_q = start + o_m
-        p_b_q = p_q + tl.cast(start, tl.int64) * s_q + (o_m[:, None] * s_q + o_d[None, :])
-        p_b_do = p_do + tl.cast(start, tl.int64) * s_o + (o_m[:, None] * s_o + o_d[None, :])
-        if MASKED:
-            m_q = o_q < n_q
-            b_q = tl.load(p_b_q, mask=m_q[:, None], other=0.0)
-            b_do = tl.load(p_b_do, mask=m_q[:, None], other=0.0)
-            b_lse = tl.load(p_lse + o_q, mask=m_q, other=float("inf"))
-            b_delta = tl.load(p_delta + o_q, mask=m_q, other=0.0)
-        else:
-            b_q = tl.load(p_b_q)
-            b_do = tl.load(p_b_do)
-            b_lse = tl.load(p_lse + o_q)
-            b_delta = tl.load(p_delta + o_q)
-        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
-        b_p = tl.exp2(b_s * scale - b_lse[None, :])
-        if MASKED and CAUSAL:
-            b_p = tl.where(o_key[:, None] <= o_q[None, :] + shift, b_p, 0.0)
-        b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
-        b_pv = b_p
-        if DROPOUT:
-            b_keep = tl.trans(_keep(seed, i_head, q_first + o_q, column, BLOCK_N, threshold))
-            b_pv = tl.where(b_keep, b_p * keep_scale, 0.0)
-            b_dp = tl.where(b_keep, b_dp * keep_scale, 0.0)
-        acc_v = tl.dot(b_pv.to(b_do.dtype), b_do, acc_v, input_precision=PRECISION)
-        b_ds = b_p * (b_dp - b_delta[None, :])
-        acc_k = tl.dot(b_ds.to(b_q.dtype), b_q, acc_k, input_precision=PRECISION)
-    return acc_k, acc_v
-
-
-@triton.jit
-def _dkv_kernel(p_q, p_k, p_v, p_do, p_lse, p_delta, p_dk, p_dv, p_tiles, p_q_offsets, p_kv_offsets, n_rows, s_q, s_qh,
-                s_k, s_kh, s_v, s_vh, s_o, s_oh, s_dk, s_dkh, scale, seed, threshold, keep_scale, D: tl.constexpr,
-                CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
-                BLOCK_N: tl.constexpr):
-    """dk and dv of a tile of keys. They have the strides s_dk, s_dkh."""
-    i_tile, i_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    i_segment = tl.load(p_tiles + 2 * i_tile)
-    if i_segment < 0:
-        return
-    key = tl.load(p_tiles + 2 * i_tile + 1)
-    q_first, kv_first = tl.load(p_q_offsets + i_segment), tl.load(p_kv_offsets + i_segment)
-    n_q = tl.load(p_q_offsets + i_segment + 1) - q_first
-    n_kv = tl.load(p_kv_offsets + i_segment + 1) - kv_first
-    o_key = key + tl.arange(0, BLOCK_N)
-    o_m, o_d = tl.arange(0, BLOCK_M), tl.arange(0, D)
-    m_key = o_key < n_kv
-    o_kv = (kv_first + o_key)[:, None].to(tl.int64)
-    b_k = tl.load(p_k + i_head * s_kh + o_kv * s_k + o_d[None, :], mask=m_key[:, None], other=0.0)
-    b_v = tl.load(p_v + i_head * s_vh + o_kv * s_v + o_d[None, :], mask=m_key[:, None], other=0.0)
-    p_q += q_first.to(tl.int64) * s_q + i_head * s_qh
-    p_do += q_first.to(tl.int64) * s_o + i_head * s_oh
-    p_lse += i_head * n_rows + q_first
-    p_delta += i_head * n_rows + q_first
-    acc_k = tl.zeros([BLOCK_N, D], tl.float32)
-    acc_v = tl.zeros([BLOCK_N, D], tl.float32)
-    shift = n_kv - n_q
-    # Queries `first` to `whole` meet a diagonal; from there to the last full tile all see all of these keys.
-    first, whole = n_q * 0, n_q * 0
-    if CAUSAL:
-        first = tl.maximum(key - shift, 0) // BLOCK_M * BLOCK_M
-        whole = tl.minimum(tl.maximum(key + BLOCK_N - 1 - shift + BLOCK_M - 1, 0) // BLOCK_M * BLOCK_M, n_q)
-        acc_k, acc_v = _dkv_tiles(
-            acc_k, acc_v, b_k, b_v, p_q, p_do, p_lse, p_delta, s_q, s_o, o_key, o_m, o_d, first, whole, n_q, shift,
-            scale, seed, i_head, q_first, key, threshold, keep_scale, True, CAUSAL, DROPOUT, PRECISION, BLOCK_M,
-            BLOCK_N)
-    full = tl.maximum(n_q // BLOCK_M * BLOCK_M, whole)
-    acc_k, acc_v = _dkv_tiles(
-        acc_k, acc_v, b_k, b_v, p_q, p_do, p_lse, p_delta, s_q, s_o, o_key, o_m, o_d, whole, full, n_q, shift, scale,
-        seed, i_head, q_first, key, threshold, keep_scale, False, CAUSAL, DROPOUT, PRECISION, BLOCK_M, BLOCK_N)
-    acc_k, acc_v = _dkv_tiles(
-        acc_k, acc_v, b_k, b_v, p_q, p_do, p_lse, p_delta, s_q, s_o, o_key, o_m, o_d, full, n_q, n_q, shift, scale,
-        seed, i_head, q_first, key, threshold, keep_scale, True, CAUSAL, DROPOUT, PRECISION, BLOCK_M, BLOCK_N)
-    o_out = i_head * s_dkh + o_kv * s_dk + o_d[None, :]
-    tl.store(p_dk + o_out, (acc_k * (scale * 0.6931471805599453)).to(p_dk.dtype.element_ty), mask=m_key[:, None])
-    tl.store(p_dv + o_out, acc_v.to(p_dv.dtype.element_ty), mask=m_key[:, None])
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, kv_offsets: Tensor, causal: bool, dropout: float,
@@ -305,7 +53,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, kv_offsets: Tens
     lse = torch.empty((heads, rows), dtype=torch.float32, device=q.device)
     chosen = _config("forward", q, dropout, "BLOCK_M", rows, q_offsets)
     tiles = tiles_of(q_offsets, rows, chosen["BLOCK_M"])
-    launch(_forward_kernel, (len(tiles), heads), q, k, v, out, lse, tiles, q_offsets, kv_offsets, rows,
+    descriptors = (None, None)
+    if _packs(q, dropout, chosen) and len(k) > 0:
+        k, v = map(_heads_in_place, (k, v))
+        descriptors = (_descriptor(x, chosen["BLOCK_N"]) for x in (k, v))
+    launch(forward_kernel, (len(tiles), heads), q, k, v, *descriptors, out, lse, tiles, q_offsets, kv_offsets, rows,
            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2], scale * LOG2E, seed,
            *_dropout_arguments(dropout), **_constants(q, causal, dropout), **chosen)
     return out, lse
@@ -325,12 +77,12 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Te
 
     chosen = _config("dq", q, dropout, "BLOCK_M", rows, q_offsets)
     tiles = tiles_of(q_offsets, rows, chosen["BLOCK_M"])
-    launch(_dq_kernel, (len(tiles), heads), q, k, v, out, grad, lse, delta, dq, tiles, q_offsets, kv_offsets, rows,
+    launch(dq_kernel, (len(tiles), heads), q, k, v, out, grad, lse, delta, dq, tiles, q_offsets, kv_offsets, rows,
            *strides, *numbers, **constants, **chosen)
 
     chosen = _config("dk and dv", q, dropout, "BLOCK_N", len(k), kv_offsets)
     tiles = tiles_of(kv_offsets, len(k), chosen["BLOCK_N"])
-    launch(_dkv_kernel, (len(tiles), heads), q, k, v, grad, lse, delta, dk, dv, tiles, q_offsets, kv_offsets, rows,
+    launch(dkv_kernel, (len(tiles), heads), q, k, v, grad, lse, delta, dk, dv, tiles, q_offsets, kv_offsets, rows,
            *strides, *dk.stride()[:2], *numbers, **constants, **chosen)
     return dq, dk, dv
 
@@ -338,6 +90,26 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Te
 def _rows_in_place(x: Tensor) -> Tensor:
     """x [rows, heads, head_dim] as it is where head_dim lies contiguous (slices of a fused projection), else a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _packs(q: Tensor, dropout: float, chosen: dict[str, int]) -> bool:
+    """Whether whole tiles come by descriptors and weights by `gpu/exponentials.py`: where tensor cores outrun the MUFU,
+    in tiles that give every thread enough weights."""
+    whole = chosen["BLOCK_M"] * chosen["BLOCK_N"] // (32 * chosen["num_warps"]) >= PACK
+    return generation(q.device) >= 100 and q.element_size() == 2 and dropout == 0 and whole
+
+
+def _heads_in_place(x: Tensor) -> Tensor:
+    """x [rows, heads, head_dim] as it is where a descriptor can address it: heads side by side, rows at multiples of 16
+    bytes; else a copy."""
+    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    return x if aligned and x.stride(1) == x.shape[2] else x.contiguous()
+
+
+def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
+    """Tiles of `rows` rows of one head, of x [rows, heads, head_dim]."""
+    count, heads, head_dim = x.shape
+    return TensorDescriptor(x, [count, heads * head_dim], [x.stride(0), 1], [rows, head_dim])
 
 
 def _config(name: str, q: Tensor, dropout: float, tiled: str, rows: int, offsets: Tensor) -> dict[str, int]:
