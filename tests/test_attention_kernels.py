@@ -89,6 +89,21 @@ def test_launches_of_the_newest_gpus(monkeypatch, q_lengths, kv_lengths, head_di
     assert len(descriptors) == (2 if sum(kv_lengths) else 0)
 
 
+def test_keys_that_a_descriptor_cannot_address_are_copied():
+    """Heads that lie apart, rows that start between multiples of 16 bytes: a copy. The slices of a fused projection,
+    as the model has them: in place."""
+    from blip_kernels.gpu.attention import _heads_in_place
+
+    fused = torch.randn(40, 3, 2, 64, dtype=torch.float16)
+    assert _heads_in_place(fused[:, 1]).data_ptr() == fused[:, 1].data_ptr()
+    apart = torch.randn(40, 2, 128, dtype=torch.float16)[..., :64]
+    odd = torch.randn(40 * 128 + 1, dtype=torch.float16)[1:].view(40, 2, 64)
+    wide = torch.randn(40, 2 * 64 + 4, dtype=torch.float16)[:, :128].view(40, 2, 64)
+    for x in (apart, odd, wide):
+        copy = _heads_in_place(x)
+        assert torch.equal(copy, x) and copy.is_contiguous() and copy.data_ptr() % 16 == 0
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_dropout_is_the_twins(dtype, causal):

@@ -103,7 +103,7 @@ def _heads_in_place(x: Tensor) -> Tensor:
     """x [rows, heads, head_dim] as it is where a descriptor can address it: heads side by side, rows at multiples of 16
     bytes; else a copy."""
     aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
-    return x if aligned and x.stride(1) == x.shape[2] else x.contiguous()
+    return x if aligned and x.stride(1) == x.shape[2] else x.clone(memory_format=torch.contiguous_format)
 
 
 def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:

@@ -16,12 +16,11 @@ def _forward_tiles(acc, b_max, b_sum, b_q, p_k, p_v, s_k, s_v, tiles_k, tiles_v,
                    shift, scale, seed, i_head, o_row, threshold, keep_scale, MASKED: tl.constexpr,
                    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr):
     """Online softmax over keys lo to hi; query o_q of the tile sees keys up to o_q + shift where causal."""
-    PACKED: tl.constexpr = tiles_k is not None
     o_n = tl.arange(0, BLOCK_N)
     for start in range(lo, hi, BLOCK_N):
         start = tl.multiple_of(start, BLOCK_N)
         o_key = start + o_n
-        if PACKED:
+        if tiles_k is not None:
             b_k = tl.trans(tiles_k.load([kv_first + start, i_head.to(tl.int32) * o_d.shape[0]]))
             b_v = tiles_v.load([kv_first + start, i_head.to(tl.int32) * o_d.shape[0]])
         else:
@@ -43,7 +42,7 @@ def _forward_tiles(acc, b_max, b_sum, b_q, p_k, p_v, s_k, s_v, tiles_k, tiles_v,
         # A row that has seen no key yet keeps a finite maximum: −∞ − (−∞) is not a number.
         safe_max = tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED else new_max
         correction = tl.exp2(b_max - safe_max)
-        if PACKED:
+        if tiles_k is not None:
             b_p = weights(b_s, scale, safe_max)
             b_sum = b_sum * correction + row_sum(b_p)
             acc = scaled(acc, correction)

@@ -16,6 +16,9 @@ not finite among the inputs is not finite in the output.
 Triton's interpreter knows no PTX and takes the plain formulas; tests/test_exponentials.py runs the PTX text itself.
 """
 
+# Triton's stubs do not know that a constexpr stands for its value.
+# pyright: reportArgumentType=false
+
 from __future__ import annotations
 
 import triton
