@@ -109,8 +109,8 @@ def product_record(name: str, ranks: int, tmp_path) -> list[dict]:
     return torch.load(tmp_path / "record.pt")
 
 
-@pytest.mark.parametrize(("name", "ranks"), [("pretraining", 1), ("pretraining", 2), ("ids", 1), ("ids-all-ranks", 2)],
-                         ids=lambda x: str(x))
+@pytest.mark.parametrize(("name", "ranks"), [
+    ("pretraining", 1), ("pretraining", 2), ("ids", 1), ("ids-all-ranks", 2), ("ids-all-ranks", 4)], ids=str)
 def test_losses_and_gradients_equal_the_textbook(name, ranks, tmp_path):
     record = product_record(name, ranks, tmp_path)
     objective, layout, model = OBJECTIVES[name], original_layout(CONFIG), make_model()

@@ -20,6 +20,7 @@ from blip_fast.model import BlipModel
 from blip_fast.packing import PackedTexts
 from blip_fast.text import TextStream
 from blip_train import collectives
+from blip_train.exchange import Exchange, gathered_bytes
 from blip_train.momentum import MomentumEncoders
 from blip_train.queue import KeyQueue
 
@@ -80,16 +81,28 @@ class Negatives:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """`losses` by name (scalars with gradients), the negatives that were drawn, and the momentum features (image, text)
-    and ids of this rank's batch for the queue."""
+    """`losses` by name (scalars with gradients), the negatives that were drawn, the momentum features (image, text) and
+    ids of this rank's batch for the queue, and with negatives of all ranks the bytes of visual tokens that came from
+    others, beside those that gathering all would have brought."""
 
     losses: dict[str, Tensor]
     negatives: Negatives | None = None
     keys: tuple[Tensor, Tensor, Tensor] | None = None
+    exchanged: tuple[int, int] | None = None
 
     @property
     def total(self) -> Tensor:
         return torch.stack(list(self.losses.values())).sum()
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """What ITM compares: `image_embeds` of the batch and of images fetched from other ranks, texts, labels int64."""
+
+    image_embeds: Tensor
+    stream: TextStream
+    labels: Tensor
+    exchanged: tuple[int, int] | None
 
 
 @dataclass(frozen=True)
@@ -130,16 +143,17 @@ class Pretraining(nn.Module):
                 self.momentum.update(self.model, self.objective.momentum)
             return StepOutput(self._grounded(batch, self.model.encode_images(batch.images), None))
         losses: dict[str, Tensor] = {}
-        negatives = keys = None
+        negatives = keys = pairs = None
         image_embeds = self.model.encode_images(batch.images)
         if "itc" in self.objective.losses:
             features = self._features(batch, image_embeds)
             losses["itc"] = self._contrastive(batch, features, alpha)
             if "itm" in self.objective.losses:
                 negatives = self._negatives(batch, features)
+                pairs = self._pairs(batch, image_embeds, negatives)
             keys = (features.momentum_image, features.momentum_text, batch.ids)
-        losses.update(self._grounded(batch, image_embeds, negatives))
-        return StepOutput(losses, negatives, keys)
+        losses.update(self._grounded(batch, image_embeds, pairs))
+        return StepOutput(losses, negatives, keys, pairs.exchanged if pairs else None)
 
     def enqueue(self, output: StepOutput) -> None:
         """Put the step's keys of all ranks into the queue. After the backward, which reads the queue as it was."""
@@ -186,22 +200,21 @@ class Pretraining(nn.Module):
                  for stream, (queries, keys) in enumerate([(features.text, image_keys), (features.image, text_keys)])]
         return Negatives(image_for_text=drawn[0], text_for_image=drawn[1])
 
-    def _grounded(self, batch: Batch, image_embeds: Tensor, negatives: Negatives | None) -> dict[str, Tensor]:
+    def _grounded(self, batch: Batch, image_embeds: Tensor, pairs: _Pairs | None) -> dict[str, Tensor]:
         """Pass 2: ITM and LM texts through the stack together, on shared image keys and values."""
-        tokens = self.model.config.tokens
         own = torch.arange(len(batch.ids), device=image_embeds.device)
-        encoder_stream, labels = None, None
-        if negatives is not None:
-            image_embeds, encoder_stream, labels = self._matching_stream(batch, image_embeds, negatives, own)
         decoder_stream = None
         if "lm" in self.objective.losses:
-            captions = batch.texts.with_first(tokens.bos)
+            captions = batch.texts.with_first(self.model.config.tokens.bos)
             decoder_stream = TextStream(captions.without_last(), "decoder", own)
-        hidden = self._pass(image_embeds, encoder_stream, decoder_stream)
+        if pairs is not None:
+            image_embeds = pairs.image_embeds
+        hidden = self._pass(image_embeds, pairs.stream if pairs else None, decoder_stream)
 
         losses: dict[str, Tensor] = {}
-        if labels is not None:
-            losses["itm"] = F.cross_entropy(self.model.itm_head(hidden["encoder"]).float(), labels)  # type: ignore[misc]
+        if pairs is not None:
+            logits = self.model.itm_head(hidden["encoder"]).float()  # type: ignore[misc]
+            losses["itm"] = F.cross_entropy(logits, pairs.labels)
         if decoder_stream is not None:
             targets = captions.without_first()
             ignored = targets.positions() < self.objective.prompt_tokens - 1
@@ -210,27 +223,24 @@ class Pretraining(nn.Module):
                 label_smoothing=self.objective.label_smoothing, ignore_index=IGNORED)
         return losses
 
-    def _matching_stream(self, batch: Batch, image_embeds: Tensor, negatives: Negatives,
-                         own: Tensor) -> tuple[Tensor, TextStream, Tensor]:
-        """ITM's pairs: positives; text with negative image; negative text with image. Labels 1, 0, 0.
-
-        Returns the images to project (with those drawn from other ranks appended), the stream and the labels.
-        """
-        texts, candidates = batch.texts.with_first(self.model.config.tokens.enc), None
-        negative_images = negatives.image_for_text
+    def _pairs(self, batch: Batch, image_embeds: Tensor, negatives: Negatives) -> _Pairs:
+        """ITM's pairs: positives; text with negative image; negative text with image. Labels 1, 0, 0."""
+        texts = candidates = batch.texts.with_first(self.model.config.tokens.enc)
+        own = torch.arange(len(batch.ids), device=image_embeds.device)
+        negative_images, negative_texts, exchanged = negatives.image_for_text, negatives.text_for_image, None
         if self.objective.negatives == "all_ranks":
-            candidates = collectives.gather_texts(texts)
-            everyone = collectives.gather_with_gradient(image_embeds)
-            chosen = everyone.index_select(0, negative_images.clamp(min=0))
-            image_embeds = torch.cat([image_embeds, chosen])
-            negative_images = torch.where(negative_images < 0, -1, own + len(own))
-        has_image, has_text = negative_images >= 0, negatives.text_for_image >= 0
-        negative_texts = (candidates or texts).select(negatives.text_for_image[has_text])
-        pairs = PackedTexts.cat([texts, texts.select(own[has_image]), negative_texts])
-        images = torch.cat([own, negative_images[has_image], own[has_text]])
+            images, others = (Exchange.plan(chosen, len(own)) for chosen in (negative_images, negative_texts))
+            negative_images, negative_texts = images.positions, others.positions
+            exchanged = images.received_bytes(image_embeds), gathered_bytes(image_embeds)
+            image_embeds = torch.cat([image_embeds, images.fetch(image_embeds)])
+            candidates = PackedTexts.cat([texts, others.fetch_texts(texts)])
+        has_image, has_text = negative_images >= 0, negative_texts >= 0
+        pairs = PackedTexts.cat([texts, texts.select(own[has_image]), candidates.select(negative_texts[has_text])])
         labels = torch.zeros(len(pairs), dtype=torch.int64, device=own.device)
         labels[: len(own)] = 1
-        return image_embeds, TextStream(pairs, "encoder", images, first_row_only=True), labels
+        stream = TextStream(pairs, "encoder", torch.cat([own, negative_images[has_image], own[has_text]]),
+                            first_row_only=True)
+        return _Pairs(image_embeds, stream, labels, exchanged)
 
     def _pass(self, image_embeds: Tensor, encoder_stream: TextStream | None,
               decoder_stream: TextStream | None) -> dict[str, Tensor]:

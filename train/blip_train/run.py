@@ -107,6 +107,8 @@ def _steps(recipe: Recipe, engine: TrainingEngine, source: TrainInput, tokenizer
                         * collectives.world()[1] / seconds}
                 if "itc" in output.losses:
                     row["temperature"] = engine.pretraining.model.temperature.item()
+                if output.exchanged is not None:  # visual tokens that this step's negatives brought to rank 0
+                    row["exchanged_mb"], row["gathering_mb"] = (count / 1e6 for count in output.exchanged)
                 log.row(step, row)
                 window, since = 0, time.perf_counter()
             if step % recipe.runtime.save_every == 0 or step == total:
