@@ -1,4 +1,4 @@
-"""Rows taken from other ranks: the same rows and gradients as gathering everything, and no bytes but those asked for."""
+"""Rows taken from other ranks: the same rows and gradients as gathering everything, and no bytes but those needed."""
 
 import os
 import socket
