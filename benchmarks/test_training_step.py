@@ -65,6 +65,7 @@ def test_training_step(side_by_side, size, precision):
     def step() -> tuple[dict[str, torch.Tensor], textbook.Negatives]:
         torch.manual_seed(1)  # the same negatives every time
         ours.zero_grad()
+        ours.follow()
         with autocast():
             output = ours(batch, ALPHA)
         output.total.backward()

@@ -56,6 +56,12 @@ class BlipModel(nn.Module):
         assert isinstance(stack, TextStack)
         return stack
 
+    def recompute(self, blocks: int) -> None:
+        """Keep no activations of the last `blocks` blocks of vision and text: the backward computes them again,
+        drop-outs as they were. Less memory for a third more work on those blocks."""
+        for stack in (self.vision, *self.text.values()):
+            stack.recomputed = blocks  # type: ignore[assignment]
+
     def restricted_to(self, config: BlipConfig) -> BlipModel:
         """A new model with a part of this one's text modes and heads, weights copied (a captioner from pre-training).
 

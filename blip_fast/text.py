@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, cast
 
 import torch
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from blip_kernels import attention, cached_attention, decode_attention
 from blip_kernels.decode_attention import MOST_ROWS
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from blip_fast.config import TextConfig
 from blip_fast.packing import PackedTexts
@@ -214,6 +216,7 @@ class TextStack(nn.Module):
         self.position_embeds = nn.Embedding(config.max_positions, config.width)
         self.norm = nn.LayerNorm(config.width, config.norm_eps)
         self.layers = nn.ModuleList(TextLayer(config, i, modes) for i in range(config.layers))
+        self.recomputed = 0  # see BlipModel.recompute
         eyes = 0 if not config.cross_attention else 2 if config.twin_cross_attention else 1
         self.image_to_kv = nn.ModuleList(
             nn.Linear(vision_width, config.layers * 2 * config.width) for _ in range(eyes))
@@ -238,10 +241,11 @@ class TextStack(nn.Module):
             images = len(image_kv.offsets) - 1
             rows = RowsByImage.of(streams, images, [False] * len(streams))
             last_rows = RowsByImage.of(streams, images, [s.first_row_only for s in streams])
-        for layer in self.layers:
-            last = layer is self.layers[-1]
-            first_rows = [s.first_row_only and last for s in streams]
-            x = layer(x, streams, first_rows, last_rows if last else rows, image_kv)
+        for index, layer in enumerate(self.layers):
+            last = self.config.layers - index
+            run = partial(checkpoint, layer, use_reentrant=False) if last <= self.recomputed else layer
+            first_rows = [s.first_row_only and last == 1 for s in streams]
+            x = run(x, streams, first_rows, last_rows if last == 1 else rows, image_kv)
         return x
 
     def image_kv(self, *image_embeds: Tensor) -> ImageKV:

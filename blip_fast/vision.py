@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from blip_kernels import attention
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from blip_fast.config import VisionConfig
 
@@ -21,6 +24,7 @@ class VisionTransformer(nn.Module):
         self.position_embeds = nn.Parameter(torch.zeros(config.tokens, config.width))
         self.blocks = nn.ModuleList(VisionBlock(config, index) for index in range(config.layers))
         self.norm = nn.LayerNorm(config.width, config.norm_eps)
+        self.recomputed = 0  # see BlipModel.recompute
 
     def forward(self, pixels: Tensor, cls_only: bool = False) -> Tensor:
         """Encode pictures.
@@ -44,8 +48,10 @@ class VisionTransformer(nn.Module):
         cls = self.cls_token.expand(batch, 1, -1)
         x = (torch.cat([cls.to(patches.dtype), patches], dim=1) + self.position_embeds).flatten(0, 1)
         offsets = torch.arange(batch + 1, dtype=torch.int32, device=x.device) * self.config.tokens
-        for block in self.blocks:
-            x = block(x, offsets, cls_only=cls_only and block is self.blocks[-1])
+        for index, block in enumerate(self.blocks):
+            last = self.config.layers - index
+            run = partial(checkpoint, block, use_reentrant=False) if last <= self.recomputed else block
+            x = run(x, offsets, cls_only=cls_only and last == 1)
         return self.norm(x).view(batch, -1, self.config.width)
 
     def _embed_patches(self, pixels: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ def test_resuming_gives_the_uninterrupted_run(scenes, whole_run, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize("stage", ["0", "2"])
+@pytest.mark.parametrize("stage", ["0", "2", "3"])
 def test_zero_stages_train_alike(scenes, whole_run, tmp_path, stage):
     done = blip_fast_train(scenes, tmp_path, "--runtime.zero_stage", stage)
     assert done.returncode == 0, done.stderr

@@ -92,6 +92,7 @@ def test_the_next_step_equals_the_textbook(kind, path):
     """Losses, and what lies in the queue afterwards: it wraps, and in retrieval its ids are positives."""
     ours, (batch, padded) = restored(path, kind), make_batch()
     theirs = make(kind)
+    ours.follow()
     output = ours(batch, alpha=0.4)
     expected = theirs.step([padded], 0.4, [textbook.Negatives(output.negatives.image_for_text,
                                                               output.negatives.text_for_image)])

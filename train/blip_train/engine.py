@@ -6,19 +6,22 @@ import atexit
 import os
 import random
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
+from blip_fast.model import BlipModel
 from blip_train import collectives
 from blip_train.launch import rank_environment
 from blip_train.pretraining import Batch, Pretraining, StepOutput
-from blip_train.recipe import Recipe
+from blip_train.recipe import OptimizerRecipe, Recipe
 
+KEPT_WHOLE = 100_000  # elements up to which ZeRO 3 keeps a parameter on every rank: norms, biases, the temperature
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # rank 0 packs the data set while the others wait
 
 
@@ -75,46 +78,69 @@ class TrainingEngine:
         import deepspeed
 
         self.recipe, self.device = recipe, device
-        parameters = [p for p in pretraining.parameters() if p.requires_grad]
-        adamw = torch.optim.AdamW(parameters, lr=recipe.schedule.lr, betas=recipe.optimizer.betas,
-                                  eps=recipe.optimizer.eps, weight_decay=recipe.optimizer.weight_decay, fused=True)
+        pretraining.model.recompute(recipe.runtime.recomputed_blocks)
+        adamw = torch.optim.AdamW(parameter_groups(pretraining, recipe.optimizer), lr=recipe.schedule.lr,
+                                  betas=recipe.optimizer.betas, eps=recipe.optimizer.eps, fused=True)
         # DeepSpeed's own annotations are too narrow for what it takes and gives.
         initialize: Any = deepspeed.initialize
-        self.engine, self.optimizer, _, _ = initialize(model=pretraining.to(device), model_parameters=parameters,
-                                                       optimizer=adamw, config=self._config(),
-                                                       dist_init_required=False)
+        self.engine, self.optimizer, _, _ = initialize(model=pretraining.to(device), optimizer=adamw,
+                                                       config=self._config(), dist_init_required=False)
+
+    @contextmanager
+    def whole_model(self) -> Iterator[BlipModel]:
+        """Within, every rank holds the model's whole weights, which ZeRO 3 shards. All ranks enter together."""
+        import deepspeed
+
+        parameters = list(self.pretraining.model.parameters())
+        sharded = self.recipe.runtime.zero_stage == 3
+        with deepspeed.zero.GatheredParameters(parameters, enabled=sharded):
+            yield self.pretraining.model
 
     @property
     def pretraining(self) -> Pretraining:
         return self.engine.module
 
-    def step(self, batch: Batch, alpha: float, lr: float, language_only: bool) -> StepOutput:
-        """One optimiser step on this rank's batch at learning rate `lr`."""
+    def step(self, batches: Sequence[Batch], alpha: float, lr: float, language_only: bool) -> list[StepOutput]:
+        """One optimiser step at learning rate `lr`, on the mean gradient of this rank's `accumulation` batches."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        enabled = self.recipe.runtime.precision == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
-            output = self.engine(batch, alpha, language_only)
-        self.engine.backward(output.total)
-        self.pretraining.enqueue(output)
-        self.engine.step()
-        return output
+        enabled, outputs = self.recipe.runtime.precision == "bfloat16", []
+        self.pretraining.follow()
+        for batch in batches:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
+                output = self.engine(batch, alpha, language_only)
+            self.engine.backward(output.total)
+            self.pretraining.enqueue(output)
+            self.engine.step()  # does nothing before the last batch
+            outputs.append(output)
+        return outputs
 
     def _config(self) -> dict[str, Any]:
         return {
             "train_micro_batch_size_per_gpu": self.recipe.runtime.batch_size,
-            "gradient_accumulation_steps": 1,
+            "gradient_accumulation_steps": self.recipe.runtime.accumulation,
             "gradient_clipping": self.recipe.optimizer.clip,
-            "zero_optimization": {"stage": self.recipe.runtime.zero_stage},
+            "zero_optimization": {"stage": self.recipe.runtime.zero_stage,
+                                  "stage3_param_persistence_threshold": KEPT_WHOLE},
             "steps_per_print": 10**9,
             "wall_clock_breakdown": False,
         }
 
 
-def mean_over_ranks(losses: dict[str, Tensor]) -> dict[str, float]:
-    """Each loss averaged over ranks."""
-    values = torch.stack([loss.detach().float() for loss in losses.values()])
+def parameter_groups(pretraining: Pretraining, optimizer: OptimizerRecipe) -> list[dict[str, Any]]:
+    """What is trained, with the weight decay that it gets."""
+    trained = [p for p in pretraining.parameters() if p.requires_grad]
+    if optimizer.decay == "all":
+        return [{"params": trained, "weight_decay": optimizer.weight_decay}]
+    return [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": optimizer.weight_decay},
+            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
+
+
+def mean_losses(outputs: Sequence[StepOutput]) -> dict[str, float]:
+    """Each loss, and their sum `loss`, averaged over the batches of an optimiser step and over ranks."""
+    losses = [{**output.losses, "loss": output.total} for output in outputs]
+    values = torch.stack([torch.stack([loss.detach().float() for loss in one.values()]) for one in losses]).mean(0)
     if collectives.world()[1] > 1:
         dist.all_reduce(values)
         values /= collectives.world()[1]
-    return dict(zip(losses, values.tolist(), strict=True))
+    return dict(zip(losses[0], values.tolist(), strict=True))

@@ -27,14 +27,16 @@ class MomentumEncoders(nn.Module):
 
     @torch.no_grad()
     def copy_from(self, model: BlipModel) -> None:
-        averages, sources = self._pairs(model)
+        averages, sources = self._held(model)
         torch._foreach_copy_(averages, sources)  # pyright: ignore[reportPrivateImportUsage]
 
     @torch.no_grad()
     def update(self, model: BlipModel, momentum: float) -> None:
-        """average ← momentum · average + (1 − momentum) · weight."""
-        averages, sources = self._pairs(model)
+        """average ← momentum · average + (1 − momentum) · weight, on what each rank holds: under ZeRO 3 its shard."""
+        averages, sources = self._held(model)
         torch._foreach_lerp_(averages, sources, 1.0 - momentum)  # pyright: ignore[reportPrivateImportUsage]
+        for average in self.copy.parameters():
+            _forget_gathered(average)
 
     @torch.no_grad()
     def features(self, pixels: Tensor, texts: PackedTexts) -> tuple[Tensor, Tensor]:
@@ -42,9 +44,22 @@ class MomentumEncoders(nn.Module):
         image_embeds = self.copy.vision(pixels, cls_only=True)
         return self.copy.image_features(image_embeds), self.copy.text_features(texts)
 
-    def _pairs(self, model: BlipModel) -> tuple[list[Tensor], list[Tensor]]:
+    def _held(self, model: BlipModel) -> tuple[list[Tensor], list[Tensor]]:
+        """This rank's tensors of the copies, and of the model's parameters that they follow."""
         source = dict(model.named_parameters())
         stack = "text.tied." if model.config.text_stacks == "tied" else "text.encoder."
-        names = {name: name.replace("text.encoder.", stack, 1) for name, _ in self.copy.named_parameters()}
-        averages = dict(self.copy.named_parameters())
-        return [averages[name].data for name in names], [source[theirs].data for theirs in names.values()]
+        pairs = [(average, source[name.replace("text.encoder.", stack, 1)])
+                 for name, average in self.copy.named_parameters()]
+        return [_held(average) for average, _ in pairs], [_held(weight) for _, weight in pairs]
+
+
+def _held(parameter: nn.Parameter) -> Tensor:
+    """What this rank holds of a parameter: all of it, or under ZeRO 3 its shard. Copy and original, of one shape, are
+    sharded alike."""
+    return getattr(parameter, "ds_tensor", parameter.data)
+
+
+def _forget_gathered(parameter: nn.Parameter) -> None:
+    """Under ZeRO 3 small parameters stay gathered: what was gathered before the shards changed must go."""
+    if hasattr(parameter, "ds_tensor") and parameter.ds_status.name == "AVAILABLE":  # type: ignore[attr-defined]
+        parameter.partition()  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ keys and values, projected once per image.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -71,16 +71,14 @@ class Batch:
     ids: Tensor
 
 
-@dataclass(frozen=True)
-class Negatives:
+class Negatives(NamedTuple):
     """Indices into the candidates (the rank's batch, or all ranks' batches): int64 [batch], −1 where there is none."""
 
     image_for_text: Tensor
     text_for_image: Tensor
 
 
-@dataclass(frozen=True)
-class StepOutput:
+class StepOutput(NamedTuple):  # a tuple, because ZeRO 3 looks for tensors in what a module returns
     """`losses` by name (scalars with gradients), the negatives that were drawn, the momentum features (image, text) and
     ids of this rank's batch for the queue, and with negatives of all ranks the bytes of visual tokens that came from
     others, beside those that gathering all would have brought."""
@@ -115,8 +113,25 @@ class _Features:
     momentum_text: Tensor
 
 
+class _LanguageLoss(nn.Module):
+    """LM of a step. A module, because ZeRO 3 gathers weights for the forward and backward of the module that reads
+    them, and the loss reads the word embeddings."""
+
+    def __init__(self, objective: Objective) -> None:
+        super().__init__()
+        self.objective = objective
+
+    def forward(self, model: BlipModel, hidden: Tensor, targets: PackedTexts) -> Tensor:
+        """Decoder states [rows, width] that predict `targets` → the mean loss."""
+        ignored = targets.positions() < self.objective.prompt_tokens - 1
+        return linear_cross_entropy(
+            *model.vocabulary_projection(hidden), targets.token_ids.masked_fill(ignored, IGNORED),
+            label_smoothing=self.objective.label_smoothing, ignore_index=IGNORED)
+
+
 class Pretraining(nn.Module):
-    """The model with its momentum copy and queue; `forward` is one step's losses, `enqueue` follows their backward.
+    """The model with its momentum copy and queue: `follow`, then the losses of one or more batches, each `enqueue`d
+    behind its backward.
 
     Args:
         model: the model to train; it needs the parts that the objective's losses read.
@@ -127,20 +142,25 @@ class Pretraining(nn.Module):
     def __init__(self, model: BlipModel, objective: Objective, seed: int) -> None:
         super().__init__()
         self.model, self.objective = model, objective
+        self.language_loss = _LanguageLoss(objective)
         if "itc" in objective.losses:
             self.momentum = MomentumEncoders(model)
             self.queue = KeyQueue(objective.queue_size, model.config.embed_dim, seed)
 
+    def follow(self) -> None:
+        """Update the momentum copy with the weights as they are: once an optimiser step, before its first batch (BLIP
+        section 3.2; the published code does it between the model's features and the copy's, which is the same)."""
+        if "itc" in self.objective.losses:
+            self.momentum.update(self.model, self.objective.momentum)
+
     def forward(self, batch: Batch, alpha: float, language_only: bool = False) -> StepOutput:
-        """Losses of one rank's batch; updates the momentum copy (BLIP section 3.2; order as published).
+        """Losses of one rank's batch.
 
         Args:
             alpha: share of ITC's soft targets at this step.
-            language_only: compute LM alone; the momentum copy follows, the queue stands still.
+            language_only: compute LM alone; the queue stands still.
         """
         if language_only:
-            if "itc" in self.objective.losses:
-                self.momentum.update(self.model, self.objective.momentum)
             return StepOutput(self._grounded(batch, self.model.encode_images(batch.images), None))
         losses: dict[str, Tensor] = {}
         negatives = keys = pairs = None
@@ -164,7 +184,6 @@ class Pretraining(nn.Module):
         with torch.no_grad():
             self.model.temperature.clamp_(*TEMPERATURE_RANGE)
         image, text = self.model.image_features(image_embeds), self.model.text_features(batch.texts)
-        self.momentum.update(self.model, self.objective.momentum)
         return _Features(image, text, *self.momentum.features(batch.images, batch.texts))
 
     def _contrastive(self, batch: Batch, features: _Features, alpha: float) -> Tensor:
@@ -216,11 +235,7 @@ class Pretraining(nn.Module):
             logits = self.model.itm_head(hidden["encoder"]).float()  # type: ignore[misc]
             losses["itm"] = F.cross_entropy(logits, pairs.labels)
         if decoder_stream is not None:
-            targets = captions.without_first()
-            ignored = targets.positions() < self.objective.prompt_tokens - 1
-            losses["lm"] = linear_cross_entropy(
-                *self.model.vocabulary_projection(hidden["decoder"]), targets.token_ids.masked_fill(ignored, IGNORED),
-                label_smoothing=self.objective.label_smoothing, ignore_index=IGNORED)
+            losses["lm"] = self.language_loss(self.model, hidden["decoder"], captions.without_first())
         return losses
 
     def _pairs(self, batch: Batch, image_embeds: Tensor, negatives: Negatives) -> _Pairs:

@@ -74,9 +74,11 @@ class DataRecipe:
 
 @dataclass(frozen=True)
 class OptimizerRecipe:
-    """AdamW (decoupled weight decay, on every parameter as published). `clip` is a gradient norm, 0: none."""
+    """AdamW with decoupled weight decay, on `all` parameters as published or on `matrices` alone (no norms, no biases,
+    no [CLS], no temperature). `clip` is a gradient norm, 0: none."""
 
     weight_decay: float = 0.05
+    decay: Literal["all", "matrices"] = "all"
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     clip: float = 0.0
@@ -84,11 +86,18 @@ class OptimizerRecipe:
 
 @dataclass(frozen=True)
 class RuntimeRecipe:
-    """How the run is carried out. `batch_size` is one rank's; `ranks` processes are started where no launcher did."""
+    """How the run is carried out. `batch_size` is one rank's; `ranks` processes are started where no launcher did.
+
+    An optimiser step averages the gradients of `accumulation` batches; ITC's keys and ITM's negatives stay those of one
+    batch and the queue. `recomputed_blocks` last blocks of the vision transformer and of the text stack keep no
+    activations and compute them again in the backward.
+    """
 
     ranks: int = 1
     batch_size: int = 75
-    zero_stage: Literal[0, 1, 2] = 1
+    accumulation: int = 1
+    recomputed_blocks: int = 0
+    zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     log_every: int = 10
     save_every: int = 1000
@@ -97,6 +106,9 @@ class RuntimeRecipe:
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.ranks < 1:
             raise ValueError(f"runtime.batch_size and ranks must be at least 1, got {self.batch_size} and {self.ranks}")
+        if self.accumulation < 1 or self.recomputed_blocks < 0:
+            raise ValueError("runtime.accumulation must be at least 1 and recomputed_blocks at least 0, got "
+                             f"{self.accumulation} and {self.recomputed_blocks}")
         if self.log_every < 1 or self.save_every < 1 or self.keep_checkpoints < 1:
             raise ValueError("runtime.log_every, save_every and keep_checkpoints must be at least 1")
 

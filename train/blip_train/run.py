@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -12,7 +14,7 @@ from blip_fast.checkpoint import save_native
 from blip_fast.data.pipeline import InputConfig, TrainInput
 from blip_fast.tokenizer import Tokenizer
 from blip_train import checkpoints, collectives
-from blip_train.engine import TrainingEngine, mean_over_ranks, seed_everything, start_rank
+from blip_train.engine import TrainingEngine, mean_losses, seed_everything, start_rank
 from blip_train.logs import RunLog
 from blip_train.prepare import (
     EXPORT,
@@ -51,8 +53,10 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     engine = TrainingEngine(pretraining.train(), recipe, device)
     seed_everything(recipe.seed)
     _steps(recipe, engine, _open_input(recipe, shards, device), tokenizer, resume)
+    with engine.whole_model() as model:
+        if rank == 0:
+            save_native(model, tokenizer, directory / EXPORT)
     if rank == 0:
-        save_native(engine.pretraining.model, tokenizer, directory / EXPORT)
         write_run_report(recipe, directory / EXPORT)
     dist.barrier()
     return directory / EXPORT
@@ -83,37 +87,41 @@ def _open_input(recipe: Recipe, shards: Path, device: torch.device) -> TrainInpu
 
 def _steps(recipe: Recipe, engine: TrainingEngine, source: TrainInput, tokenizer: Tokenizer, resume: bool) -> None:
     """Step until the schedule ends; log and save as the recipe says."""
-    steps_per_epoch = source.steps_per_epoch
+    runtime, folder = recipe.runtime, recipe.directory / "checkpoints"
+    steps_per_epoch = source.steps_per_epoch / runtime.accumulation
     total = recipe.schedule.total_steps(steps_per_epoch)
-    step, folder = 0, recipe.directory / "checkpoints"
+    step = 0
     if resume:
         progress = checkpoints.load(engine.engine, folder)
         step = progress.step
         source.load_state_dict(progress.input_state)
     log = RunLog(recipe.directory, recipe.name, step, total, writes=collectives.world()[0] == 0)
-    window, since = 0, time.perf_counter()
+    window, since, batches = 0, time.perf_counter(), _batches(source, engine.device, tokenizer, recipe)
     while step < total:
-        for pairs in source:
-            batch = Batch(pairs.images.to(engine.device), tokenizer.pack(
-                pairs.captions, max_tokens=recipe.tokenizer.max_tokens).to(engine.device), pairs.ids.to(engine.device))
-            alpha = alpha_at(step, steps_per_epoch, recipe.objective.alpha, recipe.objective.alpha_ramp_epochs)
-            lr = recipe.schedule.lr_at(step, steps_per_epoch)
-            output = engine.step(batch, alpha, lr, step < recipe.objective.language_first_steps)
-            step, window = step + 1, window + 1
-            if step % recipe.runtime.log_every == 0 or step == total:
-                row = mean_over_ranks({**output.losses, "loss": output.total})
-                seconds = time.perf_counter() - since
-                row |= {"epoch": step / steps_per_epoch, "lr": lr, "pairs_per_second": window * len(batch.ids)
-                        * collectives.world()[1] / seconds}
-                if "itc" in output.losses:
-                    row["temperature"] = engine.pretraining.model.temperature.item()
-                if output.exchanged is not None:  # visual tokens that this step's negatives brought to rank 0
-                    row["exchanged_mb"], row["gathering_mb"] = (count / 1e6 for count in output.exchanged)
-                log.row(step, row)
-                window, since = 0, time.perf_counter()
-            if step % recipe.runtime.save_every == 0 or step == total:
-                checkpoints.save(engine.engine, folder, checkpoints.Progress(step, source.state_dict()),
-                                 recipe.runtime.keep_checkpoints)
-            if step == total:
-                break
+        alpha = alpha_at(step, steps_per_epoch, recipe.objective.alpha, recipe.objective.alpha_ramp_epochs)
+        lr = recipe.schedule.lr_at(step, steps_per_epoch)
+        outputs = engine.step(list(islice(batches, runtime.accumulation)), alpha, lr,
+                              step < recipe.objective.language_first_steps)
+        step, window = step + 1, window + 1
+        if step % runtime.log_every == 0 or step == total:
+            pairs = window * runtime.batch_size * runtime.accumulation * collectives.world()[1]
+            row = mean_losses(outputs) | {"epoch": step / steps_per_epoch, "lr": lr,
+                                          "pairs_per_second": pairs / (time.perf_counter() - since)}
+            if "itc" in outputs[-1].losses:
+                row["temperature"] = engine.pretraining.model.temperature.item()
+            if outputs[-1].exchanged is not None:  # visual tokens that a batch's negatives brought to rank 0
+                row["exchanged_mb"], row["gathering_mb"] = (count / 1e6 for count in outputs[-1].exchanged)
+            log.row(step, row)
+            window, since = 0, time.perf_counter()
+        if step % runtime.save_every == 0 or step == total:
+            checkpoints.save(engine.engine, folder, checkpoints.Progress(step, source.state_dict()),
+                             runtime.keep_checkpoints)
     log.close()
+
+
+def _batches(source: TrainInput, device: torch.device, tokenizer: Tokenizer, recipe: Recipe) -> Iterator[Batch]:
+    """Epoch after epoch, without end."""
+    while True:
+        for pairs in source:
+            texts = tokenizer.pack(pairs.captions, max_tokens=recipe.tokenizer.max_tokens)
+            yield Batch(pairs.images.to(device), texts.to(device), pairs.ids.to(device))

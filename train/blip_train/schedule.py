@@ -30,22 +30,22 @@ class Schedule:
         if not 0.0 <= self.min_lr <= self.lr:
             raise ValueError(f"schedule.min_lr must lie in [0, lr], got {self.min_lr} with lr {self.lr}")
 
-    def total_steps(self, steps_per_epoch: int) -> int:
-        steps = self.epochs * steps_per_epoch
+    def total_steps(self, steps_per_epoch: float) -> int:
+        steps = int(self.epochs * steps_per_epoch)
         return min(steps, self.max_steps) if self.max_steps else steps
 
-    def lr_at(self, step: int, steps_per_epoch: int) -> float:
-        """Learning rate of step `step` (from 0)."""
+    def lr_at(self, step: int, steps_per_epoch: float) -> float:
+        """Learning rate of optimiser step `step` (from 0); accumulation may end an epoch amid a step."""
         if step < self.warmup_steps:
             return self.warmup_lr + (self.lr - self.warmup_lr) * step / self.warmup_steps
         if self.kind == "cosine":
             horizon = max(self.total_steps(steps_per_epoch) - self.warmup_steps, 1)
             share = min((step - self.warmup_steps) / horizon, 1.0)
             return self.min_lr + (self.lr - self.min_lr) * 0.5 * (1.0 + math.cos(math.pi * share))
-        return max(self.min_lr, self.lr * self.decay ** (step // steps_per_epoch))
+        return max(self.min_lr, self.lr * self.decay ** int(step / steps_per_epoch))
 
 
-def alpha_at(step: int, steps_per_epoch: int, alpha: float, ramp_epochs: float) -> float:
+def alpha_at(step: int, steps_per_epoch: float, alpha: float, ramp_epochs: float) -> float:
     """Share of ITC's soft targets: 0 → `alpha`, linear over the first `ramp_epochs` epochs (BLIP section 4.1)."""
     if ramp_epochs <= 0:
         return alpha

@@ -1,0 +1,148 @@
+"""The step under DeepSpeed: losses and every gradient against the textbook, for each ZeRO stage and number of ranks,
+with two batches accumulated, cross-rank negatives, momentum copy and queue, over two optimiser steps."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from blip_train import engine as engines
+from blip_train.engine import TrainingEngine, parameter_groups
+from blip_train.launch import rank_environment
+from blip_train.pretraining import Objective, Pretraining
+from blip_train.recipe import OptimizerRecipe, Recipe, RuntimeRecipe
+from blip_train.schedule import Schedule
+from reference import pretraining as textbook
+from test_training_parity import CONFIG, PAIRS, SIZES, check_gradients, everyone, make_batch, make_model, padded
+
+from blip_fast.checkpoint.names import original_layout
+
+STEPS, ACCUMULATION = 2, 2
+OBJECTIVE = Objective(queue_size=23, momentum=0.9, positives="id", negatives="all_ranks", negative_floor=0.0)
+VARIANTS = {"0": {"zero_stage": 0}, "1": {"zero_stage": 1}, "2": {"zero_stage": 2}, "3": {"zero_stage": 3},
+            "2 recomputed": {"zero_stage": 2, "recomputed_blocks": 2}}
+
+
+def make_recipe(**runtime) -> Recipe:
+    return Recipe(model=CONFIG, objective=OBJECTIVE, schedule=Schedule(lr=0.01),
+                  runtime=RuntimeRecipe(batch_size=PAIRS, accumulation=ACCUMULATION, precision="float32", **runtime))
+
+
+def carry_out(ranks: int, device: torch.device, **runtime) -> list[dict]:
+    """Per optimiser step: weights before it, losses and negatives of each batch by rank, the averaged gradients."""
+    from deepspeed.utils import safe_get_full_grad
+
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    engine = TrainingEngine(Pretraining(make_model(), OBJECTIVE, seed=3).train(), make_recipe(**runtime), device)
+    parameters, record, plain = dict(engine.pretraining.model.named_parameters()), [], engine.engine.step
+    torch.manual_seed(rank)
+
+    def noting_gradients():
+        if engine.engine.is_gradient_accumulation_boundary():
+            for name, parameter in parameters.items():
+                grad = parameter.grad if runtime["zero_stage"] == 0 else safe_get_full_grad(parameter)
+                record[-1]["gradients"][name] = torch.zeros(()) if grad is None else grad.clone()
+        plain()
+
+    engine.engine.step = noting_gradients
+    for step in range(STEPS):
+        with engine.whole_model() as model:
+            record.append({"weights": {name: p.detach().clone() for name, p in model.state_dict().items()},
+                           "gradients": {}})
+        outputs = engine.step([make_batch(ACCUMULATION * step + i, rank) for i in range(ACCUMULATION)],
+                              0.2 * step, 0.01, False)
+        losses = torch.stack([torch.stack([o.losses[k].detach() for k in ("itc", "itm", "lm")]) for o in outputs])
+        drawn = torch.stack([torch.stack([o.negatives.image_for_text, o.negatives.text_for_image]) for o in outputs])
+        record[-1] |= {"losses": everyone(losses, ranks), "negatives": everyone(drawn, ranks)}
+    record[-1]["queue"] = {key: value.clone() for key, value in engine.pretraining.queue.state_dict().items()}
+    return record
+
+
+def _rank(rank: int, ranks: int, port: int, variants: list[str], path: str) -> None:
+    os.environ.update(rank_environment())
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(ranks),
+                      LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    engines.KEPT_WHOLE = 40  # so that nearly everything of these small models is sharded
+    device = engines.start_rank()
+    records = {variant: carry_out(ranks, device, **VARIANTS[variant]) for variant in variants}
+    if rank == 0:
+        torch.save(records, path)
+    dist.barrier()
+
+
+@pytest.fixture(scope="module", params=[1, 2, pytest.param(4, marks=pytest.mark.slow)], ids=lambda n: f"{n} ranks")
+def records(request, tmp_path_factory) -> tuple[int, dict]:
+    ranks, path = request.param, str(tmp_path_factory.mktemp("records") / "records.pt")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_rank, (ranks, port, list(VARIANTS), path), nprocs=ranks)
+    return ranks, torch.load(path)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_losses_and_gradients_equal_the_textbook(records, variant):
+    ranks, record = records[0], records[1][variant]
+    layout = original_layout(CONFIG)
+    reference = textbook.TextbookPretraining(SIZES, OBJECTIVE.queue_size, OBJECTIVE.momentum, retrieval=True,
+                                             all_ranks=True)
+    queue = Pretraining(make_model(), OBJECTIVE, seed=3).queue
+    weights = to_textbook(layout, record[0]["weights"], reference)
+    reference.load_weights(weights)
+    reference.image_queue.copy_(queue.image.T)
+    reference.text_queue.copy_(queue.text.T)
+    for step, ours in enumerate(record):
+        reference.load_state_dict(to_textbook(layout, ours["weights"], reference), strict=False)
+        reference.zero_grad()
+        for i in range(ACCUMULATION):
+            reference.momentum = OBJECTIVE.momentum if i == 0 else 1.0  # the copy follows once a step
+            batches = [padded(make_batch(ACCUMULATION * step + i, rank)) for rank in range(ranks)]
+            negatives = [textbook.Negatives(*drawn[i]) for drawn in ours["negatives"]]
+            expected = reference.step(batches, 0.2 * step, negatives)
+            (expected.loss / ACCUMULATION).backward()
+            for rank in range(ranks):
+                wanted = torch.stack([expected.itc[rank], expected.itm[rank], expected.lm[rank]])
+                torch.testing.assert_close(ours["losses"][rank][i], wanted, rtol=1e-4, atol=0,
+                                           msg=lambda m, at=(step, i, rank): f"step, batch, rank {at}: {m}")
+        check_gradients(layout.split(ours["gradients"]), dict(reference.named_parameters()))
+    torch.testing.assert_close(record[-1]["queue"]["image"], reference.image_queue.T, rtol=1e-4, atol=1e-5)
+
+
+def to_textbook(layout, weights, reference) -> dict:
+    state = layout.split(weights)
+    state |= layout.stored_twice(state)
+    buffers = {key: value for key, value in reference.state_dict().items() if key.endswith("position_ids")}
+    return {key: value for key, value in (state | buffers).items() if key in reference.state_dict()}
+
+
+def test_weights_move_alike_under_every_stage(records):
+    """After an AdamW step, whose first is nearly the sign of the gradient: where that is rounding noise (keys' biases),
+    it may have any."""
+    gradients = records[1]["0"][0]["gradients"]
+    weights = {variant: record[1]["weights"] for variant, record in records[1].items()}
+    moved = 0
+    for variant, found in weights.items():
+        for name, gradient in gradients.items():
+            certain = gradient.abs() > 1e-4
+            torch.testing.assert_close(found[name][certain], weights["0"][name][certain], atol=1e-5, rtol=0,
+                                       msg=lambda m, at=(variant, name): f"{at}: {m}")
+            moved += int((found[name] != records[1]["0"][0]["weights"][name])[certain].sum())
+    assert moved > 10_000
+
+
+def test_weight_decay_can_leave_out_norms_and_biases():
+    pretraining = Pretraining(make_model(), OBJECTIVE, seed=3)
+    (every,) = parameter_groups(pretraining, OptimizerRecipe(weight_decay=0.1))
+    decayed, plain = parameter_groups(pretraining, OptimizerRecipe(weight_decay=0.1, decay="matrices"))
+    assert (every["weight_decay"], decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.1, 0.0)
+    assert {p for group in (decayed, plain) for p in group["params"]} == set(every["params"])
+    names = {id(p): name for name, p in pretraining.model.named_parameters()}
+    left_out = {names[id(p)] for p in plain["params"]}
+    assert {"vision.cls_token", "temperature", "vision.norm.weight", "vision.blocks.0.qkv.bias"} <= left_out
+    assert not any(name.endswith(("word_embeds.weight", "qkv.weight", "position_embeds")) for name in left_out)
