@@ -1,0 +1,75 @@
+"""A run that is killed again and again ends as one that never was: batches, drop-outs, negatives, losses and weights."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train import RECIPE, losses
+
+from blip_fast.data.scenes import write_scenes
+
+STEPS, KILLS = 24, 5
+VARIANTS = {"2 ranks, ZeRO 2": ["--runtime.ranks", "2", "--runtime.zero_stage", "2"],
+            "2 ranks, ZeRO 3": ["--runtime.ranks", "2", "--runtime.zero_stage", "3", "--runtime.accumulation", "2"]}
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scenes")
+    write_scenes(folder, 40, "train", seed=0, noise=0.0, image_size=32)
+    (folder / "recipe.yaml").write_text(RECIPE)
+    return folder
+
+
+def start(folder, runs, *options) -> subprocess.Popen:
+    """`blip-fast train` as the leader of a process group, so that its ranks can be killed with it."""
+    command = [sys.executable, "-m", "blip_fast", "train", "--config", str(folder / "recipe.yaml"), "--data.root",
+               str(folder), "--runs", str(runs), "--schedule.max_steps", str(STEPS), "--runtime.save_every", "2",
+               "--tokenizer.vocab_size", "120", *options]
+    return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def kill_all(run: subprocess.Popen) -> None:
+    """SIGKILL to every process of the run: torchrun starts ranks in sessions of their own."""
+    children = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True, check=False).stdout.split()
+    ranks = [pid for child in children for pid in subprocess.run(
+        ["pgrep", "-P", child], capture_output=True, text=True, check=False).stdout.split()]
+    for pid in [str(run.pid), *children, *ranks]:
+        try:
+            os.kill(int(pid), signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    run.wait()
+
+
+def steps_done(runs) -> int:
+    log = runs / "tiny" / "log.jsonl"
+    return log.read_text().count("\n") if log.exists() else 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_killed_five_times_ends_as_one_that_was_not(scenes, tmp_path, variant):
+    whole = start(scenes, tmp_path / "whole", *VARIANTS[variant])
+    assert whole.wait(timeout=300) == 0, whole.stdout.read()
+    runs = tmp_path / "killed"
+    after = torch.randint(1, 5, (KILLS,), generator=torch.Generator().manual_seed(0)).tolist()
+    for kill, steps in enumerate(after):
+        run = start(scenes, runs, *VARIANTS[variant], *(["--resume"] if kill else []))
+        reached, until = steps_done(runs) + steps if kill else steps + 2, time.monotonic() + 200
+        while steps_done(runs) < reached and time.monotonic() < until and run.poll() is None:
+            time.sleep(0.002)
+        assert run.poll() is None, f"ended before it was killed: {run.stdout.read()}"
+        kill_all(run)
+    last = start(scenes, runs, *VARIANTS[variant], "--resume")
+    assert last.wait(timeout=300) == 0, last.stdout.read()
+    assert [step for step, *_ in losses(runs)] == list(range(1, STEPS + 1))
+    assert losses(runs) == losses(tmp_path / "whole")
+    ours, theirs = (load_file(root / "tiny" / "model" / "model.safetensors") for root in (runs, tmp_path / "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
