@@ -1,4 +1,4 @@
-"""A run that is killed again and again ends as one that never was: batches, drop-outs, negatives, losses and weights."""
+"""A run that is killed again and again ends as one that never was: batches, drop-outs, negatives, losses, weights."""
 
 import os
 import signal
@@ -51,6 +51,23 @@ def kill_all(run: subprocess.Popen) -> None:
 def steps_done(runs) -> int:
     log = runs / "tiny" / "log.jsonl"
     return log.read_text().count("\n") if log.exists() else 0
+
+
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_sigterm_saves_and_the_run_goes_on(scenes, tmp_path, ranks):
+    options = ["--runtime.ranks", ranks, "--runtime.save_every", "1000"]
+    run, until = start(scenes, tmp_path, *options), time.monotonic() + 200
+    while steps_done(tmp_path) < 3 and time.monotonic() < until and run.poll() is None:
+        time.sleep(0.002)
+    run.terminate()
+    said, _ = run.communicate(timeout=100)
+    assert run.returncode == 128 + signal.SIGTERM, said
+    assert "SIGTERM: tiny is saved, go on with --resume" in said
+    saved = (tmp_path / "tiny" / "checkpoints" / "latest").read_text()
+    assert 3 <= int(saved.removeprefix("step-")) < STEPS and not (tmp_path / "tiny" / "model").exists()
+    last = start(scenes, tmp_path, *options, "--resume")
+    assert last.wait(timeout=300) == 0, last.stdout.read()
+    assert [step for step, *_ in losses(tmp_path)] == list(range(1, STEPS + 1))
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from blip_fast.model import BlipModel
 from blip_train import collectives
+from blip_train.guard import Guard
 from blip_train.launch import rank_environment
 from blip_train.pretraining import Batch, Pretraining, StepOutput
 from blip_train.recipe import OptimizerRecipe, Recipe
@@ -77,7 +78,7 @@ class TrainingEngine:
     def __init__(self, pretraining: Pretraining, recipe: Recipe, device: torch.device) -> None:
         import deepspeed
 
-        self.recipe, self.device = recipe, device
+        self.recipe, self.device, self.guard = recipe, device, Guard(recipe.runtime.patience)
         pretraining.model.recompute(recipe.runtime.recomputed_blocks)
         adamw = torch.optim.AdamW(parameter_groups(pretraining, recipe.optimizer), lr=recipe.schedule.lr,
                                   betas=recipe.optimizer.betas, eps=recipe.optimizer.eps, fused=True)
@@ -100,15 +101,18 @@ class TrainingEngine:
     def pretraining(self) -> Pretraining:
         return self.engine.module
 
-    def step(self, batches: Sequence[Batch], alpha: float, lr: float, language_only: bool) -> list[StepOutput]:
-        """One optimiser step at learning rate `lr`, on the mean gradient of this rank's `accumulation` batches."""
+    def step(self, batches: Iterator[Batch], alpha: float, lr: float, language_only: bool) -> list[StepOutput]:
+        """One optimiser step at learning rate `lr`, on the mean gradient of `accumulation` batches of this rank: the
+        next whose losses are finite on all ranks."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         enabled, outputs = self.recipe.runtime.precision == "bfloat16", []
         self.pretraining.follow()
-        for batch in batches:
+        while len(outputs) < self.recipe.runtime.accumulation:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
-                output = self.engine(batch, alpha, language_only)
+                output = self.engine(next(batches), alpha, language_only)
+            if not self.guard.accepts(output.losses):
+                continue
             self.engine.backward(output.total)
             self.pretraining.enqueue(output)
             self.engine.step()  # does nothing before the last batch

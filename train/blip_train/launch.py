@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from blip_train.guard import STOPPED
 from blip_train.prepare import EXPORT, check_directory, check_sources
 from blip_train.recipe import Recipe
 
@@ -43,7 +46,19 @@ def _launch(recipe: Recipe, resume: bool) -> None:
     command += ["--resume"] if resume else []
     threads = max((os.cpu_count() or 1) // recipe.runtime.ranks, 1)  # ranks of one machine share its cores
     environment = {"OMP_NUM_THREADS": str(threads)} | rank_environment()
-    status = subprocess.run(command, env=environment, check=False).returncode
+    asked = []
+    with subprocess.Popen(command, env=environment) as ranks:
+        def hand_on(*_: Any) -> None:  # to torchrun, which hands it on to the ranks: they save, see guard.py
+            asked.append(True)
+            ranks.terminate()
+
+        before = signal.signal(signal.SIGTERM, hand_on)
+        try:
+            status = ranks.wait()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    if asked:
+        sys.exit(STOPPED)
     if status:
         raise OSError(f"the run {recipe.name} ended with exit status {status}: the first failing rank's error is above")
 

@@ -90,13 +90,15 @@ class RuntimeRecipe:
 
     An optimiser step averages the gradients of `accumulation` batches; ITC's keys and ITM's negatives stay those of one
     batch and the queue. `recomputed_blocks` last blocks of the vision transformer and of the text stack keep no
-    activations and compute them again in the backward.
+    activations and compute them again in the backward. `patience` batches in a row may be left out because a loss is
+    not finite.
     """
 
     ranks: int = 1
     batch_size: int = 75
     accumulation: int = 1
     recomputed_blocks: int = 0
+    patience: int = 10
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     log_every: int = 10
@@ -106,16 +108,17 @@ class RuntimeRecipe:
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.ranks < 1:
             raise ValueError(f"runtime.batch_size and ranks must be at least 1, got {self.batch_size} and {self.ranks}")
-        if self.accumulation < 1 or self.recomputed_blocks < 0:
-            raise ValueError("runtime.accumulation must be at least 1 and recomputed_blocks at least 0, got "
-                             f"{self.accumulation} and {self.recomputed_blocks}")
+        if self.accumulation < 1 or self.recomputed_blocks < 0 or self.patience < 0:
+            raise ValueError("runtime.accumulation must be at least 1, recomputed_blocks and patience at least 0, got "
+                             f"{self.accumulation}, {self.recomputed_blocks} and {self.patience}")
         if self.log_every < 1 or self.save_every < 1 or self.keep_checkpoints < 1:
             raise ValueError("runtime.log_every, save_every and keep_checkpoints must be at least 1")
 
 
 @dataclass(frozen=True)
 class EvaluationRecipe:
-    """What is measured on the test split when the run has ended; 0 images: nothing."""
+    """What is measured on the test split when the run has ended; 0 images: nothing. `rerank` candidates of each image
+    and text are put in order by ITM; 0: ITC's order stays."""
 
     images: int = 0
     rerank: int = 16

@@ -85,8 +85,9 @@ def _retrieval(report: Report, recipe: Recipe, model: BlipModel, tokenizer: Toke
                images: list[AnnotatedImage]) -> dict[str, float]:
     result, image_of_text = evaluate_retrieval(model, tokenizer, images, top_k=recipe.evaluation.rerank)
     recalls, chances = result.recalls(image_of_text), result.chances(image_of_text)
-    report.section("Retrieval", f"{len(images)} images, {len(image_of_text)} texts; ITC, then ITM over the best "
-                                f"{recipe.evaluation.rerank} of each.").metrics(retrieval_metrics(recalls, chances))
+    reranked = f"ITC, then ITM over the best {recipe.evaluation.rerank} of each" if recipe.evaluation.rerank else "ITC"
+    report.section("Retrieval", f"{len(images)} images, {len(image_of_text)} texts; {reranked}.").metrics(
+        retrieval_metrics(recalls, chances))
     return recalls
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from blip_fast.data.pipeline import InputConfig, TrainInput
 from blip_fast.tokenizer import Tokenizer
 from blip_train import checkpoints, collectives
 from blip_train.engine import TrainingEngine, mean_losses, seed_everything, start_rank
+from blip_train.guard import STOPPED
 from blip_train.logs import RunLog
 from blip_train.prepare import (
     EXPORT,
@@ -52,7 +53,12 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     pretraining = prepare_pretraining(recipe, tokenizer)
     engine = TrainingEngine(pretraining.train(), recipe, device)
     seed_everything(recipe.seed)
-    _steps(recipe, engine, _open_input(recipe, shards, device), tokenizer, resume)
+    with engine.guard.listening():
+        ended = _steps(recipe, engine, _open_input(recipe, shards, device), tokenizer, resume)
+    if not ended:
+        if rank == 0:
+            print(f"blip-fast: SIGTERM: {recipe.name} is saved, go on with --resume", file=sys.stderr)
+        sys.exit(STOPPED)
     with engine.whole_model() as model:
         if rank == 0:
             save_native(model, tokenizer, directory / EXPORT)
@@ -85,8 +91,8 @@ def _open_input(recipe: Recipe, shards: Path, device: torch.device) -> TrainInpu
     return TrainInput(config, rank=rank, world_size=ranks, device=device)
 
 
-def _steps(recipe: Recipe, engine: TrainingEngine, source: TrainInput, tokenizer: Tokenizer, resume: bool) -> None:
-    """Step until the schedule ends; log and save as the recipe says."""
+def _steps(recipe: Recipe, engine: TrainingEngine, source: TrainInput, tokenizer: Tokenizer, resume: bool) -> bool:
+    """Step until the schedule ends or SIGTERM comes; log and save as the recipe says. Returns whether it ended."""
     runtime, folder = recipe.runtime, recipe.directory / "checkpoints"
     steps_per_epoch = source.steps_per_epoch / runtime.accumulation
     total = recipe.schedule.total_steps(steps_per_epoch)
@@ -100,8 +106,7 @@ def _steps(recipe: Recipe, engine: TrainingEngine, source: TrainInput, tokenizer
     while step < total:
         alpha = alpha_at(step, steps_per_epoch, recipe.objective.alpha, recipe.objective.alpha_ramp_epochs)
         lr = recipe.schedule.lr_at(step, steps_per_epoch)
-        outputs = engine.step(list(islice(batches, runtime.accumulation)), alpha, lr,
-                              step < recipe.objective.language_first_steps)
+        outputs = engine.step(batches, alpha, lr, step < recipe.objective.language_first_steps)
         step, window = step + 1, window + 1
         if step % runtime.log_every == 0 or step == total:
             pairs = window * runtime.batch_size * runtime.accumulation * collectives.world()[1]
@@ -111,12 +116,16 @@ def _steps(recipe: Recipe, engine: TrainingEngine, source: TrainInput, tokenizer
                 row["temperature"] = engine.pretraining.model.temperature.item()
             if outputs[-1].exchanged is not None:  # visual tokens that a batch's negatives brought to rank 0
                 row["exchanged_mb"], row["gathering_mb"] = (count / 1e6 for count in outputs[-1].exchanged)
+            row["skipped"] = engine.guard.skipped
             log.row(step, row)
             window, since = 0, time.perf_counter()
-        if step % runtime.save_every == 0 or step == total:
+        if step % runtime.save_every == 0 or step == total or engine.guard.stopping:
             checkpoints.save(engine.engine, folder, checkpoints.Progress(step, source.state_dict()),
                              runtime.keep_checkpoints)
+        if engine.guard.stopping:
+            break
     log.close()
+    return step == total
 
 
 def _batches(source: TrainInput, device: torch.device, tokenizer: Tokenizer, recipe: Recipe) -> Iterator[Batch]:

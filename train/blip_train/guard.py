@@ -1,0 +1,64 @@
+"""What ranks agree on at every batch: whether its losses can be learned from, and whether the run is to stop."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from blip_train.collectives import world
+
+STOPPED = 128 + signal.SIGTERM  # exit status of a run that saved and ended because it was asked to
+
+
+class Guard:
+    """Counts batches that were left out; knows whether any rank got SIGTERM (a cluster takes its machine back).
+
+    Attributes: `skipped` batches of the run, left out on all ranks because a loss of some rank was NaN or infinite;
+    `stopping`, whether to save and end behind this step.
+
+    Args:
+        patience: batches in a row that may be left out.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self.patience, self.skipped, self.stopping = patience, 0, False
+        self._in_a_row, self._asked = 0, False
+        # Two numbers in host memory: beside the GPUs' own collectives, so that these are not waited for.
+        self._group = dist.new_group(backend="gloo") if world()[1] > 1 else None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Within, SIGTERM ends the run behind its current step."""
+        def ask(*_: Any) -> None:
+            self._asked = True
+
+        before = signal.signal(signal.SIGTERM, ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def accepts(self, losses: dict[str, Tensor]) -> bool:
+        """Whether the losses of all ranks are finite. All ranks call together and get the same answer.
+
+        Raises:
+            ValueError: more than `patience` batches in a row were not, with this rank's losses.
+        """
+        values = torch.stack([loss.detach().float() for loss in losses.values()]).tolist()
+        finite = all(abs(value) < float("inf") for value in values)
+        flags = torch.tensor([not finite, self._asked], dtype=torch.int32)
+        if self._group is not None:
+            dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group)
+        refused, self.stopping = flags.bool().tolist()
+        self.skipped, self._in_a_row = self.skipped + refused, self._in_a_row + 1 if refused else 0
+        if self._in_a_row > self.patience:
+            said = ", ".join(f"{name} {value:.4g}" for name, value in zip(losses, values, strict=True))
+            raise ValueError(f"{self._in_a_row} batches in a row had a loss that is not finite (here {said}): lower "
+                             "schedule.lr or raise schedule.warmup_steps, and resume from the last checkpoint")
+        return not refused
