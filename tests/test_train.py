@@ -69,7 +69,8 @@ def test_a_run_leaves_its_log_checkpoints_and_model(whole_run):
     run = whole_run / "tiny"
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 9))
-    assert {"itc", "itm", "lm", "loss", "lr", "temperature", "pairs_per_second", "memory_gb"} <= set(rows[0])
+    assert {"itc", "itm", "lm", "loss", "lr", "temperature", "pairs_per_second", "data_wait", "skipped",
+            "memory_gb"} <= set(rows[0])
     assert rows[0]["lr"] < rows[2]["lr"] == pytest.approx(1e-3)
     assert (run / "checkpoints" / "latest").read_text() == "step-00000008"
     assert load_recipe(run / "recipe.yaml").objective.queue_size == 20

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ from blip_fast.checkpoint import save_native
 from blip_fast.data.pipeline import InputConfig, TrainInput
 from blip_fast.tokenizer import Tokenizer
 from blip_train import checkpoints, collectives
+from blip_train.batches import Batches
 from blip_train.engine import TrainingEngine, mean_losses, seed_everything, start_rank
 from blip_train.guard import STOPPED
 from blip_train.logs import RunLog
@@ -25,7 +25,7 @@ from blip_train.prepare import (
     prepare_shards,
     prepare_tokenizer,
 )
-from blip_train.pretraining import Batch
+from blip_train.pretraining import StepOutput
 from blip_train.recipe import Recipe
 from blip_train.report import write_run_report
 from blip_train.schedule import alpha_at
@@ -102,7 +102,8 @@ def _steps(recipe: Recipe, engine: TrainingEngine, source: TrainInput, tokenizer
         step = progress.step
         source.load_state_dict(progress.input_state)
     log = RunLog(recipe.directory, recipe.name, step, total, writes=collectives.world()[0] == 0)
-    window, since, batches = 0, time.perf_counter(), _batches(source, engine.device, tokenizer, recipe)
+    batches = Batches(source, tokenizer, recipe.tokenizer.max_tokens, engine.device)
+    window, since, waited = 0, time.perf_counter(), 0.0
     while step < total:
         alpha = alpha_at(step, steps_per_epoch, recipe.objective.alpha, recipe.objective.alpha_ramp_epochs)
         lr = recipe.schedule.lr_at(step, steps_per_epoch)
@@ -110,27 +111,25 @@ def _steps(recipe: Recipe, engine: TrainingEngine, source: TrainInput, tokenizer
         step, window = step + 1, window + 1
         if step % runtime.log_every == 0 or step == total:
             pairs = window * runtime.batch_size * runtime.accumulation * collectives.world()[1]
-            row = mean_losses(outputs) | {"epoch": step / steps_per_epoch, "lr": lr,
-                                          "pairs_per_second": pairs / (time.perf_counter() - since)}
-            if "itc" in outputs[-1].losses:
-                row["temperature"] = engine.pretraining.model.temperature.item()
-            if outputs[-1].exchanged is not None:  # visual tokens that a batch's negatives brought to rank 0
-                row["exchanged_mb"], row["gathering_mb"] = (count / 1e6 for count in outputs[-1].exchanged)
-            row["skipped"] = engine.guard.skipped
-            log.row(step, row)
-            window, since = 0, time.perf_counter()
+            log.row(step, _row(engine, outputs) | {
+                "epoch": step / steps_per_epoch, "lr": lr, "data_wait": (batches.waited - waited) / window,
+                "pairs_per_second": pairs / (time.perf_counter() - since)})
+            window, since, waited = 0, time.perf_counter(), batches.waited
         if step % runtime.save_every == 0 or step == total or engine.guard.stopping:
-            checkpoints.save(engine.engine, folder, checkpoints.Progress(step, source.state_dict()),
+            checkpoints.save(engine.engine, folder, checkpoints.Progress(step, batches.state),
                              runtime.keep_checkpoints)
         if engine.guard.stopping:
             break
+    batches.close()
     log.close()
     return step == total
 
 
-def _batches(source: TrainInput, device: torch.device, tokenizer: Tokenizer, recipe: Recipe) -> Iterator[Batch]:
-    """Epoch after epoch, without end."""
-    while True:
-        for pairs in source:
-            texts = tokenizer.pack(pairs.captions, max_tokens=recipe.tokenizer.max_tokens)
-            yield Batch(pairs.images.to(device), texts.to(device), pairs.ids.to(device))
+def _row(engine: TrainingEngine, outputs: list[StepOutput]) -> dict[str, float]:
+    """What an optimiser step's batches say of themselves, for the log."""
+    row = mean_losses(outputs) | {"skipped": engine.guard.skipped}
+    if "itc" in outputs[-1].losses:
+        row["temperature"] = engine.pretraining.model.temperature.item()
+    if outputs[-1].exchanged is not None:
+        row["exchanged_mb"], row["gathering_mb"] = (count / 1e6 for count in outputs[-1].exchanged)
+    return row

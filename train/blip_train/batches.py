@@ -1,0 +1,51 @@
+"""The next batch, ready before the step ends: read, tokenised and copied to the device by a thread of its own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from blip_fast.data.pipeline import TrainInput
+from blip_fast.tokenizer import Tokenizer
+from blip_train.pretraining import Batch
+
+
+class Batches:
+    """Iterates over the batches of a source, epoch after epoch without end, one batch ahead.
+
+    Attributes: `state`, the source's position behind the batch that was taken last (not behind the one that is ready);
+    `waited`, seconds that the taker has waited in all.
+    """
+
+    def __init__(self, source: TrainInput, tokenizer: Tokenizer, max_tokens: int, device: torch.device) -> None:
+        self._source, self._tokenizer, self._max_tokens, self._device = source, tokenizer, max_tokens, device
+        self.state, self.waited = source.state_dict(), 0.0
+        self._thread = ThreadPoolExecutor(1, "batches")
+        self._made = self._make()
+        self._next = self._thread.submit(next, self._made)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        """Raises what reading raised."""
+        start = time.perf_counter()
+        batch, self.state = self._next.result()
+        self.waited += time.perf_counter() - start
+        self._next = self._thread.submit(next, self._made)
+        return batch
+
+    def close(self) -> None:
+        """Let the thread finish the batch that nobody will take."""
+        self._thread.shutdown()
+
+    def _make(self) -> Iterator[tuple[Batch, dict[str, Any]]]:
+        while True:
+            for pairs in self._source:
+                texts = self._tokenizer.pack(pairs.captions, max_tokens=self._max_tokens)
+                batch = Batch(pairs.images.to(self._device), texts.to(self._device), pairs.ids.to(self._device))
+                yield batch, self._source.state_dict()
