@@ -72,7 +72,9 @@ def seed_everything(seed: int) -> None:
 class TrainingEngine:
     """DeepSpeed around the training step: gradients averaged over ranks, optimiser state sharded by ZeRO stage.
 
-    Precision `bfloat16` is autocast over float32 weights, so that the momentum copy averages float32.
+    Precisions of 16 bits are autocast over float32 weights, so that the momentum copy averages float32 and ranks
+    exchange float32 gradients; `float16` scales the loss, and leaves out steps whose gradients overflow. DeepSpeed
+    itself has to cast: on a GPU it switches off an autocast around its engine.
     """
 
     def __init__(self, pretraining: Pretraining, recipe: Recipe, device: torch.device) -> None:
@@ -106,11 +108,10 @@ class TrainingEngine:
         next whose losses are finite on all ranks."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        enabled, outputs = self.recipe.runtime.precision == "bfloat16", []
+        outputs: list[StepOutput] = []
         self.pretraining.follow()
         while len(outputs) < self.recipe.runtime.accumulation:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
-                output = self.engine(next(batches), alpha, language_only)
+            output = self.engine(next(batches), alpha, language_only)
             if not self.guard.accepts(output.losses):
                 continue
             self.engine.backward(output.total)
@@ -124,6 +125,9 @@ class TrainingEngine:
             "train_micro_batch_size_per_gpu": self.recipe.runtime.batch_size,
             "gradient_accumulation_steps": self.recipe.runtime.accumulation,
             "gradient_clipping": self.recipe.optimizer.clip,
+            "torch_autocast": {"enabled": self.recipe.runtime.precision != "float32",
+                               "dtype": self.recipe.runtime.precision.replace("float32", "bfloat16"),
+                               "lower_precision_safe_modules": []},  # those whose gradients would travel in 16 bits
             "zero_optimization": {"stage": self.recipe.runtime.zero_stage,
                                   "stage3_param_persistence_threshold": KEPT_WHOLE},
             "steps_per_print": 10**9,

@@ -100,7 +100,7 @@ class RuntimeRecipe:
     recomputed_blocks: int = 0
     patience: int = 10
     zero_stage: Literal[0, 1, 2, 3] = 1
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    precision: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     log_every: int = 10
     save_every: int = 1000
     keep_checkpoints: int = 2
