@@ -89,6 +89,15 @@ def test_launches_of_the_newest_gpus(monkeypatch, q_lengths, kv_lengths, head_di
     assert len(descriptors) == (2 if sum(kv_lengths) else 0)
 
 
+@pytest.mark.parametrize(("capability", "expected"), [
+    ((8, 0), 80), ((8, 9), 80), ((9, 0), 90), ((10, 0), 100), ((10, 3), 100), ((12, 0), 80)])
+def test_each_gpu_is_launched_as_its_generation(monkeypatch, capability, expected):
+    from blip_kernels.gpu import launch
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert launch.generation(torch.device("cuda", 0)) == expected
+
+
 def test_keys_that_a_descriptor_cannot_address_are_copied():
     """Heads that lie apart, rows that start between multiples of 16 bytes: a copy. The slices of a fused projection,
     as the model has them: in place."""

@@ -40,12 +40,15 @@ def noting(generation: int, note: Note) -> Iterator[None]:
 
 
 def generation(device: torch.device) -> int:
-    """Which of `GENERATIONS` a launch on `device` is configured for: the newest that is not newer than the device."""
+    """Which of `GENERATIONS` a launch on `device` is configured for: the newest that is not newer than the device. But
+    Blackwell's workstation chips (12.x) have Ampere's tensor cores and 99 KiB of shared memory, and are launched so."""
     if _noting is not None:
         return _noting[0]
     if device.type != "cuda":
         return GENERATIONS[0]
     major, minor = torch.cuda.get_device_capability(device)
+    if major == 12:
+        return GENERATIONS[0]
     return max((g for g in GENERATIONS if g <= 10 * major + minor), default=GENERATIONS[0])
 
 
