@@ -182,7 +182,7 @@ def attention(
 
     Returns:
         [query rows, heads, head_dim] in `q`'s dtype. Queries that see no key get zeros. A value that is not a number
-        spreads to the rows that see it and no further.
+        makes the rows that see it NaN or infinite, and no others.
 
     Raises:
         ValueError: shapes, dtypes, devices or offsets do not fit, or the backend cannot run; the message says which.
