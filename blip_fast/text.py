@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Literal, cast
 
 import torch
@@ -57,7 +57,13 @@ class ImageKV:
 
     def layer(self, index: int) -> list[tuple[Tensor, Tensor]]:
         """(k, v) [image rows, heads, head_dim] of one layer, per eye."""
-        return [(kv[:, index, 0], kv[:, index, 1]) for kv in self.kv]
+        return [layers[index] for layers in self._layers]
+
+    @cached_property
+    def _layers(self) -> list[list[tuple[Tensor, Tensor]]]:
+        """Per eye and layer. Cut up once: the gradient of many cuts is put together in one pass, where each cut of its
+        own would fill and add a tensor as large as all layers'."""
+        return [[(k, v) for k, v in (layer.unbind(1) for layer in kv.unbind(1))] for kv in self.kv]
 
     def select(self, images: Tensor) -> ImageKV:
         """The given images (int64 [n]) alone, in that order."""
