@@ -4,20 +4,19 @@ with two batches accumulated, cross-rank negatives, momentum copy and queue, ove
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from blip_train import engine as engines
 from blip_train.engine import TrainingEngine, parameter_groups
 from blip_train.launch import rank_environment
 from blip_train.pretraining import Batch, Objective, Pretraining
 from blip_train.recipe import OptimizerRecipe, Recipe, RuntimeRecipe
 from blip_train.schedule import Schedule
+from ranks import spawn
 from reference import pretraining as textbook
 from test_training_parity import CONFIG, PAIRS, SIZES, check_gradients, everyone, make_batch, make_model, padded
 
@@ -90,10 +89,7 @@ def _rank(rank: int, ranks: int, port: int, variants: list[str], path: str) -> N
 @pytest.fixture(scope="module", params=[1, 2, pytest.param(4, marks=pytest.mark.slow)], ids=lambda n: f"{n} ranks")
 def records(request, tmp_path_factory) -> tuple[int, dict]:
     ranks, path = request.param, str(tmp_path_factory.mktemp("records") / "records.pt")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_rank, (ranks, port, list(VARIANTS), path), nprocs=ranks)
+    spawn(_rank, ranks, list(VARIANTS), path)
     return ranks, torch.load(path)
 
 

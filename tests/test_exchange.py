@@ -1,13 +1,12 @@
 """Rows taken from other ranks: the same rows and gradients as gathering everything, and no bytes but those needed."""
 
 import os
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from blip_train.exchange import Exchange, gathered_bytes
+from ranks import spawn
 
 from blip_fast.packing import PackedTexts
 
@@ -74,10 +73,7 @@ CASES, RANKS = ("all", "one", "none", "random"), 4
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_rank, (RANKS, port, str(folder)), nprocs=RANKS)
+    spawn(_rank, RANKS, str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 

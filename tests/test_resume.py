@@ -3,13 +3,12 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train import RECIPE, losses
+from test_train import RECIPE, losses, train_command
 
 from blip_fast.data.scenes import write_scenes
 
@@ -28,11 +27,10 @@ def scenes(tmp_path_factory):
 
 def start(folder, runs, *options) -> subprocess.Popen:
     """`blip-fast train` as the leader of a process group, so that its ranks can be killed with it."""
-    command = [sys.executable, "-m", "blip_fast", "train", "--config", str(folder / "recipe.yaml"), "--data.root",
-               str(folder), "--runs", str(runs), "--schedule.max_steps", str(STEPS), "--runtime.save_every", "2",
-               "--tokenizer.vocab_size", "120", *options]
-    return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command, environment = train_command(folder, runs, "--schedule.max_steps", str(STEPS), "--runtime.save_every", "2",
+                                         "--tokenizer.vocab_size", "120", *options)
+    return subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True)
 
 
 def kill_all(run: subprocess.Popen) -> None:

@@ -36,10 +36,15 @@ def scenes(tmp_path_factory):
     return folder
 
 
-def blip_fast_train(folder, runs, *options):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def train_command(folder, runs, *options):
+    """The command and its environment."""
     command = [sys.executable, "-m", "blip_fast", "train", "--config", str(folder / "recipe.yaml"), "--data.root",
                str(folder), "--runs", str(runs), *options]
+    return command, os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def blip_fast_train(folder, runs, *options):
+    command, environment = train_command(folder, runs, *options)
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
 
 

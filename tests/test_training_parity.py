@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from blip_train.pretraining import Batch, Objective, Pretraining
+from ranks import spawn
 from reference import losses
 from reference import pretraining as textbook
 from reference.model import Sizes
@@ -103,10 +102,7 @@ def _rank(rank: int, ranks: int, port: int, name: str, result) -> None:
 def product_record(name: str, ranks: int, tmp_path) -> list[dict]:
     if ranks == 1:
         return run_product(name, 1)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_rank, (ranks, port, name, str(tmp_path / "record.pt")), nprocs=ranks)
+    spawn(_rank, ranks, name, str(tmp_path / "record.pt"))
     return torch.load(tmp_path / "record.pt")
 
 

@@ -112,13 +112,15 @@ def loops(code: Sequence[Instruction]) -> list[Loop]:
     """
     blocks = _blocks(code)
     successors = _successors(code, blocks)
-    found = _natural_loops(successors)
+    dominators = _dominators(successors)
+    found = _natural_loops(successors, dominators)
     bodies = {header: tuple(code[i] for block in sorted(body) for i in range(*blocks[block]))
               for header, body in found.items()}
     hot = {header for header in found if any(is_mma(i) for i in bodies[header])} or set(found)
     innermost = [h for h in hot if not any(other != h and other in found[h] for other in hot)]
-    return [Loop(bodies[h][0].address, bodies[h], elected=_elected(h, found[h], successors, code, blocks))
-            for h in sorted(innermost)]
+    return [Loop(bodies[h][0].address, bodies[h], elected=sum(
+        stop - start for start, stop in (blocks[block] for block in _passed_by(h, found[h], successors, dominators))
+        if any(i.base == "UTCHMMA" for i in code[start:stop]))) for h in sorted(innermost)]
 
 
 def is_mma(instruction: Instruction) -> bool:
@@ -208,38 +210,31 @@ def _successors(code: Sequence[Instruction], blocks: Sequence[tuple[int, int]]) 
     return following
 
 
-def _natural_loops(successors: Sequence[Sequence[int]]) -> dict[int, set[int]]:
+def _natural_loops(successors: Sequence[Sequence[int]], dominators: dict[int, set[int]]) -> dict[int, set[int]]:
     """Header → blocks, loops of one header merged. Block 0 is the entry."""
-    order = _postorder(successors)
-    predecessors: dict[int, list[int]] = {block: [] for block in order}
-    for block in order:
-        for target in successors[block]:
-            predecessors[target].append(block)
-    dominators = _dominators(order[::-1], predecessors)
+    predecessors = _predecessors(successors)
     found: dict[int, set[int]] = {}
-    for source in order:
+    for source in predecessors:
         for header in successors[source]:
             if header in dominators[source]:
                 found.setdefault(header, {header}).update(_reaching(source, header, predecessors))
     return found
 
 
-def _elected(header: int, body: set[int], successors: Sequence[Sequence[int]], code: Sequence[Instruction],
-             blocks: Sequence[tuple[int, int]]) -> int:
-    """Instructions of the blocks with a CTA's tensor-core instructions (UTCHMMA) that a pass can go around."""
-    def avoidable(block: int) -> bool:
-        seen, stack = {block}, [header]
-        while stack:
-            for target in successors[stack.pop()]:
-                if target == header:
-                    return True
-                if target in body and target not in seen:
-                    seen.add(target)
-                    stack.append(target)
-        return False
+def _passed_by(header: int, body: set[int], successors: Sequence[Sequence[int]],
+               dominators: dict[int, set[int]]) -> set[int]:
+    """The blocks of a loop that some way from its header back to it goes around."""
+    return body - set.intersection(*(dominators[block] for block in body if header in successors[block]))
 
-    ranges = [blocks[block] for block in body if block != header and avoidable(block)]
-    return sum(stop - start for start, stop in ranges if any(i.base == "UTCHMMA" for i in code[start:stop]))
+
+def _predecessors(successors: Sequence[Sequence[int]]) -> dict[int, list[int]]:
+    """Of every block that the entry reaches."""
+    order = _postorder(successors)
+    found: dict[int, list[int]] = {block: [] for block in order}
+    for block in order:
+        for target in successors[block]:
+            found[target].append(block)
+    return found
 
 
 def _postorder(successors: Sequence[Sequence[int]]) -> list[int]:
@@ -256,8 +251,9 @@ def _postorder(successors: Sequence[Sequence[int]]) -> list[int]:
     return order
 
 
-def _dominators(order: Sequence[int], predecessors: dict[int, list[int]]) -> dict[int, set[int]]:
-    """The blocks on every way from the entry to each block, itself included. `order`: a reverse postorder."""
+def _dominators(successors: Sequence[Sequence[int]]) -> dict[int, set[int]]:
+    """The blocks on every way from the entry to each block, itself included."""
+    order, predecessors = _postorder(successors)[::-1], _predecessors(successors)
     found = {block: set(order) for block in order}
     found[order[0]] = {order[0]}
     changed = True

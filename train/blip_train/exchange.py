@@ -57,9 +57,9 @@ class Exchange:
 
     def fetch_texts(self, texts: PackedTexts) -> PackedTexts:
         """The texts of others that this rank chose."""
-        if world()[1] == 1:
-            return texts.select(self.lent)
         lent = texts.select(self.lent)
+        if world()[1] == 1:
+            return lent
         lengths = _all_to_all(lent.lengths, self.sent, self.received)
         tokens = torch.stack([_by_rank(lent.lengths, self.sent), _by_rank(lengths, self.received)]).tolist()
         token_ids = _all_to_all(lent.token_ids, *tokens)

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from blip_kernels.gpu.dropout import keep
+from blip_kernels.gpu.tiles import rows_of_tile
 
 
 @triton.jit
@@ -50,10 +51,8 @@ def dq_kernel(p_q, p_k, p_v, p_out, p_do, p_lse, p_delta, p_dq, p_tiles, p_q_off
     i_segment = tl.load(p_tiles + 2 * i_tile)
     if i_segment < 0:
         return
-    row = tl.load(p_tiles + 2 * i_tile + 1)
-    q_first, kv_first = tl.load(p_q_offsets + i_segment), tl.load(p_kv_offsets + i_segment)
-    n_q = tl.load(p_q_offsets + i_segment + 1) - q_first
-    n_kv = tl.load(p_kv_offsets + i_segment + 1) - kv_first
+    row, q_first, n_q, kv_first, n_kv = rows_of_tile(  # pyright: ignore[reportGeneralTypeIssues]
+        p_tiles, p_q_offsets, p_kv_offsets, i_tile, i_segment)
     o_q = row + tl.arange(0, BLOCK_M)
     o_n, o_d = tl.arange(0, BLOCK_N), tl.arange(0, D)
     m_q = o_q < n_q
@@ -127,10 +126,8 @@ def dkv_kernel(p_q, p_k, p_v, p_do, p_lse, p_delta, p_dk, p_dv, p_tiles, p_q_off
     i_segment = tl.load(p_tiles + 2 * i_tile)
     if i_segment < 0:
         return
-    key = tl.load(p_tiles + 2 * i_tile + 1)
-    q_first, kv_first = tl.load(p_q_offsets + i_segment), tl.load(p_kv_offsets + i_segment)
-    n_q = tl.load(p_q_offsets + i_segment + 1) - q_first
-    n_kv = tl.load(p_kv_offsets + i_segment + 1) - kv_first
+    key, q_first, n_q, kv_first, n_kv = rows_of_tile(  # pyright: ignore[reportGeneralTypeIssues]
+        p_tiles, p_q_offsets, p_kv_offsets, i_tile, i_segment)
     o_key = key + tl.arange(0, BLOCK_N)
     o_m, o_d = tl.arange(0, BLOCK_M), tl.arange(0, D)
     m_key = o_key < n_kv

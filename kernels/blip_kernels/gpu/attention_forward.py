@@ -7,6 +7,7 @@ import triton.language as tl
 
 from blip_kernels.gpu.dropout import keep
 from blip_kernels.gpu.exponentials import row_sum, scaled, weights
+from blip_kernels.gpu.tiles import rows_of_tile
 
 MASKED_TILE = tl.constexpr(64)  # keys of a masked tile, where whole ones have 256: a mask would waste half of them
 
@@ -68,10 +69,8 @@ def forward_kernel(p_q, p_k, p_v, tiles_k, tiles_v, p_out, p_lse, p_tiles, p_q_o
     i_segment = tl.load(p_tiles + 2 * i_tile)
     if i_segment < 0:
         return
-    row = tl.load(p_tiles + 2 * i_tile + 1)
-    q_first, kv_first = tl.load(p_q_offsets + i_segment), tl.load(p_kv_offsets + i_segment)
-    n_q = tl.load(p_q_offsets + i_segment + 1) - q_first
-    n_kv = tl.load(p_kv_offsets + i_segment + 1) - kv_first
+    row, q_first, n_q, kv_first, n_kv = rows_of_tile(  # pyright: ignore[reportGeneralTypeIssues]
+        p_tiles, p_q_offsets, p_kv_offsets, i_tile, i_segment)
     o_q = row + tl.arange(0, BLOCK_M)
     o_d = tl.arange(0, D)
     m_q = o_q < n_q

@@ -36,6 +36,17 @@ def _schedule_kernel(p_tiles, p_offsets, n_segments, max_tiles, ROWS: tl.constex
             tl.store(p_tiles + 2 * o_tile, tl.full([BLOCK], -1, tl.int32), mask=o_tile < max_tiles)
 
 
+@triton.jit
+def rows_of_tile(p_tiles, p_q_offsets, p_kv_offsets, i_tile, i_segment):
+    """Of a tile in the list: its first row within the segment, the segment's first query, number of queries, first key
+    and number of keys."""
+    row = tl.load(p_tiles + 2 * i_tile + 1)
+    q_first, kv_first = tl.load(p_q_offsets + i_segment), tl.load(p_kv_offsets + i_segment)
+    n_q = tl.load(p_q_offsets + i_segment + 1) - q_first
+    n_kv = tl.load(p_kv_offsets + i_segment + 1) - kv_first
+    return row, q_first, n_q, kv_first, n_kv
+
+
 def tiles_of(offsets: Tensor, rows: int, tile_rows: int) -> Tensor:
     """int32 [tiles, 2]: segment and first row of every tile of `tile_rows` rows; −1 where there are fewer tiles than
     the most that `rows` rows in these segments can make."""
