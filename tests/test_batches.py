@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from blip_train.batches import Batches
+from blip_train.streams import Streams
 
 from blip_fast.tokenizer import BERT_TOKENS, Tokenizer
 
@@ -17,6 +18,11 @@ class Source:
 
     def __init__(self, seconds=0.0, broken=None):
         self.seconds, self.broken, self.taken = seconds, broken, 0
+        self.rank = self.epoch = 0
+
+    @property
+    def step(self):
+        return self.taken
 
     def state_dict(self):
         return {"taken": self.taken}
@@ -32,7 +38,7 @@ class Source:
 
 
 def batches_of(source):
-    return Batches(source, TOKENIZER, 30, torch.device("cpu"))
+    return Batches(source, TOKENIZER, 30, torch.device("cpu"), seed=0)
 
 
 def test_order_and_positions():
@@ -66,3 +72,31 @@ def test_an_error_reaches_the_taker():
     with pytest.raises(RuntimeError, match="every image of a batch is damaged"):
         next(batches)
     batches.close()
+
+
+def test_a_batch_brings_a_seed_of_its_position_alone():
+    def seeds(source, count):
+        batches = batches_of(source)
+        drawn = [next(batches).seed for _ in range(count)]
+        batches.close()
+        return drawn
+
+    whole, later = Source(), Source()
+    later.taken = 2
+    drawn = seeds(whole, 5)
+    assert len(set(drawn)) == 5 and seeds(later, 3) == drawn[2:]
+    other = Source()
+    other.rank = 1
+    assert not set(seeds(other, 5)) & set(drawn)
+
+
+def test_slots_keep_their_streams_on_any_number_of_ranks():
+    def streams_of_slots(ranks):
+        layout = Streams(slots=8, streams=4, ranks=ranks)
+        return [stream for rank in range(ranks) for stream in layout.of_rank(rank)]
+
+    assert streams_of_slots(1) == streams_of_slots(2) == streams_of_slots(4) == [0, 0, 1, 1, 2, 2, 3, 3]
+    with pytest.raises(ValueError, match=r"8 ranks cannot share 4 reader\(s\) of the data evenly: set runtime.ranks"):
+        Streams(slots=8, streams=4, ranks=8)
+    with pytest.raises(ValueError, match="4 readers cannot fill the 6 batches of a step"):
+        Streams(slots=6, streams=4, ranks=2)

@@ -33,13 +33,13 @@ def make_recipe(**runtime) -> Recipe:
                   runtime=RuntimeRecipe(batch_size=PAIRS, accumulation=ACCUMULATION, precision="float32", **runtime))
 
 
-def batches(variant: str, step: int, rank: int, ranks: int) -> Iterator[Batch]:
-    """An optimiser step's, in one variant behind one whose images are NaN on the last rank alone."""
+def slots(variant: str, step: int, rank: int, ranks: int) -> list[Iterator[Batch]]:
+    """An optimiser step's batches, in one variant behind one whose images are NaN on the last rank alone."""
+    batches = [replace(make_batch(ACCUMULATION * step + i, rank), seed=rank) for i in range(ACCUMULATION)]
     if "bad batch" in variant:
         spare = make_batch(1000, rank)
-        yield replace(spare, images=spare.images * float("nan")) if rank == ranks - 1 else spare
-    for i in range(ACCUMULATION):
-        yield make_batch(ACCUMULATION * step + i, rank)
+        batches.insert(0, replace(spare, images=spare.images * float("nan")) if rank == ranks - 1 else spare)
+    return [iter(batches)] * ACCUMULATION
 
 
 def carry_out(ranks: int, device: torch.device, variant: str) -> list[dict]:
@@ -50,7 +50,6 @@ def carry_out(ranks: int, device: torch.device, variant: str) -> list[dict]:
     torch.manual_seed(0)
     engine = TrainingEngine(Pretraining(make_model(), OBJECTIVE, seed=3).train(), make_recipe(**runtime), device)
     parameters, record, plain = dict(engine.pretraining.model.named_parameters()), [], engine.engine.step
-    torch.manual_seed(rank)
 
     def noting_gradients():
         if engine.engine.is_gradient_accumulation_boundary():
@@ -64,7 +63,7 @@ def carry_out(ranks: int, device: torch.device, variant: str) -> list[dict]:
         with engine.whole_model() as model:
             record.append({"weights": {name: p.detach().clone() for name, p in model.state_dict().items()},
                            "gradients": {}})
-        outputs = engine.step(batches(variant, step, rank, ranks), 0.2 * step, 0.01, False)
+        outputs = engine.step(slots(variant, step, rank, ranks), 0.2 * step, 0.01, False)
         losses = torch.stack([torch.stack([o.losses[k].detach() for k in ("itc", "itm", "lm")]) for o in outputs])
         drawn = torch.stack([torch.stack([o.negatives.image_for_text, o.negatives.text_for_image]) for o in outputs])
         record[-1] |= {"losses": everyone(losses, ranks), "negatives": everyone(drawn, ranks)}
@@ -107,6 +106,8 @@ def test_losses_and_gradients_equal_the_textbook(records, variant):
     for step, ours in enumerate(record):
         reference.load_state_dict(to_textbook(layout, ours["weights"], reference), strict=False)
         reference.zero_grad()
+        keys = []
+        reference.enqueue = lambda *of_batch: keys.append(of_batch)  # noqa: B023 (used within the step)
         for i in range(ACCUMULATION):
             reference.momentum = OBJECTIVE.momentum if i == 0 else 1.0  # the copy follows once a step
             batches = [padded(make_batch(ACCUMULATION * step + i, rank)) for rank in range(ranks)]
@@ -117,6 +118,11 @@ def test_losses_and_gradients_equal_the_textbook(records, variant):
                 wanted = torch.stack([expected.itc[rank], expected.itm[rank], expected.lm[rank]])
                 torch.testing.assert_close(ours["losses"][rank][i], wanted, rtol=1e-4, atol=0,
                                            msg=lambda m, at=(step, i, rank): f"step, batch, rank {at}: {m}")
+        del reference.enqueue
+        # The queue takes a step's keys behind all its batches, rank by rank.
+        by_rank = [torch.cat([part.view(ranks, PAIRS, -1) for part in parts], dim=1).flatten(0, 1)
+                   for parts in zip(*keys, strict=True)]
+        reference.enqueue(*by_rank[:2], by_rank[2].flatten())
         check_gradients(layout.split(ours["gradients"]), dict(reference.named_parameters()))
     torch.testing.assert_close(record[-1]["queue"]["image"], reference.image_queue.T, rtol=1e-4, atol=1e-5)
 

@@ -68,6 +68,36 @@ def test_sigterm_saves_and_the_run_goes_on(scenes, tmp_path, ranks):
     assert [step for step, *_ in losses(tmp_path)] == list(range(1, STEPS + 1))
 
 
+def run_to(step, folder, runs, *options) -> str:
+    """Go on to `step` and save. The horizon of the schedule stays."""
+    run = start(folder, runs, "--schedule.kind", "epoch_decay", "--schedule.max_steps", str(step), *options)
+    said, _ = run.communicate(timeout=300)
+    assert run.returncode == 0, said
+    return said
+
+
+@pytest.mark.parametrize("stages", [
+    ("1", "3", "2"), *(pytest.param((stage,) * 3, marks=pytest.mark.slow) for stage in "023")], ids="-".join)
+def test_a_run_goes_on_with_other_ranks_and_stages(scenes, tmp_path, stages):
+    """2 → 1 → 2 ranks: the same global batches, negatives and drop-outs, so the same losses but for rounding."""
+    two = ["--runtime.ranks", "2"]
+    run_to(12, scenes, tmp_path / "whole", *two, "--runtime.zero_stage", stages[0])
+    one = ["--runtime.ranks", "1", "--runtime.accumulation", "2", "--runtime.streams", "2"]
+    for step, ranks, stage in zip((4, 8, 12), (two, one, two), stages, strict=True):
+        run_to(step, scenes, tmp_path / "moved", *ranks, "--runtime.zero_stage", stage, *["--resume"] * (step > 4))
+    found, wanted = (torch.tensor(losses(tmp_path / name)) for name in ("moved", "whole"))
+    assert found[:, 0].tolist() == list(range(1, 13))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=0)
+
+
+def test_other_ranks_need_the_same_batches(scenes, tmp_path):
+    run_to(1, scenes, tmp_path, "--runtime.ranks", "2")
+    run = start(scenes, tmp_path, "--schedule.max_steps", "2", "--resume")
+    said, _ = run.communicate(timeout=300)
+    assert run.returncode != 0
+    assert "set runtime.streams to 2 and runtime.accumulation so that ranks × accumulation is 2" in said
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_run_killed_five_times_ends_as_one_that_was_not(scenes, tmp_path, variant):

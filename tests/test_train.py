@@ -133,7 +133,7 @@ def test_two_ranks_train_together(scenes, tmp_path):
                            "--schedule.max_steps", "3")
     assert done.returncode == 0, done.stderr
     assert [step for step, *_ in losses(tmp_path)] == [1, 2, 3]
-    assert len(list((tmp_path / "tiny" / "checkpoints" / "step-00000003").glob("rank-*.pt"))) == 2
+    assert len(list((tmp_path / "tiny" / "checkpoints" / "step-00000003").glob("stream-*.pt"))) == 2
 
 
 def test_a_second_run_does_not_overwrite_the_first(scenes, whole_run):

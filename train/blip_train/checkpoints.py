@@ -1,49 +1,63 @@
 """Checkpoints of a run: all that a resume needs, in one directory per step.
 
-`runs/NAME/checkpoints/step-N/` holds DeepSpeed's files (weights, momentum copy, queue, τ, optimiser shards) and one
-`rank-R.pt` per rank (random generators, position in the data). `latest` names the newest complete one: it is replaced
-last, so a run that is killed while saving resumes from the one before.
+`runs/NAME/checkpoints/step-N/` holds DeepSpeed's files (weights, momentum copy, queue, τ, optimiser shards),
+`stream-S.pt`, the position of each reader of the data, and `run.json`, which says how it was written. Random numbers
+need no state: each batch brings a seed. `latest` names the newest complete directory: it is replaced last, so a run
+that is killed while saving resumes from the one before.
 """
 
 from __future__ import annotations
 
-import random
+import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
+from blip_fast.data.pipeline import TrainInput
 from blip_train import collectives
+from blip_train.reshard import load_resharded
+from blip_train.streams import Streams
 
 LATEST = "latest"
+RUN = "run.json"
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Where a run stands: `step` optimiser steps done, and the reader's own state."""
+class Written:
+    """How a checkpoint was written: `step` steps done, of which `updates` changed the weights, by `ranks` ranks with
+    this `zero_stage`, on batches from these `streams` and `slots`, by this `version` of blip_fast."""
 
     step: int
-    input_state: dict[str, Any]
+    updates: int
+    ranks: int
+    zero_stage: int
+    streams: int
+    slots: int
+    version: str
 
 
-def save(engine: Any, directory: Path, progress: Progress, keep: int) -> None:
+def save(engine: Any, directory: Path, step: int, streams: Streams, input_states: dict[int, Any], keep: int) -> None:
     """Write `step-N`, make it the latest, and remove all but the last `keep`.
 
     Args:
         engine: DeepSpeed's engine.
         directory: the run's `checkpoints` directory.
+        input_states: the position of each stream that this rank reads.
     """
     rank, ranks = collectives.world()
-    name = f"step-{progress.step:08d}"
+    name = f"step-{step:08d}"
     engine.save_checkpoint(str(directory), tag=name, save_latest=False, client_state={})
-    torch.save({"progress": {"step": progress.step, "input_state": progress.input_state, "ranks": ranks},
-                "python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None},
-               directory / name / f"rank-{rank}.pt")
+    for stream, state in input_states.items():
+        torch.save(state, directory / name / f"stream-{stream}.pt")
+    if rank == 0:
+        written = Written(step, _updates(engine), ranks, engine.zero_optimization_stage(), streams.streams,
+                          streams.slots, version("blip-fast"))
+        (directory / name / RUN).write_text(json.dumps(asdict(written)))
     dist.barrier()
     if rank == 0:
         new = directory / f"{LATEST}.new"
@@ -54,28 +68,37 @@ def save(engine: Any, directory: Path, progress: Progress, keep: int) -> None:
     dist.barrier()
 
 
-def load(engine: Any, directory: Path) -> Progress:
-    """Restore the newest checkpoint of `directory` into the engine and the random generators of this rank.
+def load(engine: Any, directory: Path, streams: Streams, sources: dict[int, TrainInput]) -> int:
+    """Restore the newest checkpoint of `directory` into the engine and the readers. Returns the steps done.
+
+    On as many ranks as wrote it, and with the same ZeRO stage, what follows is bit for bit what would have followed
+    there; on others the same up to the order in which numbers are added.
 
     Raises:
-        ValueError: there is none, or it was written by another number of ranks.
+        ValueError: there is none, or its batches came from other readers, or in another number a step.
     """
-    rank, ranks = collectives.world()
     latest = directory / LATEST
     if not latest.exists():
         raise ValueError(f"{directory} holds no checkpoint to resume from: start without --resume")
-    name = latest.read_text().strip()
-    state_file = directory / name / f"rank-{rank}.pt"
-    written = len(list((directory / name).glob("rank-*.pt")))
-    if written != ranks:
-        raise ValueError(f"{directory / name} was written by {written} rank(s) and this run has {ranks}: resume with "
-                         f"--runtime.ranks {written}")
-    engine.load_checkpoint(str(directory), tag=name)
-    # weights_only=False: the file holds Python's and NumPy's generator states; it is this run's own.
-    state = torch.load(state_file, weights_only=False)
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"])
-    return Progress(state["progress"]["step"], state["progress"]["input_state"])
+    folder = directory / latest.read_text().strip()
+    written = Written(**json.loads((folder / RUN).read_text()))
+    if (written.slots, written.streams) != (streams.slots, streams.streams):
+        raise ValueError(
+            f"{folder} is of a run with {written.slots} batches a step from {written.streams} reader(s) of the data, "
+            f"and this one has {streams.slots} from {streams.streams}: set runtime.streams to {written.streams} and "
+            f"runtime.accumulation so that ranks × accumulation is {written.slots}")
+    stage = engine.zero_optimization_stage()
+    if (written.ranks, written.zero_stage) == (streams.ranks, stage) or written.zero_stage == stage == 0:
+        engine.load_checkpoint(str(directory), tag=folder.name)
+    else:
+        load_resharded(engine, folder, written.zero_stage, written.updates)
+    for stream, source in sources.items():
+        # weights_only=False: the file is this run's own and holds more than tensors.
+        source.load_state_dict(torch.load(folder / f"stream-{stream}.pt", weights_only=False))
+    return written.step
+
+
+def _updates(engine: Any) -> int:
+    """How often AdamW has changed the weights; DeepSpeed's ZeRO stages wrap it."""
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    return int(next((state["step"] for state in optimizer.state.values()), 0))

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import atexit
 import os
-import random
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -61,14 +59,6 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and PyTorch; each rank adds its number and draws its own negatives and drop-outs."""
-    seed += collectives.world()[0]
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
 class TrainingEngine:
     """DeepSpeed around the training step: gradients averaged over ranks, optimiser state sharded by ZeRO stage.
 
@@ -103,22 +93,25 @@ class TrainingEngine:
     def pretraining(self) -> Pretraining:
         return self.engine.module
 
-    def step(self, batches: Iterator[Batch], alpha: float, lr: float, language_only: bool) -> list[StepOutput]:
-        """One optimiser step at learning rate `lr`, on the mean gradient of `accumulation` batches of this rank: the
-        next whose losses are finite on all ranks."""
+    def step(self, slots: Sequence[Iterator[Batch]], alpha: float, lr: float, language_only: bool) -> list[StepOutput]:
+        """One optimiser step at learning rate `lr`, on the mean gradient of one batch of each of the rank's slots
+        (`accumulation` of them): its next whose losses are finite on all ranks."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        outputs: list[StepOutput] = []
         self.pretraining.follow()
-        while len(outputs) < self.recipe.runtime.accumulation:
-            output = self.engine(next(batches), alpha, language_only)
-            if not self.guard.accepts(output.losses):
-                continue
-            self.engine.backward(output.total)
-            self.pretraining.enqueue(output)
-            self.engine.step()  # does nothing before the last batch
-            outputs.append(output)
+        outputs = [self._learn(batches, alpha, language_only) for batches in slots]
+        self.pretraining.enqueue(*outputs)
         return outputs
+
+    def _learn(self, batches: Iterator[Batch], alpha: float, language_only: bool) -> StepOutput:
+        while True:
+            batch = next(batches)
+            torch.manual_seed(batch.seed)
+            output = self.engine(batch, alpha, language_only)
+            if self.guard.accepts(output.losses):
+                self.engine.backward(output.total)
+                self.engine.step()  # does nothing before the last batch
+                return output
 
     def _config(self) -> dict[str, Any]:
         return {

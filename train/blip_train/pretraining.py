@@ -64,11 +64,13 @@ class Objective:
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's pairs: `images` [batch, 3, size, size], `texts` starting with [CLS], `ids` int64 [batch]."""
+    """One rank's pairs: `images` [batch, 3, size, size], `texts` starting with [CLS], `ids` int64 [batch]. `seed` is
+    that of the negatives and drop-outs that are drawn for them."""
 
     images: Tensor
     texts: PackedTexts
     ids: Tensor
+    seed: int = 0
 
 
 class Negatives(NamedTuple):
@@ -130,8 +132,8 @@ class _LanguageLoss(nn.Module):
 
 
 class Pretraining(nn.Module):
-    """The model with its momentum copy and queue: `follow`, then the losses of one or more batches, each `enqueue`d
-    behind its backward.
+    """The model with its momentum copy and queue: `follow`, then the losses of one or more batches, `enqueue`d behind
+    their backward.
 
     Args:
         model: the model to train; it needs the parts that the objective's losses read.
@@ -175,10 +177,12 @@ class Pretraining(nn.Module):
         losses.update(self._grounded(batch, image_embeds, pairs))
         return StepOutput(losses, negatives, keys, pairs.exchanged if pairs else None)
 
-    def enqueue(self, output: StepOutput) -> None:
-        """Put the step's keys of all ranks into the queue. After the backward, which reads the queue as it was."""
-        if output.keys is not None:
-            self.queue.enqueue(*map(collectives.gather, output.keys))
+    def enqueue(self, *outputs: StepOutput) -> None:
+        """Put a step's keys of all ranks into the queue, rank by rank. Behind the last backward, which reads the queue
+        as it was."""
+        keys = [output.keys for output in outputs if output.keys is not None]
+        if keys:
+            self.queue.enqueue(*(collectives.gather(torch.cat(parts)) for parts in zip(*keys, strict=True)))
 
     def _features(self, batch: Batch, image_embeds: Tensor) -> _Features:
         with torch.no_grad():

@@ -88,8 +88,10 @@ class OptimizerRecipe:
 class RuntimeRecipe:
     """How the run is carried out. `batch_size` is one rank's; `ranks` processes are started where no launcher did.
 
-    An optimiser step averages the gradients of `accumulation` batches; ITC's keys and ITM's negatives stay those of one
-    batch and the queue. `recomputed_blocks` last blocks of the vision transformer and of the text stack keep no
+    An optimiser step averages the gradients of `accumulation` batches a rank; ITC's keys and ITM's negatives stay those
+    of one batch and the queue. `streams` readers share the data out, each with a shuffle buffer of its own (0: one a
+    rank): a run goes on, with the same batches, on any number of ranks that divides them while ranks × accumulation
+    stays. `recomputed_blocks` last blocks of the vision transformer and of the text stack keep no
     activations and compute them again in the backward. `patience` batches in a row may be left out because a loss is
     not finite.
     """
@@ -97,6 +99,7 @@ class RuntimeRecipe:
     ranks: int = 1
     batch_size: int = 75
     accumulation: int = 1
+    streams: int = 0
     recomputed_blocks: int = 0
     patience: int = 10
     zero_stage: Literal[0, 1, 2, 3] = 1
@@ -108,9 +111,9 @@ class RuntimeRecipe:
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.ranks < 1:
             raise ValueError(f"runtime.batch_size and ranks must be at least 1, got {self.batch_size} and {self.ranks}")
-        if self.accumulation < 1 or self.recomputed_blocks < 0 or self.patience < 0:
-            raise ValueError("runtime.accumulation must be at least 1, recomputed_blocks and patience at least 0, got "
-                             f"{self.accumulation}, {self.recomputed_blocks} and {self.patience}")
+        if self.accumulation < 1 or min(self.streams, self.recomputed_blocks, self.patience) < 0:
+            raise ValueError("runtime.accumulation must be at least 1, streams, recomputed_blocks and patience at least "
+                             f"0, got {self.accumulation}, {self.streams}, {self.recomputed_blocks}, {self.patience}")
         if self.log_every < 1 or self.save_every < 1 or self.keep_checkpoints < 1:
             raise ValueError("runtime.log_every, save_every and keep_checkpoints must be at least 1")
 

@@ -14,7 +14,7 @@ from blip_fast.data.pipeline import InputConfig, TrainInput
 from blip_fast.tokenizer import Tokenizer
 from blip_train import checkpoints, collectives
 from blip_train.batches import Batches
-from blip_train.engine import TrainingEngine, mean_losses, seed_everything, start_rank
+from blip_train.engine import TrainingEngine, mean_losses, start_rank
 from blip_train.guard import STOPPED
 from blip_train.logs import RunLog
 from blip_train.prepare import (
@@ -29,6 +29,7 @@ from blip_train.pretraining import StepOutput
 from blip_train.recipe import Recipe
 from blip_train.report import write_run_report
 from blip_train.schedule import alpha_at
+from blip_train.streams import Streams
 
 
 def train(recipe: Recipe, resume: bool = False) -> Path:
@@ -46,15 +47,14 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     directory = recipe.directory
     device = start_rank()
     rank, _ = collectives.world()
-    seed_everything(recipe.seed)
+    streams = _streams(recipe)
     shards, tokenizer = _prepare(recipe)
-    # Every rank builds the same weights; afterwards each draws its own negatives and drop-outs.
-    torch.manual_seed(recipe.seed)
-    pretraining = prepare_pretraining(recipe, tokenizer)
-    engine = TrainingEngine(pretraining.train(), recipe, device)
-    seed_everything(recipe.seed)
+    torch.manual_seed(recipe.seed)  # every rank builds the same weights
+    engine = TrainingEngine(prepare_pretraining(recipe, tokenizer).train(), recipe, device)
+    sources = {stream: _open_input(recipe, shards, device, stream, streams.streams)
+               for stream in dict.fromkeys(streams.of_rank(rank))}
     with engine.guard.listening():
-        ended = _steps(recipe, engine, _open_input(recipe, shards, device), tokenizer, resume)
+        ended = _steps(recipe, engine, sources, streams, tokenizer, resume)
     if not ended:
         if rank == 0:
             print(f"blip-fast: SIGTERM: {recipe.name} is saved, go on with --resume", file=sys.stderr)
@@ -66,6 +66,11 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         write_run_report(recipe, directory / EXPORT)
     dist.barrier()
     return directory / EXPORT
+
+
+def _streams(recipe: Recipe) -> Streams:
+    ranks = collectives.world()[1]
+    return Streams(ranks * recipe.runtime.accumulation, recipe.runtime.streams or ranks, ranks)
 
 
 def _prepare(recipe: Recipe) -> tuple[Path, Tokenizer]:
@@ -81,46 +86,47 @@ def _prepare(recipe: Recipe) -> tuple[Path, Tokenizer]:
     return prepare_shards(recipe), Tokenizer.from_pretrained(saved)
 
 
-def _open_input(recipe: Recipe, shards: Path, device: torch.device) -> TrainInput:
-    rank, ranks = collectives.world()
+def _open_input(recipe: Recipe, shards: Path, device: torch.device, stream: int, streams: int) -> TrainInput:
     data = recipe.data
     config = InputConfig(
         shards=[str(shards)], image_size=recipe.model.vision.image_size, batch_size=recipe.runtime.batch_size,
         seed=recipe.seed, crop_scale=data.crop_scale, flip=data.flip, rand_augment=data.rand_augment,
         shuffle_buffer=data.shuffle_buffer, threads=data.threads, max_words=data.max_words, prompt=data.prompt)
-    return TrainInput(config, rank=rank, world_size=ranks, device=device)
+    return TrainInput(config, rank=stream, world_size=streams, device=device)
 
 
-def _steps(recipe: Recipe, engine: TrainingEngine, source: TrainInput, tokenizer: Tokenizer, resume: bool) -> bool:
+def _steps(recipe: Recipe, engine: TrainingEngine, sources: dict[int, TrainInput], streams: Streams,
+           tokenizer: Tokenizer, resume: bool) -> bool:
     """Step until the schedule ends or SIGTERM comes; log and save as the recipe says. Returns whether it ended."""
     runtime, folder = recipe.runtime, recipe.directory / "checkpoints"
-    steps_per_epoch = source.steps_per_epoch / runtime.accumulation
+    rank, _ = collectives.world()
+    steps_per_epoch = next(iter(sources.values())).steps_per_epoch * streams.streams / streams.slots
     total = recipe.schedule.total_steps(steps_per_epoch)
-    step = 0
-    if resume:
-        progress = checkpoints.load(engine.engine, folder)
-        step = progress.step
-        source.load_state_dict(progress.input_state)
-    log = RunLog(recipe.directory, recipe.name, step, total, writes=collectives.world()[0] == 0)
-    batches = Batches(source, tokenizer, recipe.tokenizer.max_tokens, engine.device)
+    step = checkpoints.load(engine.engine, folder, streams, sources) if resume else 0
+    log = RunLog(recipe.directory, recipe.name, step, total, writes=rank == 0)
+    batches = {stream: Batches(source, tokenizer, recipe.tokenizer.max_tokens, engine.device, recipe.seed)
+               for stream, source in sources.items()}
+    slots = [batches[stream] for stream in streams.of_rank(rank)]
     window, since, waited = 0, time.perf_counter(), 0.0
     while step < total:
         alpha = alpha_at(step, steps_per_epoch, recipe.objective.alpha, recipe.objective.alpha_ramp_epochs)
         lr = recipe.schedule.lr_at(step, steps_per_epoch)
-        outputs = engine.step(batches, alpha, lr, step < recipe.objective.language_first_steps)
+        outputs = engine.step(slots, alpha, lr, step < recipe.objective.language_first_steps)
         step, window = step + 1, window + 1
         if step % runtime.log_every == 0 or step == total:
-            pairs = window * runtime.batch_size * runtime.accumulation * collectives.world()[1]
+            pairs = window * runtime.batch_size * streams.slots
+            until_now = sum(each.waited for each in batches.values())
             log.row(step, _row(engine, outputs) | {
-                "epoch": step / steps_per_epoch, "lr": lr, "data_wait": (batches.waited - waited) / window,
+                "epoch": step / steps_per_epoch, "lr": lr, "data_wait": (until_now - waited) / window,
                 "pairs_per_second": pairs / (time.perf_counter() - since)})
-            window, since, waited = 0, time.perf_counter(), batches.waited
+            window, since, waited = 0, time.perf_counter(), until_now
         if step % runtime.save_every == 0 or step == total or engine.guard.stopping:
-            checkpoints.save(engine.engine, folder, checkpoints.Progress(step, batches.state),
-                             runtime.keep_checkpoints)
+            states = {stream: each.state for stream, each in batches.items()}
+            checkpoints.save(engine.engine, folder, step, streams, states, runtime.keep_checkpoints)
         if engine.guard.stopping:
             break
-    batches.close()
+    for each in batches.values():
+        each.close()
     log.close()
     return step == total
 
