@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -61,6 +63,13 @@ class BlipModel(nn.Module):
         drop-outs as they were. Less memory for a third more work on those blocks."""
         for stack in (self.vision, *self.text.values()):
             stack.recomputed = blocks  # type: ignore[assignment]
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Hand each block of vision and text to `torch.compile` with its `options`: compiled at first use, and once
+        more for other lengths."""
+        for stack in (self.vision.blocks, *(stack.layers for stack in self.text.values())):
+            for block in stack:  # type: ignore[union-attr]
+                block.compile(**options)
 
     def restricted_to(self, config: BlipConfig) -> BlipModel:
         """A new model with a part of this one's text modes and heads, weights copied (a captioner from pre-training).

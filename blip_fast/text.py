@@ -14,8 +14,8 @@ Cross-attention reads `ImageKV`: keys and values of all layers, projected once p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, cast
 
 import torch
@@ -54,16 +54,16 @@ class ImageKV:
 
     kv: tuple[Tensor, ...]
     offsets: Tensor
+    _layers: list[list[tuple[Tensor, ...]]] = field(init=False, repr=False, compare=False)
 
-    def layer(self, index: int) -> list[tuple[Tensor, Tensor]]:
+    def __post_init__(self) -> None:
+        # Cut up once: the gradient of many cuts is put together in one pass, where each cut of its own would fill and
+        # add a tensor as large as all layers'.
+        object.__setattr__(self, "_layers", [[layer.unbind(1) for layer in kv.unbind(1)] for kv in self.kv])
+
+    def layer(self, index: int) -> list[tuple[Tensor, ...]]:
         """(k, v) [image rows, heads, head_dim] of one layer, per eye."""
         return [layers[index] for layers in self._layers]
-
-    @cached_property
-    def _layers(self) -> list[list[tuple[Tensor, Tensor]]]:
-        """Per eye and layer. Cut up once: the gradient of many cuts is put together in one pass, where each cut of its
-        own would fill and add a tensor as large as all layers'."""
-        return [[(k, v) for k, v in (layer.unbind(1) for layer in kv.unbind(1))] for kv in self.kv]
 
     def select(self, images: Tensor) -> ImageKV:
         """The given images (int64 [n]) alone, in that order."""

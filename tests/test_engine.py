@@ -4,14 +4,18 @@ with two batches accumulated, cross-rank negatives, momentum copy and queue, ove
 from __future__ import annotations
 
 import os
+import sys
+import types
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
 
 import pytest
 import torch
 import torch.distributed as dist
 from blip_train import engine as engines
-from blip_train.engine import TrainingEngine, parameter_groups
+from blip_train.adamw import make_adamw, parameter_groups
+from blip_train.engine import TrainingEngine
 from blip_train.launch import rank_environment
 from blip_train.pretraining import Batch, Objective, Pretraining
 from blip_train.recipe import OptimizerRecipe, Recipe, RuntimeRecipe
@@ -25,7 +29,9 @@ from blip_fast.checkpoint.names import original_layout
 STEPS, ACCUMULATION = 2, 2
 OBJECTIVE = Objective(queue_size=23, momentum=0.9, positives="id", negatives="all_ranks", negative_floor=0.0)
 VARIANTS = {"0": {"zero_stage": 0}, "1": {"zero_stage": 1}, "2": {"zero_stage": 2}, "3": {"zero_stage": 3},
-            "2 recomputed": {"zero_stage": 2, "recomputed_blocks": 2}, "3 with a bad batch": {"zero_stage": 3}}
+            "2 recomputed": {"zero_stage": 2, "recomputed_blocks": 2},
+            "2 offloaded": {"zero_stage": 2, "offload": True}, "3 offloaded": {"zero_stage": 3, "offload": True},
+            "3 with a bad batch": {"zero_stage": 3}}
 
 
 def make_recipe(**runtime) -> Recipe:
@@ -160,3 +166,30 @@ def test_weight_decay_can_leave_out_norms_and_biases():
     left_out = {names[id(p)] for p in plain["params"]}
     assert {"vision.cls_token", "temperature", "vision.norm.weight", "vision.blocks.0.qkv.bias"} <= left_out
     assert not any(name.endswith(("word_embeds.weight", "qkv.weight", "position_embeds")) for name in left_out)
+
+
+def test_adamw_by_name(monkeypatch):
+    """GPUs and their packages are stand-ins: which implementation is taken, and with what."""
+    def made(name, device, **runtime):
+        return make_adamw(pretraining, OptimizerRecipe(weight_decay=0.1), RuntimeRecipe(adamw=name, **runtime),
+                          torch.device(device))
+
+    pretraining, taken = Pretraining(make_model(), OBJECTIVE, seed=3), []
+    assert isinstance(made("auto", "cpu"), torch.optim.AdamW) and isinstance(made("auto", "cuda"), torch.optim.AdamW)
+    for name, reason in (("deepspeed", "installed without it"), ("apex", "NVIDIA Apex is not installed")):
+        with pytest.raises(ValueError, match=f"runtime.adamw {name} cannot run: .*{reason}.*; choose auto or torch"):
+            made(name, "cuda")
+        with pytest.raises(ValueError, match="here the update is the CPU's"):
+            made(name, "cpu")
+
+    apex = types.ModuleType("apex.optimizers")
+    apex.FusedAdam = lambda groups, **options: taken.append((groups, options)) or "apex's"
+    apex.__spec__ = ModuleSpec("apex.optimizers", None)
+    package = types.ModuleType("apex")
+    package.__spec__, package.__path__ = ModuleSpec("apex", None), []
+    monkeypatch.setitem(sys.modules, "apex", package)
+    monkeypatch.setitem(sys.modules, "apex.optimizers", apex)
+    assert made("auto", "cuda") == "apex's"
+    (groups,), options = taken[0]
+    assert groups["weight_decay"] == 0.1 and options["adam_w_mode"] and options["betas"] == (0.9, 0.999)
+    assert isinstance(made("auto", "cuda", offload=True), torch.optim.AdamW)

@@ -106,6 +106,29 @@ def product_record(name: str, ranks: int, tmp_path) -> list[dict]:
     return torch.load(tmp_path / "record.pt")
 
 
+@pytest.mark.slow
+def test_compiled_blocks_learn_the_same(monkeypatch):
+    """Each block is one graph, whatever the lengths of its texts; the backend alone is not a GPU's."""
+    monkeypatch.setenv("BLIP_FAST_ATTENTION", "reference")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    found = {}
+    for compiled in (False, True):
+        pretraining = Pretraining(make_model(), OBJECTIVES["pretraining"], seed=3).train()
+        if compiled:
+            pretraining.model.compile_blocks(backend="aot_eager")
+        for step in range(2):
+            torch.manual_seed(step)
+            output = pretraining(make_batch(step, 0), alpha=0.3)
+            output.total.backward()
+            pretraining.enqueue(output)
+        found[compiled] = {name: p.grad for name, p in pretraining.model.named_parameters()}
+    for name, gradient in found[False].items():
+        torch.testing.assert_close(found[True][name], gradient, rtol=1e-4, atol=1e-4, msg=name)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
 @pytest.mark.parametrize(("name", "ranks"), [
     ("pretraining", 1), ("pretraining", 2), ("ids", 1), ("ids-all-ranks", 2), ("ids-all-ranks", 4)], ids=str)
 def test_losses_and_gradients_equal_the_textbook(name, ranks, tmp_path):

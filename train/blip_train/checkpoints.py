@@ -30,12 +30,13 @@ RUN = "run.json"
 @dataclass(frozen=True)
 class Written:
     """How a checkpoint was written: `step` steps done, of which `updates` changed the weights, by `ranks` ranks with
-    this `zero_stage`, on batches from these `streams` and `slots`, by this `version` of blip_fast."""
+    this `zero_stage` and `optimizer`, on batches from these `streams` and `slots`, by this `version` of blip_fast."""
 
     step: int
     updates: int
     ranks: int
     zero_stage: int
+    optimizer: str
     streams: int
     slots: int
     version: str
@@ -49,13 +50,13 @@ def save(engine: Any, directory: Path, step: int, streams: Streams, input_states
         directory: the run's `checkpoints` directory.
         input_states: the position of each stream that this rank reads.
     """
-    rank, ranks = collectives.world()
+    rank, _ = collectives.world()
     name = f"step-{step:08d}"
     engine.save_checkpoint(str(directory), tag=name, save_latest=False, client_state={})
     for stream, state in input_states.items():
         torch.save(state, directory / name / f"stream-{stream}.pt")
     if rank == 0:
-        written = Written(step, _updates(engine), ranks, engine.zero_optimization_stage(), streams.streams,
+        written = Written(step, engine.global_steps - engine.skipped_steps, *_carried_by(engine), streams.streams,
                           streams.slots, version("blip-fast"))
         (directory / name / RUN).write_text(json.dumps(asdict(written)))
     dist.barrier()
@@ -71,8 +72,8 @@ def save(engine: Any, directory: Path, step: int, streams: Streams, input_states
 def load(engine: Any, directory: Path, streams: Streams, sources: dict[int, TrainInput]) -> int:
     """Restore the newest checkpoint of `directory` into the engine and the readers. Returns the steps done.
 
-    On as many ranks as wrote it, and with the same ZeRO stage, what follows is bit for bit what would have followed
-    there; on others the same up to the order in which numbers are added.
+    On as many ranks as wrote it, with the same ZeRO stage and optimiser, what follows is bit for bit what would have
+    followed there; on others the same up to the order in which numbers are added.
 
     Raises:
         ValueError: there is none, or its batches came from other readers, or in another number a step.
@@ -87,8 +88,9 @@ def load(engine: Any, directory: Path, streams: Streams, sources: dict[int, Trai
             f"{folder} is of a run with {written.slots} batches a step from {written.streams} reader(s) of the data, "
             f"and this one has {streams.slots} from {streams.streams}: set runtime.streams to {written.streams} and "
             f"runtime.accumulation so that ranks × accumulation is {written.slots}")
-    stage = engine.zero_optimization_stage()
-    if (written.ranks, written.zero_stage) == (streams.ranks, stage) or written.zero_stage == stage == 0:
+    ranks, stage, optimizer = _carried_by(engine)
+    same_shards = (written.ranks, written.zero_stage) == (ranks, stage) or written.zero_stage == stage == 0
+    if same_shards and written.optimizer == optimizer:
         engine.load_checkpoint(str(directory), tag=folder.name)
     else:
         load_resharded(engine, folder, written.zero_stage, written.updates)
@@ -98,7 +100,7 @@ def load(engine: Any, directory: Path, streams: Streams, sources: dict[int, Trai
     return written.step
 
 
-def _updates(engine: Any) -> int:
-    """How often AdamW has changed the weights; DeepSpeed's ZeRO stages wrap it."""
-    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    return int(next((state["step"] for state in optimizer.state.values()), 0))
+def _carried_by(engine: Any) -> tuple[int, int, str]:
+    """Ranks, ZeRO stage and optimiser (`torch.optim.adamw.AdamW`)."""
+    kind = type(engine.basic_optimizer)
+    return collectives.world()[1], engine.zero_optimization_stage(), f"{kind.__module__}.{kind.__qualname__}"

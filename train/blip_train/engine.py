@@ -15,10 +15,11 @@ import torch.distributed as dist
 
 from blip_fast.model import BlipModel
 from blip_train import collectives
+from blip_train.adamw import make_adamw
 from blip_train.guard import Guard
 from blip_train.launch import rank_environment
 from blip_train.pretraining import Batch, Pretraining, StepOutput
-from blip_train.recipe import OptimizerRecipe, Recipe
+from blip_train.recipe import Recipe
 
 KEPT_WHOLE = 100_000  # elements up to which ZeRO 3 keeps a parameter on every rank: norms, biases, the temperature
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # rank 0 packs the data set while the others wait
@@ -72,11 +73,12 @@ class TrainingEngine:
 
         self.recipe, self.device, self.guard = recipe, device, Guard(recipe.runtime.patience)
         pretraining.model.recompute(recipe.runtime.recomputed_blocks)
-        adamw = torch.optim.AdamW(parameter_groups(pretraining, recipe.optimizer), lr=recipe.schedule.lr,
-                                  betas=recipe.optimizer.betas, eps=recipe.optimizer.eps, fused=True)
+        if recipe.runtime.compile:
+            pretraining.model.compile_blocks()
         # DeepSpeed's own annotations are too narrow for what it takes and gives.
         initialize: Any = deepspeed.initialize
-        self.engine, self.optimizer, _, _ = initialize(model=pretraining.to(device), optimizer=adamw,
+        adamw = make_adamw(pretraining.to(device), recipe.optimizer, recipe.runtime, device)
+        self.engine, self.optimizer, _, _ = initialize(model=pretraining, optimizer=adamw,
                                                        config=self._config(), dist_init_required=False)
 
     @contextmanager
@@ -122,19 +124,13 @@ class TrainingEngine:
                                "dtype": self.recipe.runtime.precision.replace("float32", "bfloat16"),
                                "lower_precision_safe_modules": []},  # those whose gradients would travel in 16 bits
             "zero_optimization": {"stage": self.recipe.runtime.zero_stage,
-                                  "stage3_param_persistence_threshold": KEPT_WHOLE},
+                                  "stage3_param_persistence_threshold": KEPT_WHOLE,
+                                  "offload_optimizer": {"device": "cpu" if self.recipe.runtime.offload else "none",
+                                                        "pin_memory": self.device.type == "cuda"}},
+            "zero_force_ds_cpu_optimizer": False,  # PyTorch's runs there too, and bit for bit the same after a resume
             "steps_per_print": 10**9,
             "wall_clock_breakdown": False,
         }
-
-
-def parameter_groups(pretraining: Pretraining, optimizer: OptimizerRecipe) -> list[dict[str, Any]]:
-    """What is trained, with the weight decay that it gets."""
-    trained = [p for p in pretraining.parameters() if p.requires_grad]
-    if optimizer.decay == "all":
-        return [{"params": trained, "weight_decay": optimizer.weight_decay}]
-    return [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": optimizer.weight_decay},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
 
 
 def mean_losses(outputs: Sequence[StepOutput]) -> dict[str, float]:

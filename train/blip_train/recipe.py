@@ -92,7 +92,9 @@ class RuntimeRecipe:
     of one batch and the queue. `streams` readers share the data out, each with a shuffle buffer of its own (0: one a
     rank): a run goes on, with the same batches, on any number of ranks that divides them while ranks × accumulation
     stays. `recomputed_blocks` last blocks of the vision transformer and of the text stack keep no
-    activations and compute them again in the backward. `patience` batches in a row may be left out because a loss is
+    activations and compute them again in the backward. `compile` hands each block to torch.compile (on GPUs; not with
+    ZeRO 3). `offload` keeps optimiser state, and updates weights, in host memory (ZeRO 1 to 3). `adamw` names the
+    optimiser's implementation (see adamw.py). `patience` batches in a row may be left out because a loss is
     not finite.
     """
 
@@ -101,6 +103,9 @@ class RuntimeRecipe:
     accumulation: int = 1
     streams: int = 0
     recomputed_blocks: int = 0
+    compile: bool = False
+    offload: bool = False
+    adamw: Literal["auto", "torch", "deepspeed", "apex"] = "auto"
     patience: int = 10
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["float32", "bfloat16", "float16"] = "bfloat16"
@@ -112,8 +117,13 @@ class RuntimeRecipe:
         if self.batch_size < 1 or self.ranks < 1:
             raise ValueError(f"runtime.batch_size and ranks must be at least 1, got {self.batch_size} and {self.ranks}")
         if self.accumulation < 1 or min(self.streams, self.recomputed_blocks, self.patience) < 0:
-            raise ValueError("runtime.accumulation must be at least 1, streams, recomputed_blocks and patience at least "
-                             f"0, got {self.accumulation}, {self.streams}, {self.recomputed_blocks}, {self.patience}")
+            raise ValueError("runtime.accumulation must be at least 1, streams, recomputed_blocks and patience at least"
+                             " 0")
+        if self.compile and self.zero_stage == 3:
+            raise ValueError("runtime.compile is set with zero_stage 3, whose gathering of weights breaks every graph: "
+                             "choose stage 0, 1 or 2")
+        if self.offload and self.zero_stage == 0:
+            raise ValueError("runtime.offload is set with zero_stage 0, which has no shards to keep: choose 1, 2 or 3")
         if self.log_every < 1 or self.save_every < 1 or self.keep_checkpoints < 1:
             raise ValueError("runtime.log_every, save_every and keep_checkpoints must be at least 1")
 

@@ -26,13 +26,13 @@ def load_resharded(engine: Any, folder: Path, written_stage: int, updates: int) 
     parameter at a time.
 
     Args:
-        engine: DeepSpeed's engine, with ZeRO stage 1, 2 or 3.
+        engine: DeepSpeed's engine, with ZeRO stage 1, 2 or 3 and PyTorch's AdamW.
         folder: a checkpoint's directory.
         written_stage: the stage that it was written with.
         updates: the optimiser's, until then.
 
     Raises:
-        ValueError: one of the two stages is 0, whose optimiser state is kept in another form.
+        ValueError: one of the two stages is 0, or the optimiser another: their state is kept in another form.
     """
     import deepspeed
 
@@ -40,6 +40,9 @@ def load_resharded(engine: Any, folder: Path, written_stage: int, updates: int) 
     if 0 in (stage, written_stage):
         raise ValueError(f"{folder} was written with ZeRO stage {written_stage}, and this run has {stage}: from or to "
                          f"0 a run cannot change, resume with --runtime.zero_stage {written_stage}")
+    if not isinstance(engine.basic_optimizer, torch.optim.AdamW):
+        raise ValueError(f"{folder} was written on other ranks, or with another optimiser, than this run's: go on with "
+                         "--runtime.adamw torch, which can take its state over")
     whole = folder / "whole"
     if collectives.world()[0] == 0:
         _convert(folder, whole)
@@ -50,6 +53,7 @@ def load_resharded(engine: Any, folder: Path, written_stage: int, updates: int) 
         engine.module.load_state_dict(weights)
     common = torch.load(whole / "zero" / "optimizer_state.pt", weights_only=False)
     engine.optimizer.loss_scaler = common["loss_scaler"]  # that of float16
+    engine.global_steps = updates
     _make_moments(engine.optimizer, stage, updates)
     for name, parameter in parameters.items():
         if parameter.requires_grad:
