@@ -43,6 +43,12 @@ def side_by_side(benchmark, request) -> Callable[..., dict[str, Any]]:
     return run
 
 
+@pytest.fixture
+def record_line(request) -> Callable[[str], None]:
+    """`record_line(text)` puts a finding of another kind than time below the table."""
+    return request.config.stash[LINES].append
+
+
 def _ratio(peer: list[float], own: list[float]) -> dict[str, float]:
     ratios = [theirs / ours for theirs, ours in zip(peer, own, strict=True)]
     return {"seconds": median(peer), "ratio": median(ratios), "lowest": min(ratios), "highest": max(ratios)}
@@ -65,6 +71,6 @@ def pytest_report_header() -> str:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if lines := terminalreporter.config.stash[LINES]:
-        terminalreporter.section("side by side: medians, and the ratio peer / ours (lowest–highest of the rounds)")
+        terminalreporter.section("side by side: medians, the ratio peer / ours (lowest–highest of the rounds), findings")
         for line in lines:
             terminalreporter.write_line(line)

@@ -1,86 +1,150 @@
-"""A pre-training step, losses and gradients, beside the textbook's five padded passes: the same weights, batch and
-negatives. Neither side has dropout or an optimiser."""
+"""A pre-training step of the base model at 224 px, losses and gradients, beside the published algorithm written plainly:
+the textbook of tests/reference, whose five padded passes project keys and values again for each text, gather the
+negatives' images, and hold full attention weights, similarities and logits. Both have the same weights, batch, queue
+(57,600) and negatives; neither has dropout or an optimiser.
+"""
 
 from __future__ import annotations
+
+import ctypes
+import multiprocessing
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 from blip_train.pretraining import Batch, Objective, Pretraining
 from reference import pretraining as textbook
 from reference.model import Sizes
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from blip_fast.checkpoint.names import original_layout
-from blip_fast.config import BlipConfig, TextConfig, VisionConfig
+from blip_fast.config import BlipConfig, TextConfig
 from blip_fast.model import BlipModel
 from blip_fast.packing import PackedTexts
 
-SIZES = {"small": (384, 6, 6, 8), "base": (768, 12, 12, 2)}  # width, layers, heads, of image and text alike; pairs
-CASES = [("small", "float32"), ("small", "bfloat16"), ("base", "bfloat16")]
-PADDED, ALPHA = 30, 0.4  # captions are padded to 30 tokens, as published
+PAIRS, PADDED, ALPHA = 8, 30, 0.4  # captions are padded to 30 tokens, as published
+LENGTHS = (14, 11, 17, 13, 12, 19, 10, 15)  # with [CLS] and [SEP]: as long as those of COCO and the web
 TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2}
+Side = Literal["ours", "textbook"]
+Step = Callable[[], dict[str, Tensor]]
 
 
-def make_config(width: int, layers: int, heads: int) -> BlipConfig:
-    return BlipConfig(VisionConfig(width=width, layers=layers, heads=heads),
-                      TextConfig(width=width, layers=layers, heads=heads, mlp_width=4 * width, dropout=0.0))
+def make_ours() -> tuple[Pretraining, Batch]:
+    torch.manual_seed(0)
+    ours = Pretraining(BlipModel(BlipConfig(text=TextConfig(dropout=0.0))), Objective(), seed=0)
+    texts = [[101, *torch.randint(1000, 30000, (length - 2,)).tolist(), 102] for length in LENGTHS]
+    return ours, Batch(torch.randn(PAIRS, 3, 224, 224), PackedTexts.from_lists(texts), torch.arange(PAIRS))
 
 
-def make_batch(pairs: int) -> Batch:
-    """Captions of 8 to 20 tokens, 14 on average, as those of web and COCO images are."""
-    texts = [[101, *torch.randint(1000, 30000, (int(length) - 2,)).tolist(), 102]
-             for length in torch.linspace(8, 20, pairs).round()]
-    return Batch(torch.randn(pairs, 3, 224, 224), PackedTexts.from_lists(texts), torch.arange(pairs))
-
-
-def make_textbook(ours: Pretraining) -> textbook.TextbookPretraining:
-    """The textbook with the product's weights and queue."""
-    config, layout = ours.model.config, original_layout(ours.model.config)
-    vision, text = config.vision, config.text
-    theirs = textbook.TextbookPretraining(Sizes(
-        vision_width=vision.width, vision_layers=vision.layers, vision_heads=vision.heads, text_width=text.width,
-        text_layers=text.layers, text_heads=text.heads, text_feed_forward=text.mlp_width))
+def make_textbook(ours: Pretraining, batch: Batch) -> tuple[textbook.TextbookPretraining, textbook.Batch]:
+    """The textbook with the product's weights and queue, and its padded batch."""
+    layout = original_layout(ours.model.config)
+    theirs = textbook.TextbookPretraining(Sizes())
     state = layout.split(dict(ours.model.state_dict()))
     state |= layout.stored_twice(state)
     state |= {name: value for name, value in theirs.state_dict().items() if name.endswith("position_ids")}
     theirs.load_weights({name: state[name] for name in theirs.state_dict() if name in state})
     theirs.image_queue.copy_(ours.queue.image.T)
     theirs.text_queue.copy_(ours.queue.text.T)
-    return theirs
-
-
-@pytest.mark.parametrize(("size", "precision"), CASES)
-def test_training_step(side_by_side, size, precision):
-    *shape, pairs = SIZES[size]
-    torch.manual_seed(0)
-    ours = Pretraining(BlipModel(make_config(*shape)), Objective(), seed=0)
-    theirs, batch = make_textbook(ours), make_batch(pairs)
     ids, mask = batch.texts.to_padded(0)
     padding = (0, PADDED - ids.shape[1])
-    padded = textbook.Batch(batch.images, torch.nn.functional.pad(ids, padding),
-                            torch.nn.functional.pad(mask, padding).long())
+    return theirs, textbook.Batch(batch.images, torch.nn.functional.pad(ids, padding),
+                                  torch.nn.functional.pad(mask, padding).long())
 
-    def autocast() -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
 
-    def step() -> tuple[dict[str, torch.Tensor], textbook.Negatives]:
-        torch.manual_seed(1)  # the same negatives every time
-        ours.zero_grad()
-        ours.follow()
-        with autocast():
-            output = ours(batch, ALPHA)
-        output.total.backward()
-        ours.enqueue(output)
-        return output.losses, textbook.Negatives(output.negatives.image_for_text, output.negatives.text_for_image)
+def autocast(precision: str) -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
 
-    def their_step() -> dict[str, torch.Tensor]:
-        theirs.zero_grad()
-        with autocast():
-            output = theirs.step([padded], ALPHA, [negatives])
-        output.loss.backward()
-        return {"itc": output.itc[0], "itm": output.itm[0], "lm": output.lm[0]}
 
-    losses, negatives = step()
-    wanted = their_step()
-    for name, loss in losses.items():
-        torch.testing.assert_close(loss.float(), wanted[name].float(), rtol=TOLERANCES[precision], atol=0, msg=name)
-    side_by_side(step, {"textbook": their_step}, 3, warm_up=0)
+def our_step(ours: Pretraining, batch: Batch, precision: str, drawn: list[textbook.Negatives]) -> dict[str, Tensor]:
+    """Losses behind their backward; `drawn` takes the negatives, the same every time."""
+    torch.manual_seed(1)
+    ours.zero_grad()
+    ours.follow()
+    with autocast(precision):
+        output = ours(batch, ALPHA)
+    output.total.backward()
+    ours.enqueue(output)
+    assert output.negatives is not None
+    drawn[:] = [textbook.Negatives(*output.negatives)]
+    return output.losses
+
+
+def their_step(theirs: textbook.TextbookPretraining, batch: textbook.Batch, precision: str,
+               drawn: list[textbook.Negatives]) -> dict[str, Tensor]:
+    theirs.zero_grad()
+    with autocast(precision):
+        output = theirs.step([batch], ALPHA, drawn)
+    output.loss.backward()
+    return {"itc": output.itc[0], "itm": output.itm[0], "lm": output.lm[0]}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_training_step(side_by_side, precision):
+    """Beside the published algorithm in the same precision, and in float32, its default."""
+    ours, batch = make_ours()
+    theirs, padded = make_textbook(ours, batch)
+    drawn: list[textbook.Negatives] = []
+    step = partial(our_step, ours, batch, precision, drawn)
+    losses = step()
+    peers = {f"published, {own}": partial(their_step, theirs, padded, own, drawn)
+             for own in dict.fromkeys([precision, "float32"])}
+    for name, loss in peers[f"published, {precision}"]().items():
+        torch.testing.assert_close(losses[name].float(), loss.float(), rtol=TOLERANCES[precision], atol=0, msg=name)
+    side_by_side(step, peers, 3, warm_up=0)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_peak_memory(precision, record_line):
+    """What a step adds, at its peak, to what stays (weights, momentum copy, queue): activations and gradients."""
+    added = {}
+    for side in ("ours", "textbook"):
+        with multiprocessing.get_context("spawn").Pool(1) as alone:
+            added[side] = alone.apply(_step_memory, (side, precision))
+    ours, theirs = (sum(added[side]) for side in ("ours", "textbook"))
+    record_line(f"peak memory of a step, {precision}: ours adds {added['ours'][1] / 1e9:.2f} GB to "
+                f"{added['ours'][0] / 1e9:.2f}, published {added['textbook'][1] / 1e9:.2f} to "
+                f"{added['textbook'][0] / 1e9:.2f}: {ours / theirs:.2f} of its peak, "
+                f"{added['ours'][1] / added['textbook'][1]:.2f} of what it adds")
+    assert added["ours"][1] < added["textbook"][1]
+
+
+def _step_memory(side: Side, precision: str) -> tuple[int, int]:
+    """Resident bytes before a step, and what its peak adds, in a process of its own."""
+    ours, batch = make_ours()
+    drawn = [textbook.Negatives(torch.arange(1, PAIRS + 1) % PAIRS, torch.arange(1, PAIRS + 1) % PAIRS)]
+    step: Step = partial(our_step, ours, batch, precision, drawn)
+    model: torch.nn.Module = ours
+    if side == "textbook":
+        theirs, padded = make_textbook(ours, batch)
+        step, model = partial(their_step, theirs, padded, precision, drawn), theirs
+        del ours, batch
+    step()  # threads and buffers that stay
+    model.zero_grad()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = _resident("VmRSS")
+    step()
+    return before, _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def test_flops(record_line):
+    ours, batch = make_ours()
+    theirs, padded = make_textbook(ours, batch)
+    drawn: list[textbook.Negatives] = []
+    counted = {}
+    for side, step in {"ours": partial(our_step, ours, batch, "bfloat16", drawn),
+                       "published": partial(their_step, theirs, padded, "bfloat16", drawn)}.items():
+        with FlopCounterMode(display=False) as counter:
+            step()
+        counted[side] = counter.get_total_flops() / PAIRS / 1e9
+    record_line(f"a step's GFLOP a pair: {', '.join(f'{side} {count:.1f}' for side, count in counted.items())}")
