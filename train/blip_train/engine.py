@@ -20,6 +20,7 @@ from blip_train.guard import Guard
 from blip_train.launch import rank_environment
 from blip_train.pretraining import Batch, Pretraining, StepOutput
 from blip_train.recipe import Recipe
+from blip_train.watchdog import Watchdog
 
 KEPT_WHOLE = 100_000  # elements up to which ZeRO 3 keeps a parameter on every rank: norms, biases, the temperature
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # rank 0 packs the data set while the others wait
@@ -72,6 +73,7 @@ class TrainingEngine:
         import deepspeed
 
         self.recipe, self.device, self.guard = recipe, device, Guard(recipe.runtime.patience)
+        self.watchdog = Watchdog(recipe.runtime.timeout)
         pretraining.model.recompute(recipe.runtime.recomputed_blocks)
         if recipe.runtime.compile:
             pretraining.model.compile_blocks()
@@ -100,18 +102,26 @@ class TrainingEngine:
         (`accumulation` of them): its next whose losses are finite on all ranks."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        self.watchdog.enter("momentum")
         self.pretraining.follow()
         outputs = [self._learn(batches, alpha, language_only) for batches in slots]
+        self.watchdog.enter("queue")
         self.pretraining.enqueue(*outputs)
         return outputs
 
     def _learn(self, batches: Iterator[Batch], alpha: float, language_only: bool) -> StepOutput:
+        enter = self.watchdog.enter
         while True:
+            enter("input")
             batch = next(batches)
+            enter("forward")
             torch.manual_seed(batch.seed)
             output = self.engine(batch, alpha, language_only)
+            enter("agreement on the batch")
             if self.guard.accepts(output.losses):
+                enter("backward")
                 self.engine.backward(output.total)
+                enter("update")
                 self.engine.step()  # does nothing before the last batch
                 return output
 
