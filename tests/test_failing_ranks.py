@@ -69,7 +69,8 @@ def test_a_rank_that_dies_ends_the_run_with_its_error(scenes, tmp_path, fault, o
 @pytest.mark.slow  # for half a minute the launcher waits for the frozen rank to end by itself
 def test_a_frozen_rank_is_named_with_the_step_and_the_phase(scenes, tmp_path):
     """SIGSTOP: nothing closes its connections."""
-    done, rows, seconds = failing_run(scenes, tmp_path, "os.kill(os.getpid(), signal.SIGSTOP)", "--runtime.timeout", "3")
+    fault = "os.kill(os.getpid(), signal.SIGSTOP)"
+    done, rows, seconds = failing_run(scenes, tmp_path, fault, "--runtime.timeout", "3")
     assert done.returncode == 2 and seconds < 60 and [row["step"] for row in rows] == [1, 2, 3]
     assert "blip-fast: step 4, agreement on the batch: rank 1 did not arrive within 3 s" in done.stderr
     assert "in accepts\n" in done.stderr  # the stack says where rank 0 waits
