@@ -58,7 +58,8 @@ def save(engine: Any, directory: Path, step: int, streams: Streams, input_states
     rank, _ = collectives.world()
     name = f"step-{step:08d}"
     with _saying_what_stays(directory, name):
-        engine.save_checkpoint(str(directory), tag=name, save_latest=False, client_state={})
+        engine.save_checkpoint(str(directory), tag=name, save_latest=False,
+                               client_state={"loss_scaler": engine.optimizer.loss_scaler})
         for stream, state in input_states.items():
             torch.save(state, directory / name / f"stream-{stream}.pt")
         if rank == 0:
@@ -100,7 +101,8 @@ def load(engine: Any, directory: Path, streams: Streams, sources: dict[int, Trai
     ranks, stage, optimizer = _carried_by(engine)
     same_shards = (written.ranks, written.zero_stage) == (ranks, stage) or written.zero_stage == stage == 0
     if same_shards and written.optimizer == optimizer:
-        engine.load_checkpoint(str(directory), tag=folder.name)
+        _, client_state = engine.load_checkpoint(str(directory), tag=folder.name)
+        engine.optimizer.loss_scaler = client_state["loss_scaler"]
     else:
         load_resharded(engine, folder, written.zero_stage, written.updates)
     for stream, source in sources.items():

@@ -136,7 +136,9 @@ def _steps(recipe: Recipe, engine: TrainingEngine, sources: dict[int, TrainInput
 
 def _row(engine: TrainingEngine, outputs: list[StepOutput]) -> dict[str, float]:
     """What an optimiser step's batches say of themselves, for the log."""
-    row = mean_losses(outputs) | {"skipped": engine.guard.skipped}
+    row = mean_losses(outputs) | {"skipped": engine.guard.skipped, "skipped_updates": engine.guard.skipped_updates}
+    if engine.recipe.runtime.precision == "float16":
+        row["loss_scale"] = engine.updates.loss_scale
     if "itc" in outputs[-1].losses:
         row["temperature"] = engine.pretraining.model.temperature.item()
     if outputs[-1].exchanged is not None:
