@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -49,16 +51,21 @@ def save(engine: Any, directory: Path, step: int, streams: Streams, input_states
         engine: DeepSpeed's engine.
         directory: the run's `checkpoints` directory.
         input_states: the position of each stream that this rank reads.
+
+    Raises:
+        OSError: this rank could not write its part, as where the disk is full. The checkpoint before stays the latest.
     """
     rank, _ = collectives.world()
     name = f"step-{step:08d}"
-    engine.save_checkpoint(str(directory), tag=name, save_latest=False, client_state={})
-    for stream, state in input_states.items():
-        torch.save(state, directory / name / f"stream-{stream}.pt")
-    if rank == 0:
-        written = Written(step, engine.global_steps - engine.skipped_steps, *_carried_by(engine), streams.streams,
-                          streams.slots, version("blip-fast"))
-        (directory / name / RUN).write_text(json.dumps(asdict(written)))
+    with _saying_what_stays(directory, name):
+        engine.save_checkpoint(str(directory), tag=name, save_latest=False,
+                               client_state={"loss_scaler": engine.optimizer.loss_scaler})
+        for stream, state in input_states.items():
+            torch.save(state, directory / name / f"stream-{stream}.pt")
+        if rank == 0:
+            written = Written(step, engine.global_steps - engine.skipped_steps, *_carried_by(engine), streams.streams,
+                              streams.slots, version("blip-fast"))
+            (directory / name / RUN).write_text(json.dumps(asdict(written)))
     dist.barrier()
     if rank == 0:
         new = directory / f"{LATEST}.new"
@@ -82,6 +89,9 @@ def load(engine: Any, directory: Path, streams: Streams, sources: dict[int, Trai
     if not latest.exists():
         raise ValueError(f"{directory} holds no checkpoint to resume from: start without --resume")
     folder = directory / latest.read_text().strip()
+    if collectives.world()[0] == 0:  # what a run that ended while saving has left would count as one of the newest
+        for unfinished in (old for old in directory.glob("step-*") if old.name > folder.name):
+            shutil.rmtree(unfinished)
     written = Written(**json.loads((folder / RUN).read_text()))
     if (written.slots, written.streams) != (streams.slots, streams.streams):
         raise ValueError(
@@ -91,7 +101,8 @@ def load(engine: Any, directory: Path, streams: Streams, sources: dict[int, Trai
     ranks, stage, optimizer = _carried_by(engine)
     same_shards = (written.ranks, written.zero_stage) == (ranks, stage) or written.zero_stage == stage == 0
     if same_shards and written.optimizer == optimizer:
-        engine.load_checkpoint(str(directory), tag=folder.name)
+        _, client_state = engine.load_checkpoint(str(directory), tag=folder.name)
+        engine.optimizer.loss_scaler = client_state["loss_scaler"]
     else:
         load_resharded(engine, folder, written.zero_stage, written.updates)
     for stream, source in sources.items():
@@ -104,3 +115,22 @@ def _carried_by(engine: Any) -> tuple[int, int, str]:
     """Ranks, ZeRO stage and optimiser (`torch.optim.adamw.AdamW`)."""
     kind = type(engine.basic_optimizer)
     return collectives.world()[1], engine.zero_optimization_stage(), f"{kind.__module__}.{kind.__qualname__}"
+
+
+@contextmanager
+def _saying_what_stays(directory: Path, name: str) -> Iterator[None]:
+    """What keeps a checkpoint from being written becomes an OSError with what is free, what it takes and what is left.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # not of torch.save's writer
+            raise
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "a file could not be written"
+        latest = directory / LATEST
+        before = latest.read_text().strip() if latest.exists() else None
+        took = sum(file.stat().st_size for file in (directory / before).iterdir()) if before else 0
+        free = f"{shutil.disk_usage(directory).free / 1e6:,.1f} MB are free there"
+        raise OSError(f"checkpoint {name} could not be written to {directory}: {reason} ({free}" +
+                      (f"; {before} takes {took / 1e6:,.1f} MB and is whole" if before else "") +
+                      "): make room, or lower runtime.keep_checkpoints") from error

@@ -20,6 +20,8 @@ from blip_train.guard import Guard
 from blip_train.launch import rank_environment
 from blip_train.pretraining import Batch, Pretraining, StepOutput
 from blip_train.recipe import Recipe
+from blip_train.updates import Updates
+from blip_train.watchdog import Watchdog
 
 KEPT_WHOLE = 100_000  # elements up to which ZeRO 3 keeps a parameter on every rank: norms, biases, the temperature
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # rank 0 packs the data set while the others wait
@@ -72,6 +74,7 @@ class TrainingEngine:
         import deepspeed
 
         self.recipe, self.device, self.guard = recipe, device, Guard(recipe.runtime.patience)
+        self.watchdog = Watchdog(recipe.runtime.timeout)
         pretraining.model.recompute(recipe.runtime.recomputed_blocks)
         if recipe.runtime.compile:
             pretraining.model.compile_blocks()
@@ -80,6 +83,7 @@ class TrainingEngine:
         adamw = make_adamw(pretraining.to(device), recipe.optimizer, recipe.runtime, device)
         self.engine, self.optimizer, _, _ = initialize(model=pretraining, optimizer=adamw,
                                                        config=self._config(), dist_init_required=False)
+        self.updates = Updates(self.engine, recipe.runtime.precision == "float16", recipe.optimizer.clip)
 
     @contextmanager
     def whole_model(self) -> Iterator[BlipModel]:
@@ -97,29 +101,39 @@ class TrainingEngine:
 
     def step(self, slots: Sequence[Iterator[Batch]], alpha: float, lr: float, language_only: bool) -> list[StepOutput]:
         """One optimiser step at learning rate `lr`, on the mean gradient of one batch of each of the rank's slots
-        (`accumulation` of them): its next whose losses are finite on all ranks."""
+        (`accumulation` of them): its next whose losses are finite on all ranks. A step whose gradient is not finite
+        leaves the weights as they are."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        self.watchdog.enter("momentum")
         self.pretraining.follow()
         outputs = [self._learn(batches, alpha, language_only) for batches in slots]
+        self.guard.updated(self.updates.applied, self.updates.loss_scale)
+        self.watchdog.enter("queue")
         self.pretraining.enqueue(*outputs)
         return outputs
 
     def _learn(self, batches: Iterator[Batch], alpha: float, language_only: bool) -> StepOutput:
+        enter = self.watchdog.enter
         while True:
+            enter("input")
             batch = next(batches)
+            enter("forward")
             torch.manual_seed(batch.seed)
             output = self.engine(batch, alpha, language_only)
+            enter("agreement on the batch")
             if self.guard.accepts(output.losses):
-                self.engine.backward(output.total)
-                self.engine.step()  # does nothing before the last batch
+                enter("backward")
+                self.updates.backward(output.total)
+                enter("update")
+                self.updates.step()  # does nothing before the last batch
                 return output
 
     def _config(self) -> dict[str, Any]:
         return {
             "train_micro_batch_size_per_gpu": self.recipe.runtime.batch_size,
             "gradient_accumulation_steps": self.recipe.runtime.accumulation,
-            "gradient_clipping": self.recipe.optimizer.clip,
+            "gradient_clipping": self.recipe.optimizer.clip if self.recipe.runtime.zero_stage else 0.0,  # see Updates
             "torch_autocast": {"enabled": self.recipe.runtime.precision != "float32",
                                "dtype": self.recipe.runtime.precision.replace("float32", "bfloat16"),
                                "lower_precision_safe_modules": []},  # those whose gradients would travel in 16 bits

@@ -1,4 +1,4 @@
-"""What ranks agree on at every batch: whether its losses can be learned from, and whether the run is to stop."""
+"""What ranks agree on: whether a batch's losses and a step's gradients can be learned from, and whether to stop."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ STOPPED = 128 + signal.SIGTERM  # exit status of a run that saved and ended beca
 
 
 class Guard:
-    """Counts batches that were left out; knows whether any rank got SIGTERM (a cluster takes its machine back).
+    """Counts what was left out; knows whether any rank got SIGTERM (a cluster takes its machine back).
 
-    Attributes: `skipped` batches of the run, left out on all ranks because a loss of some rank was NaN or infinite;
-    `stopping`, whether to save and end behind this step.
+    Attributes: `skipped` batches of the run, left out on all ranks because a loss of some rank was NaN or infinite, and
+    `skipped_updates`, steps left out because a gradient was; `stopping`, whether to save and end behind this step.
 
     Args:
-        patience: batches in a row that may be left out.
+        patience: batches in a row, or steps, that may be left out.
     """
 
     def __init__(self, patience: int) -> None:
         self.patience, self.skipped, self.stopping = patience, 0, False
-        self._in_a_row, self._asked = 0, False
+        self.skipped_updates = 0
+        self._in_a_row, self._updates_in_a_row, self._asked = 0, 0, False
         # Two numbers in host memory: beside the GPUs' own collectives, so that these are not waited for.
         self._group = dist.new_group(backend="gloo") if world()[1] > 1 else None
 
@@ -62,3 +63,20 @@ class Guard:
             raise ValueError(f"{self._in_a_row} batches in a row had a loss that is not finite (here {said}): lower "
                              "schedule.lr or raise schedule.warmup_steps, and resume from the last checkpoint")
         return not refused
+
+    def updated(self, applied: bool, loss_scale: float) -> None:
+        """Count a step that was left out, on all ranks alike, although its losses are finite.
+
+        Args:
+            applied: whether it changed the weights.
+            loss_scale: float16's, which falls with each step that is left out; patience begins where it cannot.
+
+        Raises:
+            ValueError: more than `patience` steps in a row were left out.
+        """
+        self.skipped_updates += not applied
+        self._updates_in_a_row = 0 if applied else self._updates_in_a_row + (loss_scale <= 1.0)
+        if self._updates_in_a_row > self.patience:
+            raise ValueError(f"{self._updates_in_a_row} steps in a row had gradients that are not finite, of losses "
+                             "that are: lower schedule.lr, raise schedule.warmup_steps or take another "
+                             "runtime.precision, and resume from the last checkpoint")

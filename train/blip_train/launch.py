@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import signal
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from blip_train.guard import STOPPED
 from blip_train.prepare import EXPORT, check_directory, check_sources
 from blip_train.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+SAVING = 600  # seconds that ranks asked to stop may take to save
+ENDING = 20.0  # seconds that a failed rank may take to end
+# What gloo and NCCL say on a rank that did not fail itself.
+LOST = re.compile(r"connection (closed|reset) by (remote )?peer|remote process exited", re.IGNORECASE)
 
 
 def carry_out(recipe: Recipe, resume: bool = False) -> Path:
@@ -24,43 +33,96 @@ def carry_out(recipe: Recipe, resume: bool = False) -> Path:
 
     Raises:
         ValueError: the data is not there, or the run's directory is taken (see `run.train`).
-        OSError: a rank failed; its own error stands above on the terminal.
+        ChildProcessError: a rank failed; says which and with what. Its own error stands above on the terminal.
     """
     check_sources(recipe)
     if recipe.runtime.ranks > 1 and "RANK" not in os.environ:
         _launch(recipe, resume)
         return recipe.directory / EXPORT
-    from blip_train.run import train  # here, because the process that only launches ranks needs neither
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        return _rank(recipe, resume)
+    from blip_train.run import train  # here, because the process that only launches ranks needs none of it
 
     return train(recipe, resume)
 
 
+def _rank(recipe: Recipe, resume: bool) -> Path:
+    """This process's part of a run of several ranks. What it fails with is recorded for the launcher, and its end is
+    bounded: leaving a group of ranks can wait for those that are gone.
+
+    Raises:
+        ConnectionError: another rank is gone, whatever its error was.
+    """
+    import faulthandler
+
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    from blip_train.run import train
+
+    errors = get_error_handler()
+    errors.initialize()
+    try:
+        return train(recipe, resume)
+    except Exception as error:
+        faulthandler.dump_traceback_later(ENDING, exit=True)
+        lost = isinstance(error, RuntimeError) and LOST.search(str(error))
+        ended = ConnectionError(f"rank {os.environ['RANK']} lost its connection to another rank") if lost else error
+        errors.record_exception(ended)
+        if lost:
+            raise ended from None
+        raise
+
+
 def _launch(recipe: Recipe, resume: bool) -> None:
-    """Start `runtime.ranks` processes of this machine under torchrun and wait for them."""
+    """Start `runtime.ranks` processes on this machine and wait for them, as `torchrun --standalone` does."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
     check_directory(recipe, resume)
     recipe.directory.mkdir(parents=True, exist_ok=True)
     saved = recipe.directory / "recipe.yaml"
     saved.write_text(recipe.to_yaml())
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               f"--nproc-per-node={recipe.runtime.ranks}", "-m", "blip_fast", "train", "--config", str(saved)]
-    command += ["--resume"] if resume else []
-    threads = max((os.cpu_count() or 1) // recipe.runtime.ranks, 1)  # ranks of one machine share its cores
-    environment = {"OMP_NUM_THREADS": str(threads)} | rank_environment()
-    asked = []
-    with subprocess.Popen(command, env=environment) as ranks:
-        def hand_on(*_: Any) -> None:  # to torchrun, which hands it on to the ranks: they save, see guard.py
-            asked.append(True)
-            ranks.terminate()
-
-        before = signal.signal(signal.SIGTERM, hand_on)
-        try:
-            status = ranks.wait()
-        finally:
-            signal.signal(signal.SIGTERM, before)
-    if asked:
+    ranks = recipe.runtime.ranks
+    threads = max((os.cpu_count() or 1) // ranks, 1)  # ranks of one machine share its cores
+    os.environ.update({"OMP_NUM_THREADS": str(threads)} | rank_environment())
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it tells of failures in a table
+    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=ranks, run_id=recipe.name, rdzv_backend="c10d",
+                          rdzv_endpoint="localhost:0", max_restarts=0, shutdown_timeout=SAVING,
+                          logs_specs=DefaultLogsSpecs())
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP,
+                                                              signal.SIGQUIT)}
+    try:
+        elastic_launch(config, sys.executable)("-m", "blip_fast", "train", "--config", str(saved),
+                                               *(["--resume"] if resume else []))
+    except SignalException as error:  # handed on to the ranks, which have saved and ended: see guard.py
+        if error.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from None
         sys.exit(STOPPED)
-    if status:
-        raise OSError(f"the run {recipe.name} ended with exit status {status}: the first failing rank's error is above")
+    except ChildFailedError as error:
+        raise ChildProcessError(f"the run {recipe.name} ended: {_cause(error)}; go on with --resume") from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _cause(error: ChildFailedError) -> str:
+    """The failure that came first: not of a rank that was ended, or that only lost its connection to another."""
+    failures = list(error.failures.items())  # in the order in which the ranks ended
+    said = {rank: _said(failure) for rank, failure in failures}
+    first = next((rank for rank, failure in failures
+                  if failure.exitcode != -signal.SIGTERM and "ConnectionError" not in said[rank]), failures[0][0])
+    return f"rank {first} {said[first]}"
+
+
+def _said(failure: ProcessFailure) -> str:
+    recorded = failure.error_file_data["message"]
+    if isinstance(recorded, dict):
+        return f"failed with {recorded['message']}"
+    if failure.exitcode < 0:
+        memory = ", as the kernel does when memory runs out" if failure.exitcode == -signal.SIGKILL else ""
+        return f"was killed by {failure.signal_name()}{memory}"
+    return f"ended with exit status {failure.exitcode}"
 
 
 def rank_environment() -> dict[str, str]:

@@ -16,9 +16,9 @@ class RunLog:
     """Writes one row per `log_every` steps on rank 0; the other ranks write nothing.
 
     Rows: `step`, `epoch`, `lr`, `temperature`, the losses by name and `loss` (means over the step's batches and ranks),
-    `pairs_per_second`, `data_wait` (seconds a step that rank 0 waited for its batches), `skipped` batches so far,
-    `memory_gb`; with negatives of all ranks `exchanged_mb`, visual tokens that one batch's negatives brought to rank 0,
-    beside `gathering_mb`, what gathering everyone's would have.
+    `pairs_per_second`, `data_wait` (seconds a step that rank 0 waited for its batches), `skipped` batches and
+    `skipped_updates` so far, float16's `loss_scale`, `memory_gb`; with negatives of all ranks `exchanged_mb`, visual
+    tokens that one batch's negatives brought to rank 0, beside `gathering_mb`, what gathering everyone's would have.
     A resumed run goes on in the same file, behind the rows of the checkpoint that it resumes from.
     """
 

@@ -95,7 +95,8 @@ class RuntimeRecipe:
     activations and compute them again in the backward. `compile` hands each block to torch.compile (on GPUs; not with
     ZeRO 3). `offload` keeps optimiser state, and updates weights, in host memory (ZeRO 1 to 3). `adamw` names the
     optimiser's implementation (see adamw.py). `patience` batches in a row may be left out because a loss is
-    not finite.
+    not finite. Each phase of a step, and saving, may take `timeout` seconds; a rank that stands still longer ends the
+    run.
     """
 
     ranks: int = 1
@@ -107,6 +108,7 @@ class RuntimeRecipe:
     offload: bool = False
     adamw: Literal["auto", "torch", "deepspeed", "apex"] = "auto"
     patience: int = 10
+    timeout: float = 600.0
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     log_every: int = 10
@@ -124,6 +126,8 @@ class RuntimeRecipe:
                              "choose stage 0, 1 or 2")
         if self.offload and self.zero_stage == 0:
             raise ValueError("runtime.offload is set with zero_stage 0, which has no shards to keep: choose 1, 2 or 3")
+        if self.timeout <= 0:
+            raise ValueError(f"runtime.timeout must be more than 0 seconds, got {self.timeout}")
         if self.log_every < 1 or self.save_every < 1 or self.keep_checkpoints < 1:
             raise ValueError("runtime.log_every, save_every and keep_checkpoints must be at least 1")
 

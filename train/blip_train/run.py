@@ -53,7 +53,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     engine = TrainingEngine(prepare_pretraining(recipe, tokenizer).train(), recipe, device)
     sources = {stream: _open_input(recipe, shards, device, stream, streams.streams)
                for stream in dict.fromkeys(streams.of_rank(rank))}
-    with engine.guard.listening():
+    with engine.guard.listening(), engine.watchdog.watching():
         ended = _steps(recipe, engine, sources, streams, tokenizer, resume)
     if not ended:
         if rank == 0:
@@ -109,10 +109,12 @@ def _steps(recipe: Recipe, engine: TrainingEngine, sources: dict[int, TrainInput
     slots = [batches[stream] for stream in streams.of_rank(rank)]
     window, since, waited = 0, time.perf_counter(), 0.0
     while step < total:
+        engine.watchdog.step = step + 1
         alpha = alpha_at(step, steps_per_epoch, recipe.objective.alpha, recipe.objective.alpha_ramp_epochs)
         lr = recipe.schedule.lr_at(step, steps_per_epoch)
         outputs = engine.step(slots, alpha, lr, step < recipe.objective.language_first_steps)
         step, window = step + 1, window + 1
+        engine.watchdog.enter("log")
         if step % runtime.log_every == 0 or step == total:
             pairs = window * runtime.batch_size * streams.slots
             until_now = sum(each.waited for each in batches.values())
@@ -121,6 +123,7 @@ def _steps(recipe: Recipe, engine: TrainingEngine, sources: dict[int, TrainInput
                 "pairs_per_second": pairs / (time.perf_counter() - since)})
             window, since, waited = 0, time.perf_counter(), until_now
         if step % runtime.save_every == 0 or step == total or engine.guard.stopping:
+            engine.watchdog.enter("save")
             states = {stream: each.state for stream, each in batches.items()}
             checkpoints.save(engine.engine, folder, step, streams, states, runtime.keep_checkpoints)
         if engine.guard.stopping:
@@ -133,7 +136,9 @@ def _steps(recipe: Recipe, engine: TrainingEngine, sources: dict[int, TrainInput
 
 def _row(engine: TrainingEngine, outputs: list[StepOutput]) -> dict[str, float]:
     """What an optimiser step's batches say of themselves, for the log."""
-    row = mean_losses(outputs) | {"skipped": engine.guard.skipped}
+    row = mean_losses(outputs) | {"skipped": engine.guard.skipped, "skipped_updates": engine.guard.skipped_updates}
+    if engine.recipe.runtime.precision == "float16":
+        row["loss_scale"] = engine.updates.loss_scale
     if "itc" in outputs[-1].losses:
         row["temperature"] = engine.pretraining.model.temperature.item()
     if outputs[-1].exchanged is not None:

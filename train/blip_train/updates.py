@@ -1,0 +1,74 @@
+"""The optimiser's steps: taken, or left out on all ranks together where a gradient is not finite; float16's loss scale.
+
+DeepSpeed's stages 1 to 3 take the norm of all ranks' gradients and leave a step out where it is not finite. Two things
+it lacks (0.19): stage 0 looks at nothing, and with autocast to float16 it scales losses by a `GradScaler` that is told
+of no overflow, so that its scale never falls and every later step is left out. Its own loss scaler does fall, clips
+gradients at their true size, and is saved.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LOSS_SCALE = {"init_scale": 2.0**16, "scale_window": 2000, "min_scale": 1.0, "delayed_shift": 1,
+              "consecutive_hysteresis": False, "raise_error_at_min_scale": False}
+
+
+class Updates:
+    """Backward and optimiser step of a DeepSpeed engine of any ZeRO stage.
+
+    Attributes: `applied`, whether the last optimiser step changed the weights; where not, they, the optimiser's state
+    and the scheduled rest of the run stand as they were.
+
+    Args:
+        engine: DeepSpeed's.
+        float16: scale losses, so that small gradients survive in 16 bits.
+        clip: gradient norm at stage 0, 0: none; the other stages have theirs from DeepSpeed's configuration.
+    """
+
+    def __init__(self, engine: Any, float16: bool, clip: float) -> None:
+        from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
+
+        self._engine, self._clip, self.applied = engine, clip, True
+        self._sharded = engine.zero_optimization_stage() > 0
+        optimizer = engine.optimizer
+        optimizer.loss_scaler = CreateLossScaler(torch.float16 if float16 else torch.float32, 1.0, float16, LOSS_SCALE)
+        if self._sharded:
+            optimizer.dynamic_loss_scale, optimizer.torch_autocast_gradscaler = float16, None
+        else:
+            engine.torch_autocast_z0_gradscaler = None
+
+    @property
+    def loss_scale(self) -> float:
+        return float(self._engine.optimizer.loss_scaler.loss_scale)
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss if self._sharded else loss * self.loss_scale)
+
+    def step(self) -> None:
+        """Does nothing before the last batch of an accumulation."""
+        last = self._engine.is_gradient_accumulation_boundary()
+        finite = self._sharded or not last or self._finish_gradients()
+        self._engine.step()
+        if last:
+            self.applied = finite and self._engine.was_step_applied()
+
+    def _finish_gradients(self) -> bool:
+        """Stage 0: gradients, which all ranks hold alike, at their true size and clipped, or none where one is not
+        finite. (DeepSpeed's own clipping needs some.)"""
+        gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients)) / self.loss_scale
+        finite = math.isfinite(norm)
+        if not finite:
+            self._engine.zero_grad()
+            self._engine.skipped_steps += 1  # as the other stages count
+        else:
+            clipped = min(1.0, self._clip / (norm + 1e-6)) if self._clip else 1.0
+            if (factor := clipped / self.loss_scale) != 1.0:
+                torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
+        self._engine.optimizer.loss_scaler.update_scale(not finite)
+        return finite
