@@ -16,8 +16,8 @@ from blip_train.prepare import EXPORT, check_directory, check_sources
 from blip_train.recipe import Recipe
 
 
-def carry_out(recipe: Recipe, resume: bool = False) -> Path:
-    """Run a recipe from start to end, on as many processes as it says.
+def carry_out(recipe: Recipe, resume: bool = False, profile: int = 0) -> Path:
+    """Run a recipe from start to end, on as many processes as it says, with `profile` of its steps traced.
 
     Returns:
         The directory of the exported model.
@@ -28,14 +28,14 @@ def carry_out(recipe: Recipe, resume: bool = False) -> Path:
     """
     check_sources(recipe)
     if recipe.runtime.ranks > 1 and "RANK" not in os.environ:
-        _launch(recipe, resume)
+        _launch(recipe, resume, profile)
         return recipe.directory / EXPORT
     from blip_train.run import train  # here, because the process that only launches ranks needs neither
 
-    return train(recipe, resume)
+    return train(recipe, resume, profile)
 
 
-def _launch(recipe: Recipe, resume: bool) -> None:
+def _launch(recipe: Recipe, resume: bool, profile: int) -> None:
     """Start `runtime.ranks` processes of this machine under torchrun and wait for them."""
     check_directory(recipe, resume)
     recipe.directory.mkdir(parents=True, exist_ok=True)
@@ -44,6 +44,7 @@ def _launch(recipe: Recipe, resume: bool) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                f"--nproc-per-node={recipe.runtime.ranks}", "-m", "blip_fast", "train", "--config", str(saved)]
     command += ["--resume"] if resume else []
+    command += ["--profile", str(profile)] if profile else []
     threads = max((os.cpu_count() or 1) // recipe.runtime.ranks, 1)  # ranks of one machine share its cores
     environment = {"OMP_NUM_THREADS": str(threads)} | rank_environment()
     asked = []
