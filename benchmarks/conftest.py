@@ -71,6 +71,6 @@ def pytest_report_header() -> str:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if lines := terminalreporter.config.stash[LINES]:
-        terminalreporter.section("side by side: medians, the ratio peer / ours (lowest–highest of the rounds), findings")
+        terminalreporter.section("side by side: medians, and the ratio peer / ours (lowest–highest of the rounds)")
         for line in lines:
             terminalreporter.write_line(line)

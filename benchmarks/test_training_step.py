@@ -1,4 +1,4 @@
-"""A pre-training step of the base model at 224 px, losses and gradients, beside the published algorithm written plainly:
+"""A pre-training step of the base model at 224 px, losses and gradients, beside the published algorithm in plain code:
 the textbook of tests/reference, whose five padded passes project keys and values again for each text, gather the
 negatives' images, and hold full attention weights, similarities and logits. Both have the same weights, batch, queue
 (57,600) and negatives; neither has dropout or an optimiser.

@@ -22,14 +22,14 @@ class Batches:
     of the data and its position, whichever rank reads it.
 
     Attributes: `state`, the source's position behind the batch that was taken last (not behind the one that is ready);
-    `waited`, seconds that the taker has waited in all.
+    `waited`, seconds that the taker has waited in all; `tokens`, text tokens that it has taken.
     """
 
     def __init__(self, source: TrainInput, tokenizer: Tokenizer, max_tokens: int, device: torch.device,
                  seed: int) -> None:
         self._source, self._tokenizer, self._max_tokens, self._device = source, tokenizer, max_tokens, device
         self._seed = seed
-        self.state, self.waited = source.state_dict(), 0.0
+        self.state, self.waited, self.tokens = source.state_dict(), 0.0, 0
         self._thread = ThreadPoolExecutor(1, "batches")
         self._made = self._make()
         self._next = self._thread.submit(next, self._made)
@@ -42,6 +42,7 @@ class Batches:
         start = time.perf_counter()
         batch, self.state = self._next.result()
         self.waited += time.perf_counter() - start
+        self.tokens += len(batch.texts.token_ids)
         self._next = self._thread.submit(next, self._made)
         return batch
 

@@ -25,8 +25,8 @@ ENDING = 20.0  # seconds that a failed rank may take to end
 LOST = re.compile(r"connection (closed|reset) by (remote )?peer|remote process exited", re.IGNORECASE)
 
 
-def carry_out(recipe: Recipe, resume: bool = False) -> Path:
-    """Run a recipe from start to end, on as many processes as it says.
+def carry_out(recipe: Recipe, resume: bool = False, profile: int = 0) -> Path:
+    """Run a recipe from start to end, on as many processes as it says, with `profile` of its steps traced.
 
     Returns:
         The directory of the exported model.
@@ -37,16 +37,16 @@ def carry_out(recipe: Recipe, resume: bool = False) -> Path:
     """
     check_sources(recipe)
     if recipe.runtime.ranks > 1 and "RANK" not in os.environ:
-        _launch(recipe, resume)
+        _launch(recipe, resume, profile)
         return recipe.directory / EXPORT
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        return _rank(recipe, resume)
+        return _rank(recipe, resume, profile)
     from blip_train.run import train  # here, because the process that only launches ranks needs none of it
 
-    return train(recipe, resume)
+    return train(recipe, resume, profile)
 
 
-def _rank(recipe: Recipe, resume: bool) -> Path:
+def _rank(recipe: Recipe, resume: bool, profile: int) -> Path:
     """This process's part of a run of several ranks. What it fails with is recorded for the launcher, and its end is
     bounded: leaving a group of ranks can wait for those that are gone.
 
@@ -62,7 +62,7 @@ def _rank(recipe: Recipe, resume: bool) -> Path:
     errors = get_error_handler()
     errors.initialize()
     try:
-        return train(recipe, resume)
+        return train(recipe, resume, profile)
     except Exception as error:
         faulthandler.dump_traceback_later(ENDING, exit=True)
         lost = isinstance(error, RuntimeError) and LOST.search(str(error))
@@ -73,7 +73,7 @@ def _rank(recipe: Recipe, resume: bool) -> Path:
         raise
 
 
-def _launch(recipe: Recipe, resume: bool) -> None:
+def _launch(recipe: Recipe, resume: bool, profile: int) -> None:
     """Start `runtime.ranks` processes on this machine and wait for them, as `torchrun --standalone` does."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -94,7 +94,8 @@ def _launch(recipe: Recipe, resume: bool) -> None:
                                                               signal.SIGQUIT)}
     try:
         elastic_launch(config, sys.executable)("-m", "blip_fast", "train", "--config", str(saved),
-                                               *(["--resume"] if resume else []))
+                                               *(["--resume"] if resume else []),
+                                               *(["--profile", str(profile)] if profile else []))
     except SignalException as error:  # handed on to the ranks, which have saved and ended: see guard.py
         if error.sigval == signal.SIGINT:
             raise KeyboardInterrupt from None

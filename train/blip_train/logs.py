@@ -1,4 +1,4 @@
-"""What a run tells while it goes: a progress bar, `log.jsonl` and TensorBoard."""
+"""What a run tells while it goes: a live view (or plain lines), `log.jsonl` and TensorBoard."""
 
 from __future__ import annotations
 
@@ -8,17 +8,31 @@ import time
 from pathlib import Path
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
+
+# What the live view shows of a row: title, key and format, in its order; keys that a row has not are left out.
+SHOWN = (("loss", "loss", ".3f"), ("ITC", "itc", ".3f"), ("ITM", "itm", ".3f"), ("LM", "lm", ".3f"),
+         ("τ", "temperature", ".4f"), ("lr", "lr", ".2e"), ("pairs/s", "pairs_per_second", ",.1f"),
+         ("tokens/s", "tokens_per_second", ",.0f"), ("MFU", "mfu", ".1%"), ("data wait s", "data_wait", ".3f"),
+         ("memory GB", "memory_gb", ".1f"), ("exchanged MB", "exchanged_mb", ".1f"), ("skipped", "skipped", ".0f"),
+         ("quarantined", "quarantined", ".0f"))
+COLUMNS = 4  # of the live view
 
 
 class RunLog:
     """Writes one row per `log_every` steps on rank 0; the other ranks write nothing.
 
     Rows: `step`, `epoch`, `lr`, `temperature`, the losses by name and `loss` (means over the step's batches and ranks),
-    `pairs_per_second`, `data_wait` (seconds a step that rank 0 waited for its batches), `skipped` batches and
-    `skipped_updates` so far, float16's `loss_scale`, `memory_gb`; with negatives of all ranks `exchanged_mb`, visual
-    tokens that one batch's negatives brought to rank 0, beside `gathering_mb`, what gathering everyone's would have.
+    `pairs_per_second`, `tokens_per_second` (all ranks' visual and caption tokens, each counted once; no padding),
+    `data_wait` (seconds a step that rank 0 waited for its batches), `skipped` batches, `skipped_updates` and rank 0's
+    `quarantined` images so far, float16's `loss_scale`, `memory_gb` (rank 0's peak); on a GPU whose data sheet is known
+    `mfu`, rank 0's FLOPs by formula (`work.step_work`, blocks computed again left out) over the dense peak of the run's
+    precision; with negatives of all ranks `exchanged_mb`, visual tokens that one batch's negatives brought to rank 0,
+    beside `gathering_mb`, what gathering everyone's would have.
     A resumed run goes on in the same file, behind the rows of the checkpoint that it resumes from.
     """
 
@@ -30,10 +44,7 @@ class RunLog:
         _drop_rows_after(self.path, first_step)
         self.file = self.path.open("a")
         self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step)
-        self.bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                            TextColumn("{task.fields[note]}"))
-        self.task = self.bar.add_task(name, total=total_steps, completed=first_step, note="")
-        self.bar.start()
+        self.view = _View(name, first_step, total_steps)
 
     def row(self, step: int, values: dict[str, float]) -> None:
         """Write one row; `step` is the number of steps done."""
@@ -45,15 +56,48 @@ class RunLog:
         self.file.flush()
         for key, value in values.items():
             self.board.add_scalar(key, value, step)
-        note = "  ".join(f"{key} {values[key]:.3f}" for key in ("itc", "itm", "lm") if key in values)
-        self.bar.update(self.task, completed=step, note=f"{note}  {values['pairs_per_second']:.1f} pairs/s  "
-                                                        f"{values['memory_gb']:.1f} GB")
+        self.view.show(step, values)
 
     def close(self) -> None:
         if self.writes:
-            self.bar.stop()
+            self.view.close()
             self.board.close()
             self.file.close()
+
+
+class _View:
+    """Progress and the newest row on stderr: in place on a terminal, elsewhere a line a row."""
+
+    def __init__(self, name: str, first_step: int, total_steps: int) -> None:
+        self.console, self.name, self.total = Console(stderr=True), name, total_steps
+        self.bar = Progress(TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(),
+                            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self.console)
+        self.task = self.bar.add_task(name, total=total_steps, completed=first_step)
+        self.live = Live(self.bar, console=self.console, refresh_per_second=4) if self.console.is_terminal else None
+        if self.live is not None:
+            self.live.start()
+
+    def show(self, step: int, values: dict[str, float]) -> None:
+        figures = [(title, format(values[key], form)) for title, key, form in SHOWN if key in values]
+        if self.live is None:
+            line = "  ".join(f"{title} {figure}" for title, figure in figures)
+            self.console.print(f"{self.name} {step}/{self.total}  {line}", highlight=False, soft_wrap=True)
+            return
+        self.bar.update(self.task, completed=step)
+        self.live.update(Group(self.bar, _grid(figures)))
+
+    def close(self) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+
+def _grid(figures: list[tuple[str, str]]) -> Table:
+    """Figures behind their titles, `COLUMNS` a line."""
+    grid = Table.grid(*["" for _ in range(COLUMNS)], padding=(0, 3))
+    for start in range(0, len(figures), COLUMNS):
+        line = figures[start : start + COLUMNS]
+        grid.add_row(*[f"[dim]{title}[/dim] {figure}" for title, figure in line])
+    return grid
 
 
 def read_log(path: Path, key: str) -> list[tuple[float, float]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from blip_train.batches import Batches
 from blip_train.engine import TrainingEngine, mean_losses, start_rank
 from blip_train.guard import STOPPED
 from blip_train.logs import RunLog
+from blip_train.meter import Meter
 from blip_train.prepare import (
     EXPORT,
     check_directory,
@@ -26,18 +26,20 @@ from blip_train.prepare import (
     prepare_tokenizer,
 )
 from blip_train.pretraining import StepOutput
+from blip_train.profiling import StepProfiler
 from blip_train.recipe import Recipe
 from blip_train.report import write_run_report
 from blip_train.schedule import alpha_at
 from blip_train.streams import Streams
 
 
-def train(recipe: Recipe, resume: bool = False) -> Path:
+def train(recipe: Recipe, resume: bool = False, profile: int = 0) -> Path:
     """Carry out a recipe on this rank. Returns the directory of the exported model (`runs/NAME/model`, native layout).
 
     Args:
         recipe: the run.
         resume: go on from the newest checkpoint of `runs/NAME`.
+        profile: how many steps to trace (`profiling.StepProfiler`).
 
     Raises:
         ValueError: the run's directory holds a run and `resume` is not set, or the data is not there.
@@ -54,7 +56,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     sources = {stream: _open_input(recipe, shards, device, stream, streams.streams)
                for stream in dict.fromkeys(streams.of_rank(rank))}
     with engine.guard.listening(), engine.watchdog.watching():
-        ended = _steps(recipe, engine, sources, streams, tokenizer, resume)
+        ended = _steps(recipe, engine, sources, streams, tokenizer, resume, profile if rank == 0 else 0)
     if not ended:
         if rank == 0:
             print(f"blip-fast: SIGTERM: {recipe.name} is saved, go on with --resume", file=sys.stderr)
@@ -96,7 +98,7 @@ def _open_input(recipe: Recipe, shards: Path, device: torch.device, stream: int,
 
 
 def _steps(recipe: Recipe, engine: TrainingEngine, sources: dict[int, TrainInput], streams: Streams,
-           tokenizer: Tokenizer, resume: bool) -> bool:
+           tokenizer: Tokenizer, resume: bool, profile: int) -> bool:
     """Step until the schedule ends or SIGTERM comes; log and save as the recipe says. Returns whether it ended."""
     runtime, folder = recipe.runtime, recipe.directory / "checkpoints"
     rank, _ = collectives.world()
@@ -107,21 +109,22 @@ def _steps(recipe: Recipe, engine: TrainingEngine, sources: dict[int, TrainInput
     batches = {stream: Batches(source, tokenizer, recipe.tokenizer.max_tokens, engine.device, recipe.seed)
                for stream, source in sources.items()}
     slots = [batches[stream] for stream in streams.of_rank(rank)]
-    window, since, waited = 0, time.perf_counter(), 0.0
+    meter = Meter(recipe, engine.pretraining.model.config, batches.values(), engine.device)
+    profiler = StepProfiler(profile, recipe.directory / "profile")
     while step < total:
         engine.watchdog.step = step + 1
         alpha = alpha_at(step, steps_per_epoch, recipe.objective.alpha, recipe.objective.alpha_ramp_epochs)
         lr = recipe.schedule.lr_at(step, steps_per_epoch)
-        outputs = engine.step(slots, alpha, lr, step < recipe.objective.language_first_steps)
-        step, window = step + 1, window + 1
+        language_only = step < recipe.objective.language_first_steps
+        outputs = engine.step(slots, alpha, lr, language_only)
+        profiler.step()
+        meter.step(language_only)
+        step += 1
         engine.watchdog.enter("log")
         if step % runtime.log_every == 0 or step == total:
-            pairs = window * runtime.batch_size * streams.slots
-            until_now = sum(each.waited for each in batches.values())
-            log.row(step, _row(engine, outputs) | {
-                "epoch": step / steps_per_epoch, "lr": lr, "data_wait": (until_now - waited) / window,
-                "pairs_per_second": pairs / (time.perf_counter() - since)})
-            window, since, waited = 0, time.perf_counter(), until_now
+            quarantined = sum(len(source.quarantine) for source in sources.values())
+            log.row(step, _row(engine, outputs) | meter.row() | {
+                "epoch": step / steps_per_epoch, "lr": lr, "quarantined": quarantined})
         if step % runtime.save_every == 0 or step == total or engine.guard.stopping:
             engine.watchdog.enter("save")
             states = {stream: each.state for stream, each in batches.items()}
@@ -131,6 +134,7 @@ def _steps(recipe: Recipe, engine: TrainingEngine, sources: dict[int, TrainInput
     for each in batches.values():
         each.close()
     log.close()
+    profiler.close()
     return step == total
 
 
