@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from blip_fast.config import TextConfig
 from blip_fast.packing import PackedTexts
+from blip_fast.recompute import last_product_alone
 
 Mode = Literal["encoder", "decoder"]
 
@@ -187,7 +188,7 @@ class FeedForward(nn.Module):
         self.norm = nn.LayerNorm(config.width, config.norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.mlp_out(F.gelu(self.mlp_in(x)))
+        hidden = last_product_alone(lambda hidden: self.mlp_out(F.gelu(hidden)), self.mlp_in(x))
         return self.norm(x + F.dropout(hidden, self.dropout, self.training))
 
 

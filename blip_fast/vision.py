@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from blip_fast.config import VisionConfig
+from blip_fast.recompute import last_product_alone
 
 
 class VisionTransformer(nn.Module):
@@ -78,7 +79,7 @@ class VisionBlock(nn.Module):
 
     def forward(self, x: Tensor, offsets: Tensor, cls_only: bool) -> Tensor:
         """x: [batch × tokens, width] → the same, or [batch, width] with `cls_only`."""
-        q, k, v = self.qkv(self.norm1(x)).view(len(x), 3, self.heads, -1).unbind(1)
+        q, k, v = last_product_alone(lambda x: self.qkv(self.norm1(x)), x).view(len(x), 3, self.heads, -1).unbind(1)
         q_offsets = offsets
         if cls_only:
             x, q = x[:: self.tokens], q[:: self.tokens]
@@ -86,7 +87,8 @@ class VisionBlock(nn.Module):
         images = len(offsets) - 1
         attended = self.attention_out(attention(q, k, v, q_offsets, offsets).flatten(1))
         x = x + self._drop_path(attended, images)
-        return x + self._drop_path(self.mlp_out(F.gelu(self.mlp_in(self.norm2(x)))), images)
+        hidden = last_product_alone(lambda x: self.mlp_in(self.norm2(x)), x)
+        return x + self._drop_path(last_product_alone(lambda hidden: self.mlp_out(F.gelu(hidden)), hidden), images)
 
     def _drop_path(self, x: Tensor, images: int) -> Tensor:
         """Stochastic depth: the whole branch of an image is dropped, the others are scaled up."""

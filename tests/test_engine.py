@@ -29,7 +29,7 @@ from blip_fast.checkpoint.names import original_layout
 STEPS, ACCUMULATION = 2, 2
 OBJECTIVE = Objective(queue_size=23, momentum=0.9, positives="id", negatives="all_ranks", negative_floor=0.0)
 VARIANTS = {"0": {"zero_stage": 0}, "1": {"zero_stage": 1}, "2": {"zero_stage": 2}, "3": {"zero_stage": 3},
-            "2 recomputed": {"zero_stage": 2, "recomputed_blocks": 2},
+            "3 recomputed": {"zero_stage": 3, "recomputed_blocks": 2},
             "2 offloaded": {"zero_stage": 2, "offload": True}, "3 offloaded": {"zero_stage": 3, "offload": True},
             "3 with a bad batch": {"zero_stage": 3}}
 
