@@ -86,10 +86,10 @@ def print_table(chosen: Iterator[Plan]) -> None:
 def _memory_columns(plan: Plan) -> dict[str, str]:
     held = memory(plan)
     weights = sum(held.pop(name, 0.0) for name in ("weights", "16-bit weights", "gathered weights"))
-    parts = {"weights": weights, **held}
+    parts = {"weights": weights, "gradients": held.pop("gradients"), "AdamW": held.pop("optimiser"), **held}
     total = {"total": f"{sum(parts.values()) / 1e9:.1f}"}
     if plan.recipe.runtime.offload:
-        parts.pop("optimiser")  # it is there
+        parts.pop("AdamW")  # it is there
         total["host"] = f"{host_memory(plan) / 1e9:.2f}"
     return {name: f"{value / 1e9:.2f}" for name, value in parts.items()} | total
 
