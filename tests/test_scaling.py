@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from blip_train import engine as engines
 from blip_train.engine import TrainingEngine
-from blip_train.estimate import Plan, exchange_bytes, memory, meta_pretraining, traffic
+from blip_train.estimate import Plan, exchange_bytes, host_memory, memory, meta_pretraining, traffic
 from blip_train.launch import rank_environment
 from blip_train.pretraining import Batch, Objective, Pretraining
 from blip_train.recipe import Recipe, RuntimeRecipe, TokenizerRecipe
@@ -28,21 +28,23 @@ CONFIG = BlipConfig(vision=VisionConfig(image_size=64, width=96, layers=2, heads
                     text=TextConfig(vocab_size=2000, width=96, layers=2, heads=3, mlp_width=384, max_positions=64,
                                     dropout=0.0), tokens=SpecialTokens(0, 1, 2, 3, 4))
 PAIRS, TOKENS, KEPT_WHOLE, BUCKET, STEPS = 8, 10, 1000, 2_000_000, 2
-# (ZeRO stage, negatives, accumulation, ZeRO 3's reuse distance: 0 lets every module gather its weights anew)
+# ZeRO stage, negatives, accumulation, ZeRO 3's reuse distance (0 lets every module gather its weights anew)
 VARIANTS = {"0 local": (0, "local", 1, None), "1 all ranks": (1, "all_ranks", 1, None),
             "2 local": (2, "local", 1, None), "3 all ranks": (3, "all_ranks", 1, None),
             "3 without reuse": (3, "local", 1, 0)}
 MORE = {"0 all ranks": (0, "all_ranks", 1, None), "1 local": (1, "local", 1, None),
         "2 all ranks": (2, "all_ranks", 1, None), "3 local": (3, "local", 1, None),
         "1 accumulated": (1, "local", 2, None), "2 accumulated": (2, "all_ranks", 2, None),
-        "3 accumulated": (3, "local", 2, None)}
+        "3 accumulated": (3, "local", 2, None), "1 offloaded": (1, "local", 1, None),
+        "2 offloaded": (2, "local", 1, None), "3 offloaded": (3, "local", 1, None)}
 
 
 def make_plan(variant: str, ranks: int) -> Plan:
     stage, negatives, accumulation, distance = (VARIANTS | MORE)[variant]
     recipe = Recipe(model=CONFIG, tokenizer=TokenizerRecipe(vocab_size=2000), schedule=Schedule(lr=1e-4),
                     objective=Objective(queue_size=100, negatives=negatives),
-                    runtime=RuntimeRecipe(batch_size=PAIRS, zero_stage=stage, accumulation=accumulation))
+                    runtime=RuntimeRecipe(batch_size=PAIRS, zero_stage=stage, accumulation=accumulation,
+                                          offload="offloaded" in variant))
     own = {} if distance is None else {"prefetch": 0, "reuse_distance": distance}
     return Plan(recipe, meta_pretraining(recipe), ranks, stage, TOKENS, KEPT_WHOLE, BUCKET, **own)
 
@@ -147,18 +149,20 @@ def test_sockets_carry_what_the_ring_says(measured):
 
 
 def test_memory_is_what_ranks_allocate(measured):
-    """Weights, optimiser, momentum copy and queue between steps, and with the gradients in the update, within 5 %; the
-    peak with activations within 10 %."""
+    """Weights, optimiser, momentum copy and queue between steps, and with the gradients in the update, within 5 % (10 %
+    with offload, whose buffers of the largest parameter weigh much in a small model); the peak with activations within
+    10 %."""
     ranks, records = measured
     for variant, found in records.items():
         plan = make_plan(variant, ranks)
         parts, held = memory(plan), plan.recipe.runtime.accumulation * (PAIRS * 3 * 64 * 64 * 4)  # the test's images
-        shard = parts["optimiser"] / 2
-        held += sum(parts[name] for name in ("weights", "optimiser", "momentum", "queue"))
+        shard = parts["optimiser"] / 2  # of gradients, which offloaded ones have in host memory at any time
+        held += sum(parts[name] for name in ("weights", "optimiser", "momentum", "queue")) + host_memory(plan)
         held += parts["gradients"] if plan.stage == 3 else 0
-        assert found["after"] == pytest.approx(held, rel=0.05), variant
-        assert found["update"] == pytest.approx(held + shard, rel=0.05), variant
-        peak = sum(parts.values()) + found["after"] - held
+        within = 0.1 if plan.recipe.runtime.offload else 0.05
+        assert found["after"] == pytest.approx(held, rel=within), variant
+        assert found["update"] == pytest.approx(held + shard, rel=within), variant
+        peak = sum(parts.values()) + host_memory(plan) + found["after"] - held
         assert found["peak"] == pytest.approx(peak, rel=0.1), variant
 
 

@@ -9,9 +9,13 @@ import select
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from blip_train.logs import RunLog, read_log
+from blip_train.meter import Meter
+from blip_train.recipe import load_recipe
 from test_train import blip_fast_train, scenes  # noqa: F401 (a fixture)
 
 from blip_fast.cli import main
@@ -45,6 +49,27 @@ def test_two_ranks_profile_the_first(scenes, tmp_path):  # noqa: F811
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("the run ended within its first 2 steps") == 1
     assert not list((tmp_path / "tiny" / "profile").glob("*"))
+
+
+def test_mfu_is_flops_over_time_and_the_data_sheet(monkeypatch):
+    """Two steps of two batches in 8 s on an A100; in a run's first steps LM alone, which costs less."""
+    clock = iter([100.0, 108.0, 108.0, 116.0, 116.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    recipe = load_recipe(BASE, ["--runtime.accumulation=2"])
+    batches = SimpleNamespace(waited=0.0, tokens=0)
+    meter = Meter(recipe, recipe.model, [batches], torch.device("cuda"))
+    rows = []
+    for language_only in (False, True):
+        for _ in range(2):
+            batches.tokens += 2 * 80 * 14
+            batches.waited += 0.5
+            meter.step(language_only)
+        rows.append(meter.row())
+    assert rows[0]["mfu"] == pytest.approx(4 * 80 * 199.7e9 / 8 / 312e12, rel=1e-3)
+    assert rows[1]["mfu"] < rows[0]["mfu"] * 0.75
+    for row in rows:
+        assert (row["pairs_per_second"], row["tokens_per_second"], row["data_wait"]) == (40, 40 * (197 + 14), 0.5)
 
 
 def test_the_live_view_is_compact_on_a_terminal(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from blip_train.estimate import (
     Plan,
     assumptions,
     forecast,
+    host_memory,
     memory,
     meta_pretraining,
     traffic,
@@ -23,11 +24,9 @@ from blip_train.estimate import (
 from blip_train.gpus import GPUS
 from blip_train.recipe import Recipe
 
-STAGES = (0, 1, 2, 3)
-
 
 def plans(recipe: Recipe, gpus: Sequence[int], caption_tokens: float) -> Iterator[Plan]:
-    """For each number of GPUs, the recipe under each ZeRO stage.
+    """For each number of GPUs, the recipe under each ZeRO stage that it can have.
 
     Raises:
         ValueError: a number of GPUs or tokens that cannot be.
@@ -38,8 +37,10 @@ def plans(recipe: Recipe, gpus: Sequence[int], caption_tokens: float) -> Iterato
     if not 3 <= caption_tokens <= recipe.tokenizer.max_tokens:
         raise ValueError(f"--caption-tokens is {caption_tokens:g}: it must be 3 to tokenizer.max_tokens, "
                          f"{recipe.tokenizer.max_tokens}")
-    pretraining = meta_pretraining(recipe)
-    return (Plan(recipe, pretraining, ranks, stage, caption_tokens) for ranks in gpus for stage in STAGES)
+    pretraining, runtime = meta_pretraining(recipe), recipe.runtime
+    # As the recipe's own checks have it: offloading takes shards, compiled blocks whole weights.
+    stages = range(1 if runtime.offload else 0, 3 if runtime.compile else 4)
+    return (Plan(recipe, pretraining, ranks, stage, caption_tokens) for ranks in gpus for stage in stages)
 
 
 def row(plan: Plan) -> dict[str, Any]:
@@ -52,7 +53,8 @@ def row(plan: Plan) -> dict[str, Any]:
         "parameters": sum(plan.trained), "momentum_parameters": sum(plan.momentum),
         "step_flops": batches * (work.forward + work.backward),
         "pair_flops": (work.forward + work.backward) / plan.recipe.runtime.batch_size,
-        "memory": held, "memory_total": sum(held.values()), "sent": sent, "sent_total": sum(sent.values()),
+        "memory": held, "memory_total": sum(held.values()),
+        "host_memory": host_memory(plan), "sent": sent, "sent_total": sum(sent.values()),
         "pairs_per_second_per_gpu": {gpu.name: dataclasses.asdict(forecast(plan, gpu)) for gpu in GPUS},
         "published_pairs_per_second_per_gpu": PUBLISHED_PAIRS_PER_SECOND,
         "assumptions": assumptions(plan),
@@ -84,8 +86,12 @@ def print_table(chosen: Iterator[Plan]) -> None:
 def _memory_columns(plan: Plan) -> dict[str, str]:
     held = memory(plan)
     weights = sum(held.pop(name, 0.0) for name in ("weights", "16-bit weights", "gathered weights"))
-    parts = {"weights": weights, **held}
-    return {name: f"{value / 1e9:.2f}" for name, value in parts.items()} | {"total": f"{sum(parts.values()) / 1e9:.1f}"}
+    parts = {"weights": weights, "gradients": held.pop("gradients"), "AdamW": held.pop("optimiser"), **held}
+    total = {"total": f"{sum(parts.values()) / 1e9:.1f}"}
+    if plan.recipe.runtime.offload:
+        parts.pop("AdamW")  # it is there
+        total["host"] = f"{host_memory(plan) / 1e9:.2f}"
+    return {name: f"{value / 1e9:.2f}" for name, value in parts.items()} | total
 
 
 def _speed_columns(plan: Plan) -> dict[str, str]:
@@ -95,11 +101,11 @@ def _speed_columns(plan: Plan) -> dict[str, str]:
 
 def _table(title: str, columns: Callable[[Plan], dict[str, str]], rows: list[Plan]) -> Table:
     table = Table("GPUs", "ZeRO", *columns(rows[0]), box=SIMPLE_HEAD, title=title, title_justify="left",
-                  padding=(0, 0, 0, 1))
+                  padding=(0, 0, 0, 1), pad_edge=False)
     for column in table.columns:
         column.justify = "right"
     for plan in rows:
         own = plan.stage == plan.recipe.runtime.zero_stage
         table.add_row(f"{plan.ranks:,}", str(plan.stage), *columns(plan).values(), style="bold" if own else None,
-                      end_section=plan.stage == STAGES[-1])
+                      end_section=plan.stage == rows[-1].stage)
     return table

@@ -105,21 +105,23 @@ def _config(recipe: Recipe) -> BlipConfig:
 def memory(plan: Plan) -> dict[str, float]:
     """Bytes by what they hold. Their sum bounds the step's peak, early in the backward: later, activations go while
     gradients come (and are copied once more while they are exchanged, which is less than activations were)."""
-    trained, momentum, ranks = plan.trained, plan.momentum, plan.ranks
-    whole, accumulates = sum(trained), plan.recipe.runtime.accumulation > 1
-    flat = -(-whole // (2 * ranks)) * 2 * ranks  # ZeRO 1 and 2 pad to a multiple of two a rank
-    shard = {0: whole, 1: flat // ranks, 2: flat // ranks, 3: _shards(trained, ranks)}[plan.stage]
+    trained, momentum, ranks, runtime = plan.trained, plan.momentum, plan.ranks, plan.recipe.runtime
+    whole, shard = sum(trained), _updated(plan)
     # ZeRO 1 and 2 update a second copy of the rank's part; ZeRO 3 updates its shard.
-    weights = {0: whole, 1: flat + shard, 2: flat + shard, 3: shard}[plan.stage]
+    weights = {0: whole, 1: ranks * shard + shard, 2: ranks * shard + shard, 3: shard}[plan.stage]
     gradients = whole if plan.stage == 0 else plan.reduce_bucket + shard
-    if plan.stage == 1 and accumulates:
-        gradients += whole
-    elif plan.stage == 3:  # a further one, for the update
+    if plan.stage == 3:  # a further one, for the update
         gradients += shard
+    if runtime.offload and plan.stage == 3:  # what is updated, and its gradients, are in host memory
+        gradients -= shard
+    elif runtime.offload:  # ZeRO 1 and 2 send gradients there through a buffer of the largest
+        weights, gradients = weights - shard, gradients - shard + max(trained)
+    if plan.stage == 1 and runtime.accumulation > 1:
+        gradients += whole
     parts = {
         "weights": FLOAT32 * weights,
         "gradients": FLOAT32 * gradients,
-        "optimiser": 2 * FLOAT32 * shard,
+        "optimiser": 0.0 if runtime.offload else 2 * FLOAT32 * shard,
         "momentum": FLOAT32 * (_shards(momentum, ranks) if plan.stage == 3 else sum(momentum)),
         "queue": sum(buffer.nbytes for buffer in plan.pretraining.buffers()),
         "16-bit weights": cast_bytes(plan),
@@ -128,6 +130,21 @@ def memory(plan: Plan) -> dict[str, float]:
     if plan.stage == 3:
         parts["gathered weights"] = FLOAT32 * (gathered(plan)[1] + min(plan.prefetch, whole + sum(momentum)))
     return parts
+
+
+def host_memory(plan: Plan) -> float:
+    """Bytes in host memory with `runtime.offload`: the weights that are updated, their gradients and two moments, and
+    with ZeRO 1 and 2 buffers on the way there and back."""
+    if not plan.recipe.runtime.offload:
+        return 0.0
+    return FLOAT32 * (4 * _updated(plan) + (_updated(plan) + max(plan.trained)) * (plan.stage < 3))
+
+
+def _updated(plan: Plan) -> int:
+    """Elements that this rank updates. ZeRO 1 and 2 pad the whole to a multiple of two a rank."""
+    whole = sum(plan.trained)
+    part = -(-whole // (2 * plan.ranks)) * 2
+    return {0: whole, 1: part, 2: part, 3: _shards(plan.trained, plan.ranks)}[plan.stage]
 
 
 def cast_bytes(plan: Plan) -> float:
@@ -260,6 +277,7 @@ def forecast(plan: Plan, gpu: Gpu) -> Forecast:
 
 def assumptions(plan: Plan) -> list[str]:
     """What the figures of a plan rest on, a sentence each."""
+    offload = ["the update in host memory (runtime.offload) is not in the speed"] * plan.recipe.runtime.offload
     return [
         f"captions of {plan.caption_tokens:g} tokens on average, a vocabulary of "
         f"{plan.pretraining.model.config.text.vocab_size:,} words",
@@ -269,4 +287,5 @@ def assumptions(plan: Plan) -> list[str]:
         "communication does not overlap with the backward; the input keeps up; nothing of the speed is measured",
         "memory comes without CUDA's context, fragmentation and workspaces: leave 10 % free",
         f"the published code: {PUBLISHED_PAIRS_PER_SECOND} pairs/s a GPU (32 A100s, 14 M pairs × 20 epochs, 3–4 days)",
+        *offload,
     ]
