@@ -15,7 +15,8 @@ from nvidia.dali import fn
 from nvidia.dali.pipeline import pipeline_def
 
 from blip_fast.data.augment import OUTCOMES, SHIFTS, apply_outcome, warp_matrices
-from blip_fast.data.graph import one_operation
+from blip_fast.data.decoding import columns, decode
+from blip_fast.data.graph import decoded_and_finished, one_operation
 from blip_fast.data.pack import pack
 from blip_fast.data.pipeline import EvaluationInput, InputConfig, TrainInput
 from blip_fast.data.shards import iterate
@@ -263,6 +264,18 @@ def operations(request) -> tuple[np.ndarray, np.ndarray]:
     pipeline = graph()
     pipeline.build()
     return pixels, pipeline.run()[0].as_array()
+
+
+def test_the_graph_for_gpus_makes_the_same_images(config: InputConfig) -> None:
+    """Run on the CPU: crops, flips and operations are those that were drawn, to DALI's own resize and warp."""
+    items = TrainInput(replace(config, image_size=64))._items(0)
+    ours = next(decode(iter([items]), 64, 4, True, 1, torch.device("cpu"))).images
+    graph = decoded_and_finished(iter([columns(items, True)]), 64, True, "cpu", batch_size=4, num_threads=1,
+                                 device_id=None)
+    graph.build()
+    theirs = torch.from_numpy(graph.run()[0].as_array())
+    assert len({item.drawn for item in items}) == 4 and any(item.drawn.flip for item in items)
+    assert colour_difference(ours, theirs).max() < 2
 
 
 def test_operations_are_what_they_say(operations) -> None:

@@ -40,24 +40,23 @@ class Batch:
 
 
 def decode(
-    batches: Iterator[list[Item]], image_size: int, batch_size: int, augmented: bool, pool: ThreadPoolExecutor,
+    batches: Iterator[list[Item]], image_size: int, batch_size: int, augmented: bool, threads: int,
     device: torch.device,
 ) -> Iterator[Batch]:
     """Batches of at most `batch_size` items, decoded and finished in order; DALI decodes the next ones meanwhile."""
     on_gpu, ahead = device.type == "cuda", deque[list[Item]]()
-    threads = pool._max_workers
 
-    def columns() -> Iterator[tuple[list[np.ndarray], ...]]:
+    def feed() -> Iterator[tuple[list[np.ndarray], ...]]:
         for items in batches:
             ahead.append(items)
-            yield _columns(items, on_gpu)
+            yield columns(items, finished=on_gpu)
 
     if on_gpu:
-        pipeline = decoded_and_finished(columns(), image_size, augmented, batch_size=batch_size, num_threads=threads,
+        pipeline = decoded_and_finished(feed(), image_size, augmented, batch_size=batch_size, num_threads=threads,
                                         device_id=device.index or 0)
     else:
-        pipeline = decoded(columns(), batch_size=batch_size, num_threads=threads, device_id=None)
-    finish = HostFinish(image_size, pool)
+        pipeline = decoded(feed(), batch_size=batch_size, num_threads=threads, device_id=None)
+    finish = HostFinish(image_size, ThreadPoolExecutor(threads, "finish"))
     pipeline.build()
     while True:
         try:
@@ -75,7 +74,7 @@ def decode(
         yield Batch(tensor, [item.caption for item in items], ids, records, [item.source for item in items])
 
 
-def _columns(items: list[Item], finished: bool) -> tuple[list[np.ndarray], ...]:
+def columns(items: list[Item], finished: bool) -> tuple[list[np.ndarray], ...]:
     """What the graph is fed with, a column each: encoded, start, shape and, where it finishes the images, the rest."""
     drawn = [item.drawn for item in items]
     window = ([item.encoded for item in items], [np.array(d.start, np.int32) for d in drawn],

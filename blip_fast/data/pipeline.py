@@ -168,7 +168,7 @@ class TrainInput:
     def _start(self) -> Iterator[Batch]:
         config = self.config
         items = (self._items(number) for number in count(self._taken))
-        return decode(items, config.image_size, config.batch_size, config.rand_augment, self._pool, self.device)
+        return decode(items, config.image_size, config.batch_size, config.rand_augment, config.threads, self.device)
 
     def _items(self, number: int) -> list[Item]:
         """Batch `number`, damaged samples replaced by the first good one of their source, or else of the batch."""
@@ -211,10 +211,10 @@ class EvaluationInput:
         self.samples = last - self._first
         self.batch_size, self.quarantine = batch_size, list[dict[str, str]]()
         self._image_size, self._device = image_size, torch.device(device)
-        self._pool = ThreadPoolExecutor(threads, "input")
+        self._threads, self._pool = threads, ThreadPoolExecutor(threads, "input")
 
     def __iter__(self) -> Iterator[Batch]:
-        return decode(self._items(), self._image_size, self.batch_size, False, self._pool, self._device)
+        return decode(self._items(), self._image_size, self.batch_size, False, self._threads, self._device)
 
     def _items(self) -> Iterator[list[Item]]:
         ends = np.cumsum([shard.samples for shard in self._shards.index.shards])
