@@ -1,4 +1,4 @@
-"""Shards under URLs: the same batches as from a directory, whole copies or none, a bounded cache that processes share."""
+"""Shards under URLs: the batches of the directory, whole copies or none, a bounded cache that processes share."""
 
 import http.server
 import shutil
@@ -127,9 +127,9 @@ def test_what_fails_for_good_is_named(directory, url, tmp_path) -> None:
     Faulty.faults = ["broken"] * 9
     with pytest.raises(OSError, match="not fetched in 5 attempts: connection reset by peer"):
         ShardCache(tmp_path / "other", 10**9).open(f"{url}/000001.tar", read_index(directory).shards[1])
-    with pytest.raises(FileNotFoundError, match="memory://nowhere holds no shards.json"):
+    with pytest.raises(FileNotFoundError, match=r"memory://nowhere holds no shards.json"):
         read_index("memory://nowhere")
-    with pytest.raises(OSError, match="nonsense://x/shards.json cannot be read: Protocol not known: nonsense"):
+    with pytest.raises(OSError, match=r"nonsense://x/shards.json cannot be read: Protocol not known: nonsense"):
         read_index("nonsense://x")
 
 

@@ -65,7 +65,7 @@ def test_each_source_goes_round_by_itself(roots) -> None:
     for name, per_batch, batches in (("human", 3, 4), ("web", 6, 5)):
         own = [[key for key in batch if key.startswith(name)] for batch in keys]
         for start in range(0, 20, batches):
-            epoch = sum(own[start : start + batches], [])
+            epoch = [key for batch in own[start : start + batches] for key in batch]
             assert len(set(epoch)) == len(epoch) == per_batch * batches
         assert own[:batches] != own[batches : 2 * batches]
 
