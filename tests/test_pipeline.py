@@ -207,6 +207,41 @@ def test_a_damaged_image_costs_neither_the_batch_nor_the_run(config: InputConfig
         list(TrainInput(replace(damaged, batch_size=1)))
 
 
+def test_broken_images_do_not_change_the_order_of_the_good_ones(config: InputConfig, tmp_path) -> None:
+    """Those that are refused when they are packed, and those that are damaged on disk since."""
+    (tmp_path / "images").mkdir()
+    good = [f"{i:02d}.png" for i in range(40)]
+    for i, name in enumerate(good):
+        odd_files.picture(30, 20, seed=i).save(tmp_path / "images" / name)
+    for i in (3, 30):
+        (tmp_path / "images" / f"{i:02d} broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+
+    def packed(images: list[str], name: str) -> list[list[str]]:
+        rows = "\n".join(json.dumps({"image": image, "caption": "a picture"}) for image in images)
+        (tmp_path / "rows.jsonl").write_text(rows)
+        pack(tmp_path / "images", tmp_path / "rows.jsonl", tmp_path / name, samples_per_shard=15)
+        return read(name)
+
+    def read(name: str) -> list[list[str]]:
+        source = TrainInput(replace(config, sources=[Source("pictures", str(tmp_path / name))]))
+        return [[record["image"] for record in batch.records] for _ in range(3) for batch in source]
+
+    whole = packed(good, "whole")
+    assert packed(sorted([*good, "03 broken.png", "30 broken.png"]), "refused") == whole
+    victims = [sample for sample in iterate(tmp_path / "whole") if sample.record["image"] in ("07.png", "21.png")]
+    for tar in (tmp_path / "whole").glob("*.tar"):
+        content = tar.read_bytes()
+        for victim in victims:
+            content = content.replace(victim.image[50:80], bytes(30))
+        tar.write_bytes(content)
+    damaged, replaced = read("whole"), 0
+    for batch, before in zip(damaged, whole, strict=True):
+        for image, was in zip(batch, before, strict=True):
+            assert image == was or was in ("07.png", "21.png")
+            replaced += image != was
+    assert replaced == 2 * 3
+
+
 def test_bad_input_is_refused_at_once(config: InputConfig, tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match="blip-fast data pack"):
         TrainInput(replace(config, sources=[Source("pictures", str(tmp_path))]))
