@@ -48,7 +48,7 @@ def test_sources_become_shards(folder, tmp_path):
 
 @pytest.mark.parametrize(("options", "words"), [
     (["--data.root=x"], "data.root and data.sources are given together"),
-    (["--evaluation.images=3"], "data.sources have no test split"),
+    (["--evaluation.images=3"], "have no test split"),
     (["--data.sources=[{name: a, root: x}, {name: a, root: y}]"], "different names: a stands twice"),
     (["--data.sources=[{name: a, root: x, weight: 0}]"], "weight of source a is 0"),
     (["--data.sources=[{root: x}]"], "name"),

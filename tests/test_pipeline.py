@@ -303,7 +303,7 @@ def operations(request) -> tuple[np.ndarray, np.ndarray]:
 
 def test_the_graph_for_gpus_makes_the_same_images(config: InputConfig) -> None:
     """Run on the CPU: crops, flips and operations are those that were drawn, to DALI's own resize and warp."""
-    items = TrainInput(replace(config, image_size=64))._items(0)
+    items = TrainInput(replace(config, image_size=64)).items(0)
     ours = next(decode(iter([items]), 64, 4, True, 1, torch.device("cpu"))).images
     graph = decoded_and_finished(iter([columns(items, True)]), 64, True, "cpu", batch_size=4, num_threads=1,
                                  device_id=None)

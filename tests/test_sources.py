@@ -162,3 +162,12 @@ def test_an_order_is_complete_and_knows_its_shards_ahead(counts, world_size, per
                 assert all(0 <= sample < counts[shard] for shard, sample in places)
                 seen += places
         assert len(set(seen)) == len(seen) == world_size * per_batch * (sum(counts) // world_size // per_batch)
+
+
+def test_a_buffer_of_one_keeps_neighbours_together() -> None:
+    """Twins stand side by side in their shard, and a batch of an even size must hold both."""
+    order = Order([10, 20, 10], 4, 1, (0, 0), 1, 2)
+    for number in range(3 * order.steps):
+        places = order.batch(number)
+        assert all(twin == (shard, sample + 1) and sample % 2 == 0
+                   for (shard, sample), twin in zip(places[::2], places[1::2], strict=True))

@@ -167,11 +167,12 @@ class TrainInput:
 
     def _start(self) -> Iterator[Batch]:
         config = self.config
-        items = (self._items(number) for number in count(self._taken))
+        items = (self.items(number) for number in count(self._taken))
         return decode(items, config.image_size, config.batch_size, config.rand_augment, config.threads, self.device)
 
-    def _items(self, number: int) -> list[Item]:
-        """Batch `number`, damaged samples replaced by the first good one of their source, or else of the batch."""
+    def items(self, number: int) -> list[Item]:
+        """The samples of batch `number`, counted from 0 over all epochs, not yet decoded; damaged ones are replaced by
+        the first good one of their source, or else of the batch."""
         found = [(reader.name, item) for reader in self._readers for item in reader.batch(number)]
         good = [item for _, item in found if isinstance(item, Item)]
         items = []

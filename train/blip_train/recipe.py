@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from blip_fast.config import BlipConfig
 from blip_fast.data.cache import CACHE
+from blip_fast.data.shards import is_url
 from blip_fast.data.sources import Source, check_mix
 from blip_train.pretraining import Objective
 from blip_train.schedule import Schedule
@@ -157,9 +158,9 @@ class Recipe:
     def __post_init__(self) -> None:
         if "itm" in self.objective.losses and self.objective.negatives == "local" and self.runtime.batch_size < 2:
             raise ValueError("runtime.batch_size must be at least 2: ITM draws its negatives from the rank's own batch")
-        if self.evaluation.images and self.data.sources is not None:
-            raise ValueError("data.sources have no test split: set evaluation.images to 0, and measure the model with "
-                             "`blip-fast evaluate`")
+        if self.evaluation.images and (self.data.sources is not None or is_url(self.data.root or "")):
+            raise ValueError("data.sources and shards under a URL have no test split: set evaluation.images to 0, and "
+                             "measure the model with `blip-fast evaluate`")
 
     @property
     def directory(self) -> Path:
