@@ -14,10 +14,13 @@ pytest.importorskip("nvidia.dali", reason="the training input needs the extra `t
 from nvidia.dali import fn
 from nvidia.dali.pipeline import pipeline_def
 
-from blip_fast.data.augment import OUTCOMES, SHIFTS, one_operation, warp_matrices
+from blip_fast.data.augment import OUTCOMES, SHIFTS, apply_outcome, warp_matrices
+from blip_fast.data.decoding import columns, decode
+from blip_fast.data.graph import decoded_and_finished, one_operation
 from blip_fast.data.pack import pack
 from blip_fast.data.pipeline import EvaluationInput, InputConfig, TrainInput
 from blip_fast.data.shards import iterate
+from blip_fast.data.sources import Source
 from blip_fast.images import STD, evaluation_transform, load_image
 
 PICTURES = 23
@@ -39,7 +42,7 @@ def shards(tmp_path_factory) -> str:
 
 @pytest.fixture
 def config(shards: str) -> InputConfig:
-    return InputConfig([shards], image_size=32, batch_size=4, shuffle_buffer=8, threads=1, seed=5)
+    return InputConfig([Source("pictures", shards)], image_size=32, batch_size=4, shuffle_buffer=8, threads=1, seed=5)
 
 
 def colour_difference(ours: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
@@ -57,7 +60,7 @@ def test_evaluation_is_within_two_levels_of_pillow(photographs, tmp_path) -> Non
     pack(photographs.root, tmp_path / "rows.jsonl", tmp_path / "shards")
     images = [load_image(sample.image) for sample in iterate(tmp_path / "shards")]
     for image_size in (96, 224):
-        batches = list(EvaluationInput([tmp_path / "shards"], image_size=image_size, batch_size=20, threads=1))
+        batches = list(EvaluationInput(tmp_path / "shards", image_size=image_size, batch_size=20, threads=1))
         ours = torch.cat([batch.images for batch in batches])
         assert ours.dtype == torch.float32 and ours.shape == (50, 3, image_size, image_size)
         assert colour_difference(ours, evaluation_transform(images, image_size)).max() < 2
@@ -69,7 +72,7 @@ def test_odd_files_are_decoded_as_pillow_decodes_them(tmp_path) -> None:
     for name, content in {**odd_files.good_files(), **odd_files.grey_files()}.items():
         (folder / name).write_bytes(content)
     pack(folder, None, tmp_path / "shards")
-    (batch,) = EvaluationInput([tmp_path / "shards"], image_size=40, batch_size=32, threads=1)
+    (batch,) = EvaluationInput(tmp_path / "shards", image_size=40, batch_size=32, threads=1)
     expected = evaluation_transform([load_image(folder / record["image"]) for record in batch.records], 40)
     far = {
         r["image"]: d for r, d in zip(batch.records, colour_difference(batch.images, expected).tolist(), strict=True)
@@ -82,7 +85,7 @@ def test_odd_files_are_decoded_as_pillow_decodes_them(tmp_path) -> None:
 def test_evaluation_reads_everything_once_in_order(shards: str, world_size: int) -> None:
     keys, captions = [], []
     for rank in range(world_size):
-        source = EvaluationInput([shards], image_size=16, batch_size=4, threads=1, rank=rank, world_size=world_size)
+        source = EvaluationInput(shards, image_size=16, batch_size=4, threads=1, rank=rank, world_size=world_size)
         batches = list(source)
         assert [len(batch.ids) for batch in batches[:-1]] == [4] * (len(batches) - 1)
         assert sum(len(batch.images) for batch in batches) == source.samples
@@ -171,7 +174,7 @@ def test_state_fits_only_its_own_run(config: InputConfig, tmp_path) -> None:
     for changed, words in [
         (TrainInput(config, rank=0, world_size=2), "world_size was 1, is 2"),
         (TrainInput(replace(config, shuffle_buffer=9)), "shuffle_buffer was 8, is 9"),
-        (TrainInput(replace(config, shards=config.shards * 2)), "shards was"),
+        (TrainInput(replace(config, sources=[Source("others", config.sources[0].root)])), "was pictures, is others"),
     ]:
         with pytest.raises(ValueError, match=words):
             changed.load_state_dict(state)
@@ -184,9 +187,9 @@ def test_a_damaged_image_costs_neither_the_batch_nor_the_run(config: InputConfig
     victim = next(sample for sample in iterate(tmp_path) if sample.key == "000000007")
     tar = tmp_path / "000001.tar"
     tar.write_bytes(tar.read_bytes().replace(victim.image[60:90], bytes(30)))
-    damaged = replace(config, shards=[str(tmp_path)])
+    damaged = replace(config, sources=[Source("pictures", str(tmp_path))])
 
-    evaluation = EvaluationInput(damaged.shards, image_size=16, batch_size=6, threads=1)
+    evaluation = EvaluationInput(tmp_path, image_size=16, batch_size=6, threads=1)
     keys = [key for batch in evaluation for key in batch.keys]
     assert keys == [f"{i:09d}" for i in range(PICTURES) if i != 7]
 
@@ -204,21 +207,56 @@ def test_a_damaged_image_costs_neither_the_batch_nor_the_run(config: InputConfig
         list(TrainInput(replace(damaged, batch_size=1)))
 
 
+def test_broken_images_do_not_change_the_order_of_the_good_ones(config: InputConfig, tmp_path) -> None:
+    """Those that are refused when they are packed, and those that are damaged on disk since."""
+    (tmp_path / "images").mkdir()
+    good = [f"{i:02d}.png" for i in range(40)]
+    for i, name in enumerate(good):
+        odd_files.picture(30, 20, seed=i).save(tmp_path / "images" / name)
+    for i in (3, 30):
+        (tmp_path / "images" / f"{i:02d} broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+
+    def packed(images: list[str], name: str) -> list[list[str]]:
+        rows = "\n".join(json.dumps({"image": image, "caption": "a picture"}) for image in images)
+        (tmp_path / "rows.jsonl").write_text(rows)
+        pack(tmp_path / "images", tmp_path / "rows.jsonl", tmp_path / name, samples_per_shard=15)
+        return read(name)
+
+    def read(name: str) -> list[list[str]]:
+        source = TrainInput(replace(config, sources=[Source("pictures", str(tmp_path / name))]))
+        return [[record["image"] for record in batch.records] for _ in range(3) for batch in source]
+
+    whole = packed(good, "whole")
+    assert packed(sorted([*good, "03 broken.png", "30 broken.png"]), "refused") == whole
+    victims = [sample for sample in iterate(tmp_path / "whole") if sample.record["image"] in ("07.png", "21.png")]
+    for tar in (tmp_path / "whole").glob("*.tar"):
+        content = tar.read_bytes()
+        for victim in victims:
+            content = content.replace(victim.image[50:80], bytes(30))
+        tar.write_bytes(content)
+    damaged, replaced = read("whole"), 0
+    for batch, before in zip(damaged, whole, strict=True):
+        for image, was in zip(batch, before, strict=True):
+            assert image == was or was in ("07.png", "21.png")
+            replaced += image != was
+    assert replaced == 2 * 3
+
+
 def test_bad_input_is_refused_at_once(config: InputConfig, tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match="blip-fast data pack"):
-        TrainInput(replace(config, shards=[str(tmp_path)]))
+        TrainInput(replace(config, sources=[Source("pictures", str(tmp_path))]))
     with pytest.raises(ValueError, match="23 images give 2 ranks no full batch of 12"):
         TrainInput(replace(config, batch_size=12), world_size=2)
     with pytest.raises(ValueError, match="rank is 2 of 2"):
         TrainInput(config, rank=2, world_size=2)
     with pytest.raises(ValueError, match="crop_scale"):
         replace(config, crop_scale=(0.5, 1.5))
-    with pytest.raises(ValueError, match="shards is empty"):
+    with pytest.raises(ValueError, match="there is no source"):
         InputConfig([])
     odd_files.picture().save(tmp_path / "a.png")
     pack(tmp_path, None, tmp_path / "shards")
     with pytest.raises(ValueError, match="1 images without a caption"):
-        TrainInput(replace(config, shards=[str(tmp_path / "shards")], batch_size=1))
+        TrainInput(replace(config, sources=[Source("a", str(tmp_path / "shards"))], batch_size=1))
 
 
 def test_crops_and_flips_are_what_they_say(tmp_path) -> None:
@@ -227,7 +265,8 @@ def test_crops_and_flips_are_what_they_say(tmp_path) -> None:
     Image.fromarray(ramp).save(tmp_path / "ramp.png")
     (tmp_path / "rows.jsonl").write_text(json.dumps({"image": "ramp.png", "caption": "a ramp"}))
     pack(tmp_path, tmp_path / "rows.jsonl", tmp_path / "shards")
-    plain = InputConfig([str(tmp_path / "shards")], 64, 1, crop_scale=None, flip=False, rand_augment=False, threads=1)
+    plain = InputConfig([Source("ramp", str(tmp_path / "shards"))], 64, 1, crop_scale=None, flip=False,
+                        rand_augment=False, threads=1)
 
     def slopes(config: InputConfig) -> np.ndarray:
         source = TrainInput(config)
@@ -244,10 +283,13 @@ def test_crops_and_flips_are_what_they_say(tmp_path) -> None:
     assert cropped.max() - cropped.min() > 0.2
 
 
-@pytest.fixture(scope="module")
-def operations() -> tuple[np.ndarray, np.ndarray]:
+@pytest.fixture(scope="module", params=["on the CPU", "in DALI's graph"])
+def operations(request) -> tuple[np.ndarray, np.ndarray]:
     """A picture, and each of the 40 outcomes applied to it."""
     pixels = np.asarray(odd_files.picture(SIDE, SIDE, seed=3)) // 2 + 40
+    if request.param == "on the CPU":
+        image = np.ascontiguousarray(pixels.transpose(2, 0, 1))
+        return pixels, np.stack([apply_outcome(image, outcome).transpose(1, 2, 0) for outcome in range(OUTCOMES)])
 
     @pipeline_def(batch_size=OUTCOMES, num_threads=1, device_id=None, enable_conditionals=True)
     def graph():
@@ -257,6 +299,18 @@ def operations() -> tuple[np.ndarray, np.ndarray]:
     pipeline = graph()
     pipeline.build()
     return pixels, pipeline.run()[0].as_array()
+
+
+def test_the_graph_for_gpus_makes_the_same_images(config: InputConfig) -> None:
+    """Run on the CPU: crops, flips and operations are those that were drawn, to DALI's own resize and warp."""
+    items = TrainInput(replace(config, image_size=64)).items(0)
+    ours = next(decode(iter([items]), 64, 4, True, 1, torch.device("cpu"))).images
+    graph = decoded_and_finished(iter([columns(items, True)]), 64, True, "cpu", batch_size=4, num_threads=1,
+                                 device_id=None)
+    graph.build()
+    theirs = torch.from_numpy(graph.run()[0].as_array())
+    assert len({item.drawn for item in items}) == 4 and any(item.drawn.flip for item in items)
+    assert colour_difference(ours, theirs).max() < 2
 
 
 def test_operations_are_what_they_say(operations) -> None:

@@ -187,9 +187,9 @@ def test_without_training_state_the_copy_is_the_model(tmp_path):
 def test_the_tokenizer_of_a_published_file(tmp_path):
     path = save(make("pretraining"), tmp_path / "x.pth")
     with pytest.raises(ValueError, match=r"x\.pth brings no tokenizer \(x\.tokenizer\): name one with --tokenizer"):
-        prepare_tokenizer(recipe(path, "pretraining"), tmp_path)
+        prepare_tokenizer(recipe(path, "pretraining"), [])
     TOKENIZER.save(tmp_path / "x.tokenizer")
-    assert prepare_tokenizer(recipe(path, "pretraining"), tmp_path).vocab_size == TOKENIZER.vocab_size
+    assert prepare_tokenizer(recipe(path, "pretraining"), []).vocab_size == TOKENIZER.vocab_size
 
 
 # --------------------------------------------------------------------------------------------------------- faults

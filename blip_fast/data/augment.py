@@ -1,4 +1,4 @@
-"""RandAugment(2, 5) as BLIP's released code applies it, as a DALI graph.
+"""What is drawn for a training image, and RandAugment(2, 5) as BLIP's released code applies it.
 
 Two operations, one after the other, are drawn among ten, and each is applied with probability 1/2: identity,
 auto-contrast, brightness, sharpness, equalize, shear x, shear y, translate x, translate y, rotate. At magnitude 5 of 10
@@ -8,28 +8,70 @@ alone. Pixels from outside the image are 128.
 
 Equalize follows OpenCV's formula; the released code's is Pillow's, a few levels apart where a channel's darkest or
 brightest value is frequent.
-"""
 
-# DALI's stubs describe neither its enum members nor conditions that are part of the graph.
-# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+The operations stand here for NumPy and torch, on one image in a CPU's cache; `graph.py` has them for DALI on a GPU.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
-from nvidia.dali import fn, types
-from nvidia.dali.auto_aug import augmentations
+import torch
+from torch import Tensor
 
 OPERATIONS = 2
 SHEAR, SHIFT, ANGLE = 0.15, 5, math.radians(15)
 FILL = 128
+ASPECT_RATIOS = (3 / 4, 4 / 3)  # of random crops
+CROP_ATTEMPTS = 10
 
 # One operation is one of 40 equally likely outcomes: ten operations, applied or not, with either sign. 0–5 warp,
 # 6–9 translate, 10–11 stretch the contrast, 12–13 equalize, and 26 leave the image alone.
 OUTCOMES = 40
+WARPS, SHIFTED, STRETCHED, EQUALIZED = 6, 10, 12, 14  # one behind the last outcome of each kind
 SHIFTS = np.array([[0, SHIFT], [0, -SHIFT], [SHIFT, 0], [-SHIFT, 0]], dtype=np.int32)  # (y, x)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """How one image is changed: the window kept of it in pixels, whether it is mirrored, RandAugment's outcomes."""
+
+    start: tuple[int, int]  # y, x
+    shape: tuple[int, int]  # height, width
+    flip: bool = False
+    outcomes: tuple[int, ...] = ()
+
+
+def draw(
+    rng: np.random.Generator, height: int, width: int, crop_scale: tuple[float, float] | None, flip: bool, augment: bool
+) -> Drawn:
+    """Draw for an image of that size. `crop_scale`: the share of the area that a crop keeps; None: the whole image."""
+    start, shape = ((0, 0), (height, width)) if crop_scale is None else _window(rng, height, width, crop_scale)
+    mirrored = flip and rng.random() < 0.5
+    outcomes = rng.integers(OUTCOMES, size=OPERATIONS).tolist() if augment else ()
+    return Drawn(start, shape, mirrored, tuple(outcomes))
+
+
+def _window(
+    rng: np.random.Generator, height: int, width: int, scale: tuple[float, float]
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Area and logarithm of the aspect ratio uniform, the place too; after ten misses the largest centred window whose
+    aspect ratio is allowed (torchvision's RandomResizedCrop, which the published code uses)."""
+    low, high = ASPECT_RATIOS
+    for area, ratio in zip(
+        rng.uniform(*scale, CROP_ATTEMPTS) * height * width,
+        np.exp(rng.uniform(math.log(low), math.log(high), CROP_ATTEMPTS)),
+        strict=True,
+    ):
+        h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 0 < h <= height and 0 < w <= width:
+            return (int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))), (h, w)
+    h = min(height, round(width / low))
+    w = min(width, round(height * high))
+    return ((height - h) // 2, (width - w) // 2), (h, w)
 
 
 def warp_matrices(image_size: int) -> np.ndarray:
@@ -42,29 +84,60 @@ def warp_matrices(image_size: int) -> np.ndarray:
     return np.array(matrices, dtype=np.float32)
 
 
-def rand_augment(images: Any, image_size: int) -> Any:
-    """uint8 [image_size, image_size, 3] → the same. Call it inside a pipeline definition with conditionals enabled."""
-    for _ in range(OPERATIONS):
-        images = one_operation(images, fn.random.choice(OUTCOMES), image_size)
-    return images
+def apply_outcome(image: np.ndarray, outcome: int) -> np.ndarray:
+    """Apply the operation that `outcome` (0–39) stands for to uint8 [3, size, size]; gives the same."""
+    if outcome < WARPS:
+        return _warped(image, outcome)
+    if outcome < SHIFTED:
+        return _shifted(image, *SHIFTS[outcome - WARPS].tolist())
+    if outcome < STRETCHED:
+        return np.stack([_stretched(channel) for channel in image])
+    if outcome < EQUALIZED:
+        return np.stack([_equalized(channel) for channel in image])
+    return image
 
 
-def one_operation(images: Any, outcome: Any, image_size: int) -> Any:
-    """Apply the operation that `outcome` (0–39, a scalar for each image) stands for."""
-    if outcome < 6:
-        matrix = types.Constant(warp_matrices(image_size))[outcome]
-        images = fn.warp_affine(
-            images, matrix=matrix, inverse_map=False, fill_value=FILL, interp_type=types.INTERP_LINEAR
-        )
-    elif outcome < 10:
-        start = types.Constant(SHIFTS)[outcome - 6]
-        size = [image_size, image_size]
-        # A slice that starts outside moves the image; it is ten times cheaper than a warp.
-        images = fn.slice(images, start, size, axes=[0, 1], out_of_bounds_policy="pad", fill_values=FILL)
-    elif outcome < 12:
-        images = augmentations.auto_contrast(images)
-    elif outcome < 14:
-        images = fn.equalize(images)
-    else:
-        images = images
-    return images
+def _warped(image: np.ndarray, which: int) -> np.ndarray:
+    # Zeros from outside stand for the fill.
+    centred = torch.from_numpy(np.subtract(image, FILL, dtype=np.float32))
+    grid = _warp_grids(image.shape[-1])[which]
+    warped = torch.nn.functional.grid_sample(centred[None], grid[None], align_corners=False)[0].numpy()
+    return np.rint(warped + FILL).astype(np.uint8)
+
+
+@cache
+def _warp_grids(image_size: int) -> Tensor:
+    """Where each destination pixel comes from, as `grid_sample` wants it: float32 [6, size, size, 2], (x, y) in ± 1."""
+    matrices = np.concatenate([warp_matrices(image_size), np.tile([[[0, 0, 1]]], (WARPS, 1, 1))], axis=1)
+    centres = np.arange(image_size) + 0.5
+    x, y = np.meshgrid(centres, centres)
+    places = np.stack([x, y, np.ones_like(x)], axis=-1)  # [size, size, 3]
+    sources = np.einsum("mij,yxj->myxi", np.linalg.inv(matrices)[:, :2], places)
+    return torch.from_numpy((2 * sources / image_size - 1).astype(np.float32))
+
+
+def _shifted(image: np.ndarray, y: int, x: int) -> np.ndarray:
+    """Pixel (i, j) becomes what was at (i + y, j + x)."""
+    size = image.shape[-1]
+    shifted = np.full_like(image, FILL)
+    shifted[:, max(-y, 0) : size - max(y, 0), max(-x, 0) : size - max(x, 0)] = image[
+        :, max(y, 0) : size - max(-y, 0), max(x, 0) : size - max(-x, 0)
+    ]
+    return shifted
+
+
+def _stretched(channel: np.ndarray) -> np.ndarray:
+    """The darkest value becomes 0, the brightest 255."""
+    low, high = int(channel.min()), int(channel.max())
+    if low == high:
+        return channel
+    return ((channel - np.float32(low)) * np.float32(255 / (high - low)) + np.float32(0.5)).astype(np.uint8)
+
+
+def _equalized(channel: np.ndarray) -> np.ndarray:
+    """Each value becomes the share of pixels that are darker or equal, the darkest value 0."""
+    below = np.cumsum(np.bincount(channel.reshape(-1), minlength=256))
+    darkest = below[channel.min()]
+    if darkest == below[-1]:
+        return channel
+    return np.rint(255 * (below - darkest) / (below[-1] - darkest)).astype(np.uint8)[channel]

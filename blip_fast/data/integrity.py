@@ -41,7 +41,7 @@ def what_is_wrong(content: bytes) -> str | None:
     if kind is None:
         return "neither JPEG, PNG nor WebP"
     try:
-        width, height = {"jpg": _jpeg_size, "png": _png_size, "webp": _webp_size}[kind](content)
+        width, height = _SIZES[kind](content)
     except _Broken as broken:
         return f"{kind}: {broken}"
     except (struct.error, IndexError):
@@ -51,6 +51,13 @@ def what_is_wrong(content: bytes) -> str | None:
     if width * height > MAX_PIXELS:
         return f"{kind}: {width} × {height} pixels are more than {MAX_PIXELS:,}"
     return None
+
+
+def image_size(content: bytes) -> tuple[int, int]:
+    """Width and height of an encoded image in which nothing is wrong."""
+    kind = image_format(content)
+    assert kind is not None
+    return _SIZES[kind](content)
 
 
 def _jpeg_size(content: bytes) -> tuple[int, int]:
@@ -113,3 +120,6 @@ def _webp_size(content: bytes) -> tuple[int, int]:
     else:
         raise _Broken("no image chunk")
     return width, height
+
+
+_SIZES = {"jpg": _jpeg_size, "png": _png_size, "webp": _webp_size}

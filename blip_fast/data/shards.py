@@ -1,6 +1,6 @@
 """Shards: images and their records in webdataset tar files, with an index beside them.
 
-A directory holds `000000.tar`, `000001.tar`, …, beside each the `000000.idx` in which DALI looks up its members, and
+A directory holds `000000.tar`, `000001.tar`, …, beside each the `000000.idx` that says where its members are, and
 `shards.json`. A sample is two members of a tar:
 
     000000042.jpg    the encoded image as it was found (jpg, png or webp)
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import tarfile
 import zlib
@@ -24,12 +25,12 @@ from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any
 
+import fsspec
 from webdataset.writer import TarWriter
 
 from blip_fast.data.integrity import image_format
 
 INDEX = "shards.json"
-EXTENSIONS = ("jpg", "png", "webp")  # of encoded images
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,8 @@ def write_shards(samples: Iterable[Sample], directory: str | Path, *, samples_pe
                 tar.write(_members(sample))
                 without_caption += not sample.record.get("captions")
                 written += 1
-        _write_dali_index(path)
-        shards.append(Shard(path.name, written, path.stat().st_size, _sha256(path)))
+        path.with_suffix(".idx").write_text(member_index(path), encoding="utf-8")
+        shards.append(Shard(path.name, written, path.stat().st_size, sha256_of(path)))
     index = ShardIndex(sum(shard.samples for shard in shards), without_caption, tuple(shards))
     (directory / INDEX).write_text(json.dumps(asdict(index), indent=2) + "\n", encoding="utf-8")
     return index
@@ -98,25 +99,71 @@ def claim(directory: str | Path) -> Path:
     return directory
 
 
-def read_index(directory: str | Path) -> ShardIndex:
-    """Read `shards.json`; it is written last, so shards without it were cut short.
+def is_url(root: str | Path) -> bool:
+    """Whether fsspec reads it, and not the file system."""
+    return "://" in str(root)
 
-    Raises FileNotFoundError where it or one of its tar files is missing, ValueError where a tar file's size is wrong.
+
+def read_index(root: str | Path) -> ShardIndex:
+    """Read `shards.json` of a directory or URL; it is written last, so shards without it were cut short.
+
+    Raises FileNotFoundError where it or, in a directory, one of its tar files is missing, ValueError where it is no
+    index or a tar file's size is wrong, OSError where the URL cannot be read. Tar files under a URL are looked at when
+    they are fetched.
     """
-    path = Path(directory) / INDEX
-    if not path.is_file():
-        raise FileNotFoundError(f"{directory} holds no {INDEX}: pack the images there with `blip-fast data pack` first")
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    index = ShardIndex(**{**stored, "shards": tuple(Shard(**shard) for shard in stored["shards"])})
+    where = f"{str(root).rstrip('/')}/{INDEX}"
+    try:
+        system, path = fsspec.url_to_fs(where)
+        stored = json.loads(system.cat_file(path))
+        index = ShardIndex(**{**stored, "shards": tuple(Shard(**shard) for shard in stored["shards"])})
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{root} holds no {INDEX}: pack the images there with `blip-fast data pack` first"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{where} is no index of shards ({error}): copy it again") from None
+    except Exception as error:  # each protocol's client has its own errors
+        raise OSError(f"{where} cannot be read: {error}") from error
+    if not is_url(root):
+        _check_files(Path(root), index)
+    return index
+
+
+def _check_files(directory: Path, index: ShardIndex) -> None:
     for shard in index.shards:
-        tar = path.with_name(shard.file)
+        tar = directory / shard.file
         if not tar.is_file():
             raise FileNotFoundError(
-                f"{path} lists {shard.file}, which is missing: copy it again, or pack the images again"
+                f"{directory / INDEX} lists {shard.file}, which is missing: copy it again, or pack the images again"
             )
         if tar.stat().st_size != shard.bytes:
             raise ValueError(f"{tar} has {tar.stat().st_size:,} of {shard.bytes:,} bytes: copy it again")
-    return index
+
+
+class OpenShard:
+    """A local tar file and its members' places; samples are read in any order, by several threads at once. `name`
+    stands for it in messages."""
+
+    def __init__(self, tar: Path, name: str) -> None:
+        self.name = name
+        self._stream = tar.open("rb")
+        _, *lines = tar.with_suffix(".idx").read_text(encoding="utf-8").splitlines()
+        self._members = [self._places(line.split()) for line in lines]
+
+    @staticmethod
+    def _places(fields: list[str]) -> tuple[int, int, int, int]:
+        """Offset and size of the image and of the record, from a sample's line."""
+        members = {fields[i] == "json": (int(fields[i + 1]), int(fields[i + 2])) for i in range(0, len(fields), 4)}
+        return *members[False], *members[True]
+
+    def read(self, number: int) -> tuple[bytes, bytes]:
+        """The encoded image and the record's JSON of a sample."""
+        image, image_size, record, record_size = self._members[number]
+        descriptor = self._stream.fileno()
+        return os.pread(descriptor, image_size, image), os.pread(descriptor, record_size, record)
+
+    def close(self) -> None:
+        self._stream.close()
 
 
 def iterate(directory: str | Path) -> Iterator[Sample]:
@@ -145,17 +192,17 @@ def _members(sample: Sample) -> dict[str, Any]:
     return {"__key__": sample.key, kind: sample.image, "json": json.dumps(record, ensure_ascii=False).encode()}
 
 
-def _write_dali_index(path: Path) -> None:
-    """A line a sample: extension, offset, size and name of each member; without it DALI walks through every tar."""
+def member_index(path: Path) -> str:
+    """A line a sample: extension, offset, size and name of each member (DALI's format of an index file)."""
     with tarfile.open(path) as tar:
         members = [(*member.name.split(".", 1), member.offset_data, member.size) for member in tar]
     lines = [
         " ".join(f"{extension} {offset} {size} {key}.{extension}" for _, extension, offset, size in sample)
         for key, sample in groupby(members, key=lambda member: member[0])
     ]
-    path.with_suffix(".idx").write_text("\n".join([f"v1.2 {len(lines)}", *lines]) + "\n", encoding="utf-8")
+    return "\n".join([f"v1.2 {len(lines)}", *lines]) + "\n"
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -95,7 +95,7 @@ def meta_pretraining(recipe: Recipe) -> Pretraining:
 
 def _config(recipe: Recipe) -> BlipConfig:
     if recipe.init is not None:
-        return prepare_model(recipe, prepare_tokenizer(recipe, Path())).config
+        return prepare_model(recipe, prepare_tokenizer(recipe, [])).config
     if recipe.tokenizer.source is not None:
         return recipe.model
     text = dataclasses.replace(recipe.model.text, vocab_size=recipe.tokenizer.vocab_size)

@@ -15,7 +15,8 @@ from blip_fast.config import BlipConfig, SpecialTokens
 from blip_fast.data.annotated import ANNOTATIONS
 from blip_fast.data.pack import pack
 from blip_fast.data.scenes import write_scenes
-from blip_fast.data.shards import INDEX, iterate
+from blip_fast.data.shards import INDEX, is_url, iterate, read_index
+from blip_fast.data.sources import Source
 from blip_fast.model import BlipModel
 from blip_fast.tokenizer import Tokenizer, clean_caption
 from blip_train import collectives
@@ -27,15 +28,29 @@ EXPORT = "model"  # the exported model within a run's directory
 
 
 def check_sources(recipe: Recipe) -> None:
-    """Raise ValueError, before anything is started, where the recipe names data that is not there."""
+    """Raise ValueError, FileNotFoundError or OSError, before anything is started, where the recipe names data that is
+    not there."""
     if recipe.data.scenes is not None:
         return
+    for source in named_sources(recipe):
+        if is_url(source.root):
+            read_index(source.root)
+            if recipe.tokenizer.source is None and recipe.init is None:
+                raise ValueError(f"tokenizer.source is not set, and none is trained on captions under {source.root}: "
+                                 "name a tokenizer")
+        elif not any((Path(source.root) / name).is_file() for name in (ANNOTATIONS, INDEX)):
+            where = "data.root" if recipe.data.sources is None else f"source {source.name}:"
+            raise ValueError(f"{where} {source.root} holds neither {ANNOTATIONS} nor {INDEX}: name a folder of "
+                             "annotated images or of packed shards")
+
+
+def named_sources(recipe: Recipe) -> list[Source]:
+    """The recipe's data sets as it names them; `data.root` is one, "data". Raises ValueError where there is none."""
+    if recipe.data.sources is not None:
+        return recipe.data.sources
     if recipe.data.root is None:
         raise ValueError("data.root is not set: name a folder of annotated images or of shards (--data.root DIR)")
-    root = Path(recipe.data.root)
-    if not (root / ANNOTATIONS).is_file() and not (root / INDEX).is_file():
-        raise ValueError(f"data.root {root} holds neither {ANNOTATIONS} nor {INDEX}: name a folder of annotated images "
-                         "or of packed shards")
+    return [Source("data", recipe.data.root)]
 
 
 def check_directory(recipe: Recipe, resume: bool) -> None:
@@ -44,18 +59,20 @@ def check_directory(recipe: Recipe, resume: bool) -> None:
         raise ValueError(f"{recipe.directory} holds a run already: go on with --resume, or choose another --name")
 
 
-def prepare_shards(recipe: Recipe) -> Path:
-    """The directory of training shards: `data.root` itself, or its images packed into the run's directory (once)."""
-    folder = source_folder(recipe, "train")
-    if (folder / INDEX).is_file():
-        return folder
-    shards = recipe.directory / "shards"
+def prepare_shards(recipe: Recipe) -> list[Source]:
+    """The recipe's data sets as shards: where they are, or packed into the run's directory (once)."""
+    if recipe.data.scenes is not None:  # drawn in random order, twins side by side
+        return [_packed(recipe, Source("scenes", str(source_folder(recipe, "train"))), None, None)]
+    # Rows of one folder often stand together, and training shuffles within a buffer only.
+    return [source if is_url(source.root) or (Path(source.root) / INDEX).is_file()
+            else _packed(recipe, source, recipe.data.train_split, recipe.seed) for source in named_sources(recipe)]
+
+
+def _packed(recipe: Recipe, source: Source, split: str | None, shuffle_seed: int | None) -> Source:
+    folder, shards = Path(source.root), recipe.directory / "shards" / source.name
     if not (shards / INDEX).is_file():
-        if recipe.data.root is None:  # scenes are drawn in random order, twins side by side
-            pack(folder, folder / ANNOTATIONS, shards)
-        else:  # rows of one source often stand together, and DALI shuffles within a buffer only
-            pack(folder, folder / ANNOTATIONS, shards, split=recipe.data.train_split, shuffle_seed=recipe.seed)
-    return shards
+        pack(folder, folder / ANNOTATIONS, shards, split=split, shuffle_seed=shuffle_seed)
+    return dataclasses.replace(source, root=str(shards))
 
 
 def source_folder(recipe: Recipe, split: Literal["train", "test"]) -> Path:
@@ -75,11 +92,12 @@ def source_folder(recipe: Recipe, split: Literal["train", "test"]) -> Path:
     return folder
 
 
-def prepare_tokenizer(recipe: Recipe, shards: Path) -> Tokenizer:
+def prepare_tokenizer(recipe: Recipe, shards: list[Source]) -> Tokenizer:
     """The recipe's tokenizer; the initial checkpoint's where it names none; else one trained on the captions."""
     source = recipe.tokenizer.source or recipe.init
     if source is None:
-        captions = (clean_caption(caption) for sample in iterate(shards) for caption in sample.record["captions"])
+        captions = (clean_caption(caption) for each in shards for sample in iterate(each.root)
+                    for caption in sample.record["captions"])
         return Tokenizer.train(captions, recipe.tokenizer.vocab_size)
     if Path(source).is_file() and Path(source).suffix == ".txt":
         return Tokenizer.from_vocab_file(source)

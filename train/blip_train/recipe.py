@@ -12,6 +12,9 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from blip_fast.config import BlipConfig
+from blip_fast.data.cache import CACHE
+from blip_fast.data.shards import is_url
+from blip_fast.data.sources import Source, check_mix
 from blip_train.pretraining import Objective
 from blip_train.schedule import Schedule
 
@@ -50,13 +53,18 @@ class ScenesRecipe:
 class DataRecipe:
     """The pairs to train on, and how their pictures are changed.
 
-    `root`: webdataset shards, or a folder with annotations.jsonl and its images, packed into shards at the first run;
-    or `scenes`, drawn into the run's directory. `crop_scale`: area share of the random resized crop; null resizes
-    only. `prompt` is put before every caption.
+    `root`: webdataset shards in a directory or under a URL (`s3://…`), or a folder with annotations.jsonl and its
+    images, packed into shards at the first run; or `sources`, several of these, each with a name and perhaps a weight;
+    or `scenes`, drawn into the run's directory. Shards under URLs are fetched into the directory `cache`, which is kept
+    to `cache_gb`. `crop_scale`: area share of the random resized crop; null resizes only. Samples are shuffled within
+    `shuffle_buffer`. `prompt` is put before every caption.
     """
 
     root: str | None = None
+    sources: list[Source] | None = None
     scenes: ScenesRecipe | None = None
+    cache: str = CACHE
+    cache_gb: float = 100.0
     train_split: str | None = "train"
     test_split: str | None = "test"
     crop_scale: tuple[float, float] | None = (0.2, 1.0)
@@ -68,8 +76,12 @@ class DataRecipe:
     prompt: str = ""
 
     def __post_init__(self) -> None:
-        if self.root is not None and self.scenes is not None:
-            raise ValueError("data.root and data.scenes are both given: train on a folder or on drawn scenes")
+        given = [name for name in ("root", "sources", "scenes") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"data.{' and data.'.join(given)} are given together: train on one data set, on several "
+                             "sources or on drawn scenes")
+        if self.sources is not None:
+            check_mix(self.sources)
 
 
 @dataclass(frozen=True)
@@ -163,6 +175,9 @@ class Recipe:
     def __post_init__(self) -> None:
         if "itm" in self.objective.losses and self.objective.negatives == "local" and self.runtime.batch_size < 2:
             raise ValueError("runtime.batch_size must be at least 2: ITM draws its negatives from the rank's own batch")
+        if self.evaluation.images and (self.data.sources is not None or is_url(self.data.root or "")):
+            raise ValueError("data.sources and shards under a URL have no test split: set evaluation.images to 0, and "
+                             "measure the model with `blip-fast evaluate`")
 
     @property
     def directory(self) -> Path:

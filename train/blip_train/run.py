@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from blip_fast.checkpoint import save_native
 from blip_fast.data.pipeline import InputConfig, TrainInput
+from blip_fast.data.sources import Source
 from blip_fast.tokenizer import Tokenizer
 from blip_train import checkpoints, collectives
 from blip_train.batches import Batches
@@ -75,7 +76,7 @@ def _streams(recipe: Recipe) -> Streams:
     return Streams(ranks * recipe.runtime.accumulation, recipe.runtime.streams or ranks, ranks)
 
 
-def _prepare(recipe: Recipe) -> tuple[Path, Tokenizer]:
+def _prepare(recipe: Recipe) -> tuple[list[Source], Tokenizer]:
     """Shards and tokenizer: made by rank 0, read by all."""
     saved = recipe.directory / "tokenizer"
     if collectives.world()[0] == 0:
@@ -88,11 +89,12 @@ def _prepare(recipe: Recipe) -> tuple[Path, Tokenizer]:
     return prepare_shards(recipe), Tokenizer.from_pretrained(saved)
 
 
-def _open_input(recipe: Recipe, shards: Path, device: torch.device, stream: int, streams: int) -> TrainInput:
+def _open_input(recipe: Recipe, shards: list[Source], device: torch.device, stream: int, streams: int) -> TrainInput:
     data = recipe.data
     config = InputConfig(
-        shards=[str(shards)], image_size=recipe.model.vision.image_size, batch_size=recipe.runtime.batch_size,
-        seed=recipe.seed, crop_scale=data.crop_scale, flip=data.flip, rand_augment=data.rand_augment,
+        sources=shards, cache=data.cache, cache_gb=data.cache_gb, image_size=recipe.model.vision.image_size,
+        batch_size=recipe.runtime.batch_size, seed=recipe.seed,
+        crop_scale=data.crop_scale, flip=data.flip, rand_augment=data.rand_augment,
         shuffle_buffer=data.shuffle_buffer, threads=data.threads, max_words=data.max_words, prompt=data.prompt)
     return TrainInput(config, rank=stream, world_size=streams, device=device)
 
