@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import zlib
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from nvidia.dali.pipeline import pipeline_def
 from PIL import Image
 
 from blip_fast.data.augment import rand_augment
-from blip_fast.data.shards import EXTENSIONS
+from blip_fast.data.shards import EXTENSIONS, SECOND
 from blip_fast.images import MEAN, STD
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)  # of random crops
@@ -39,12 +40,35 @@ def decoded_and_normalised(
     crop_scale: tuple[float, float] | None,
     flip: bool,
     augment: bool,
+    pairs: bool,
 ):
-    """→ images float32 [3, image_size, image_size], records uint8 [bytes], whether the encoded image is undamaged."""
-    encoded, record = fn.readers.webdataset(
-        **reader, ext=[";".join(EXTENSIONS), "json"], missing_component_behavior="error", pad_last_batch=True
+    """→ images float32 [3, image_size, image_size], or [2, 3, image_size, image_size] of `pairs`; records uint8
+    [bytes]; whether the encoded images are undamaged."""
+    checksums = {"": "crc32"} | ({SECOND: "second_crc32"} if pairs else {})
+    components = [";".join(f"{prefix}{extension}" for extension in EXTENSIONS) for prefix in checksums]
+    *encoded, record = fn.readers.webdataset(
+        **reader, ext=[*components, "json"], missing_component_behavior="error", pad_last_batch=True
     )
-    encoded, good = fn.python_function(encoded, record, function=_replace_damaged, num_outputs=2)
+    options = image_size, decoder, crop_scale, flip, augment
+    read = [_picture(encoded[i], record, checksum, *options) for i, checksum in enumerate(checksums.values())]
+    images = fn.stack(*[image for image, _ in read]) if pairs else read[0][0]
+    good = read[0][1] & read[-1][1]
+    return images, record, good
+
+
+def _picture(
+    encoded: Any,
+    record: Any,
+    checksum: str,
+    image_size: int,
+    decoder: str,
+    crop_scale: tuple[float, float] | None,
+    flip: bool,
+    augment: bool,
+):
+    """One encoded image → float32 [3, image_size, image_size], and whether it is undamaged."""
+    replace_damaged = partial(_replace_damaged, checksum=checksum)
+    encoded, good = fn.python_function(encoded, record, function=replace_damaged, num_outputs=2)
     # As in the published code, EXIF orientation is not applied.
     decoding = {"device": decoder, "output_type": types.RGB, "adjust_orientation": False}
     if crop_scale is not None:
@@ -60,11 +84,11 @@ def decoded_and_normalised(
         images = rand_augment(images, image_size)
     mean, std = ([255 * value for value in values] for values in (MEAN, STD))
     images = fn.crop_mirror_normalize(images, dtype=types.FLOAT, output_layout="CHW", mean=mean, std=std)
-    return images, record, good
+    return images, good
 
 
-def _replace_damaged(encoded: np.ndarray, record: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _replace_damaged(encoded: np.ndarray, record: np.ndarray, checksum: str) -> tuple[np.ndarray, np.ndarray]:
     """Inside the graph: an image whose checksum is not the packed one must not reach the decoder, where it would take
     the whole batch with it."""
-    good = zlib.crc32(encoded) == json.loads(record.tobytes())["crc32"]  # pyright: ignore[reportArgumentType]
+    good = zlib.crc32(encoded) == json.loads(record.tobytes())[checksum]  # pyright: ignore[reportArgumentType]
     return (encoded if good else BLANK), np.array(good)

@@ -40,6 +40,7 @@ class InputConfig:
     shuffle_buffer: int = 4096  # encoded images in memory; each next one is drawn from them
     threads: int = 4
     seed: int = 0
+    pairs: bool = False  # each sample is two images (NLVR2)
 
     def __post_init__(self) -> None:
         if not self.shards:
@@ -53,10 +54,11 @@ class InputConfig:
 
 @dataclass(frozen=True)
 class Batch:
-    """images float32 [batch, 3, size, size], normalised, on the input's device; the rest has one entry an image."""
+    """images float32 [batch, 3, size, size], normalised, on the input's device, or [batch, 2, 3, size, size] of pairs;
+    the rest has one entry an image or pair."""
 
     images: Tensor
-    captions: list[str]  # one of each image's captions, cleaned, behind the prompt
+    captions: list[str]  # one of each image's captions, cleaned, behind the prompt; "" where a question stands instead
     ids: Tensor  # int64 [batch], on the CPU: equal ids are the same image
     records: list[dict[str, Any]]  # key, image, all captions, and what else the annotations knew
 
@@ -82,6 +84,9 @@ class TrainInput:
         for directory, index in zip(config.shards, indices, strict=True):
             if index.without_caption:
                 raise ValueError(f"{directory} holds {index.without_caption} images without a caption to train on")
+            if config.pairs and index.pairs < index.samples:
+                raise ValueError(f"{directory} holds {index.samples - index.pairs} samples without a second image: "
+                                 'pack rows with "image" and "second_image"')
         samples = sum(index.samples for index in indices)
         self.steps_per_epoch = samples // world_size // config.batch_size
         if self.steps_per_epoch == 0:
@@ -140,6 +145,7 @@ class TrainInput:
             crop_scale=config.crop_scale,
             flip=config.flip,
             augment=config.rand_augment,
+            pairs=config.pairs,
             # The order of the tars must be the same on every rank, all else differs.
             reader={
                 "random_shuffle": True,
@@ -166,6 +172,8 @@ class TrainInput:
         return Batch(images, [self._caption(record) for record in records], _ids(records), records)
 
     def _caption(self, record: dict[str, Any]) -> str:
+        if not record["captions"]:
+            return ""
         # Drawn anew for each epoch, alike on any number of ranks.
         draw = np.random.default_rng([self.config.seed, self.epoch, record["crc32"]])
         caption = record["captions"][draw.integers(len(record["captions"]))]
@@ -224,6 +232,7 @@ def _build_pipeline(
     crop_scale: tuple[float, float] | None = None,
     flip: bool = False,
     augment: bool = False,
+    pairs: bool = False,
     **options: Any,
 ) -> Pipeline:
     tars = [Path(d) / shard.file for d, index in zip(shards, indices, strict=True) for shard in index.shards]
@@ -235,6 +244,7 @@ def _build_pipeline(
         crop_scale,
         flip,
         augment,
+        pairs,
         device_id=(device.index or 0) if on_gpu else None,
         **options,
     )
