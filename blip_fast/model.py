@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -62,11 +64,12 @@ class BlipModel(nn.Module):
         for stack in (self.vision, *self.text.values()):
             stack.recomputed = blocks  # type: ignore[assignment]
 
-    def restricted_to(self, config: BlipConfig) -> BlipModel:
+    def restricted_to(self, config: BlipConfig, drawn: Collection[str] = ()) -> BlipModel:
         """A new model with a part of this one's text modes and heads, weights copied (a captioner from pre-training).
 
         Args:
             config: this model's sizes, with `text_stacks`, `contrastive`, `matching`, `reasoning` or drop-outs changed.
+            drawn: parameters that are not taken over but drawn anew.
 
         Raises:
             ValueError: the config asks for a part that this model does not have, or for another size or tying of one.
@@ -77,6 +80,9 @@ class BlipModel(nn.Module):
         own = self.state_dict()
         weights = {}
         for name, wanted in part.state_dict().items():
+            if name in drawn:
+                weights[name] = wanted
+                continue
             source = name
             if name.startswith("text.") and self.config.text_stacks == "tied":
                 source = "text.tied." + name.split(".", 2)[2]
@@ -117,6 +123,34 @@ class BlipModel(nn.Module):
         (first_rows,) = self.stack("encoder")([TextStream(texts, "encoder", images, first_row_only=True)], image_kv)
         return self.itm_head(first_rows).float()  # type: ignore[misc]
 
+    def reasoning_logits(self, texts: PackedTexts, pairs: Tensor, image_kv: ImageKV) -> Tensor:
+        """NLVR2's logits (false, true) of texts about pairs of images.
+
+        Args:
+            texts: the texts, first token [ENC].
+            pairs: int64 [texts], the pair of images that each text is about.
+            image_kv: `stack("encoder").image_kv(first_embeds, second_embeds)`.
+
+        Returns:
+            [texts, 2], float32.
+        """
+        self._require("reasoning")
+        (first_rows,) = self.stack("encoder")([TextStream(texts, "encoder", pairs, first_row_only=True)], image_kv)
+        return self.reasoning_head(first_rows).float()
+
+    def question_kv(self, pixels: Tensor, questions: PackedTexts) -> ImageKV:
+        """What VQA's answer decoder looks at: keys and values of the encoded questions' own tokens.
+
+        Args:
+            pixels: [questions, 3, size, size], an image for each.
+            questions: first token [ENC] as trained.
+        """
+        encoder = self.stack("encoder")
+        images = torch.arange(len(pixels), device=pixels.device)
+        image_kv = encoder.image_kv(self.encode_images(pixels))
+        (states,) = encoder([TextStream(questions, "encoder", images)], image_kv)
+        return self.stack("decoder").states_kv(states, offsets=questions.offsets)
+
     def lm_logits(self, texts: PackedTexts, images: Tensor, image_kv: ImageKV) -> Tensor:
         """Next-token logits [rows, vocab_size] of texts that start with [DEC]."""
         (hidden,) = self.stack("decoder")([TextStream(texts, "decoder", images)], image_kv)
@@ -134,8 +168,8 @@ class BlipModel(nn.Module):
 
     def _require(self, part: str) -> None:
         if not getattr(self.config, part):
-            raise ValueError(f"this model has no {part} head: take a checkpoint that has one (an image-text retrieval "
-                             "or pre-training checkpoint)")
+            kind = "NLVR2" if part == "reasoning" else "image-text retrieval or pre-training"
+            raise ValueError(f"this model has no {part} head: take a checkpoint that has one (an {kind} checkpoint)")
 
     def _initialise(self) -> None:
         """Weights that keep their input's size (std 1/√fan-in), zero biases, unit norms.

@@ -1,11 +1,13 @@
 """One batch ahead: order, the position that belongs to the batch taken, errors, the time that was waited."""
 
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from blip_train.batches import Batches
+from blip_train.pretraining import Batch
 
 from blip_fast.tokenizer import BERT_TOKENS, Tokenizer
 
@@ -32,7 +34,8 @@ class Source:
 
 
 def batches_of(source):
-    return Batches(source, TOKENIZER, 30, torch.device("cpu"))
+    collate = partial(Batch.collate, tokenizer=TOKENIZER, max_tokens=30)
+    return Batches(source, collate, torch.device("cpu"))
 
 
 def test_order_and_positions():

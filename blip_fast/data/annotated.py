@@ -118,8 +118,8 @@ def _row(row: Any, where: str) -> dict[str, Any]:
         except (TypeError, ValueError):
             raise ValueError(f'{where}: "id" is {row["id"]!r}, not an integer') from None
     if "question" in row and not _has_answers(row):
-        raise ValueError(f'{where}: a "question" (a text) needs "answers": a list of texts, one a vote, or an object of '
-                         "texts and their weights above 0")
+        raise ValueError(f'{where}: a "question" (a text) needs "answers": a list of texts, one a vote, or an object '
+                         "of texts and their weights above 0")
     if "second_image" in row and not (isinstance(row["second_image"], str) and isinstance(row.get("label"), bool)):
         raise ValueError(f'{where}: a "second_image" (a path) needs a "label", true or false')
     return {**row, "captions": captions}

@@ -93,12 +93,14 @@ def _good_samples(folder: Path, records: list[dict[str, Any]], refused: TextIO, 
             names = [[record[name] for name in ("image", "second_image") if name in record] for record in chunk]
             contents = pool.map(_read, [folder / name for of_sample in names for name in of_sample])
             for record, of_sample in zip(chunk, names, strict=True):
-                read = dict(zip(of_sample, contents, strict=False))
-                errors = {name: str(content) for name, content in read.items() if isinstance(content, ImageError)}
-                for name, reason in errors.items():
-                    refused.write(json.dumps({"image": name, "reason": reason}, ensure_ascii=False) + "\n")
-                if not errors:
-                    yield Sample(record["key"], read[of_sample[0]], record, *(read[name] for name in of_sample[1:]))
+                read = list(islice(contents, len(of_sample)))
+                for name, content in zip(of_sample, read, strict=True):
+                    if isinstance(content, ImageError):
+                        line = {"image": name, "reason": str(content)}
+                        refused.write(json.dumps(line, ensure_ascii=False) + "\n")
+                whole = [content for content in read if not isinstance(content, ImageError)]
+                if len(whole) == len(read):
+                    yield Sample(record["key"], whole[0], record, *whole[1:])
 
 
 def _read(path: Path) -> bytes | ImageError:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 
+from blip_fast.data.pipeline import Batch as ReadBatch
 from blip_fast.data.pipeline import TrainInput
-from blip_fast.tokenizer import Tokenizer
-from blip_train.pretraining import Batch
 
 
 class Batches:
@@ -21,17 +20,18 @@ class Batches:
     `waited`, seconds that the taker has waited in all.
     """
 
-    def __init__(self, source: TrainInput, tokenizer: Tokenizer, max_tokens: int, device: torch.device) -> None:
-        self._source, self._tokenizer, self._max_tokens, self._device = source, tokenizer, max_tokens, device
+    def __init__(self, source: TrainInput, collate: Callable[[ReadBatch], Any], device: torch.device) -> None:
+        """`collate` makes what the training step takes of what was read; see `prepare.collation`."""
+        self._source, self._collate, self._device = source, collate, device
         self.state, self.waited = source.state_dict(), 0.0
         self._thread = ThreadPoolExecutor(1, "batches")
         self._made = self._make()
         self._next = self._thread.submit(next, self._made)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Any]:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Any:
         """Raises what reading raised."""
         start = time.perf_counter()
         batch, self.state = self._next.result()
@@ -43,9 +43,7 @@ class Batches:
         """Let the thread finish the batch that nobody will take."""
         self._thread.shutdown()
 
-    def _make(self) -> Iterator[tuple[Batch, dict[str, Any]]]:
+    def _make(self) -> Iterator[tuple[Any, dict[str, Any]]]:
         while True:
-            for pairs in self._source:
-                texts = self._tokenizer.pack(pairs.captions, max_tokens=self._max_tokens)
-                batch = Batch(pairs.images.to(self._device), texts.to(self._device), pairs.ids.to(self._device))
-                yield batch, self._source.state_dict()
+            for read in self._source:
+                yield self._collate(read).to(self._device), self._source.state_dict()

@@ -1,4 +1,4 @@
-"""The distributed engine: a `Pretraining` module under DeepSpeed, one optimiser step at a time."""
+"""The distributed engine: a training step under DeepSpeed, one optimiser step at a time."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from blip_fast.model import BlipModel
 from blip_train import collectives
 from blip_train.guard import Guard
 from blip_train.launch import rank_environment
-from blip_train.pretraining import Batch, Pretraining, StepOutput
+from blip_train.pretraining import StepOutput
 from blip_train.recipe import OptimizerRecipe, Recipe
+from blip_train.step import TrainingStep
 
 KEPT_WHOLE = 100_000  # elements up to which ZeRO 3 keeps a parameter on every rank: norms, biases, the temperature
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # rank 0 packs the data set while the others wait
@@ -77,7 +78,7 @@ class TrainingEngine:
     itself has to cast: on a GPU it switches off an autocast around its engine.
     """
 
-    def __init__(self, pretraining: Pretraining, recipe: Recipe, device: torch.device) -> None:
+    def __init__(self, pretraining: TrainingStep, recipe: Recipe, device: torch.device) -> None:
         import deepspeed
 
         self.recipe, self.device, self.guard = recipe, device, Guard(recipe.runtime.patience)
@@ -100,10 +101,10 @@ class TrainingEngine:
             yield self.pretraining.model
 
     @property
-    def pretraining(self) -> Pretraining:
+    def pretraining(self) -> TrainingStep:
         return self.engine.module
 
-    def step(self, batches: Iterator[Batch], alpha: float, lr: float, language_only: bool) -> list[StepOutput]:
+    def step(self, batches: Iterator[Any], alpha: float, lr: float, language_only: bool) -> list[StepOutput]:
         """One optimiser step at learning rate `lr`, on the mean gradient of `accumulation` batches of this rank: the
         next whose losses are finite on all ranks."""
         for group in self.optimizer.param_groups:
@@ -135,7 +136,7 @@ class TrainingEngine:
         }
 
 
-def parameter_groups(pretraining: Pretraining, optimizer: OptimizerRecipe) -> list[dict[str, Any]]:
+def parameter_groups(pretraining: TrainingStep, optimizer: OptimizerRecipe) -> list[dict[str, Any]]:
     """What is trained, with the weight decay that it gets."""
     trained = [p for p in pretraining.parameters() if p.requires_grad]
     if optimizer.decay == "all":

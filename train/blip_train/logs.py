@@ -45,7 +45,8 @@ class RunLog:
         self.file.flush()
         for key, value in values.items():
             self.board.add_scalar(key, value, step)
-        note = "  ".join(f"{key} {values[key]:.3f}" for key in ("itc", "itm", "lm") if key in values)
+        losses = [key for key in ("itc", "itm", "lm", "answer", "reasoning") if key in values]
+        note = "  ".join(f"{key} {values[key]:.3f}" for key in losses)
         self.bar.update(self.task, completed=step, note=f"{note}  {values['pairs_per_second']:.1f} pairs/s  "
                                                         f"{values['memory_gb']:.1f} GB")
 

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
-from blip_fast.checkpoint import load_model, load_training_state
+from blip_fast.checkpoint import load_model, load_training_state, reasoning_model
 from blip_fast.checkpoint.original import QUEUES, tokenizer_directory
 from blip_fast.config import BlipConfig, SpecialTokens
 from blip_fast.data.annotated import ANNOTATIONS
 from blip_fast.data.pack import pack
+from blip_fast.data.pipeline import Batch as ReadBatch
 from blip_fast.data.scenes import write_scenes
 from blip_fast.data.shards import INDEX, iterate
 from blip_fast.model import BlipModel
 from blip_fast.tokenizer import Tokenizer, clean_caption
 from blip_train import collectives
-from blip_train.pretraining import Pretraining
+from blip_train.answering import Answering, QuestionBatch
+from blip_train.pretraining import Batch, Pretraining
+from blip_train.reasoning import PairBatch, Reasoning
 from blip_train.recipe import Recipe
+from blip_train.step import TrainingStep
 from blip_train.training_state import restore_state
 
 EXPORT = "model"  # the exported model within a run's directory
@@ -79,8 +85,8 @@ def prepare_tokenizer(recipe: Recipe, shards: Path) -> Tokenizer:
     """The recipe's tokenizer; the initial checkpoint's where it names none; else one trained on the captions."""
     source = recipe.tokenizer.source or recipe.init
     if source is None:
-        captions = (clean_caption(caption) for sample in iterate(shards) for caption in sample.record["captions"])
-        return Tokenizer.train(captions, recipe.tokenizer.vocab_size)
+        texts = (clean_caption(text) for sample in iterate(shards) for text in _texts(sample.record))
+        return Tokenizer.train(texts, recipe.tokenizer.vocab_size)
     if Path(source).is_file() and Path(source).suffix == ".txt":
         return Tokenizer.from_vocab_file(source)
     if Path(source).is_file():
@@ -89,6 +95,29 @@ def prepare_tokenizer(recipe: Recipe, shards: Path) -> Tokenizer:
             raise ValueError(f"{source} brings no tokenizer ({beside.name}): name one with --tokenizer.source")
         return Tokenizer.from_pretrained(beside)
     return Tokenizer.from_pretrained(source)
+
+
+def _texts(record: dict[str, Any]) -> list[str]:
+    return [*record["captions"], *record.get("answers", []), *([record["question"]] if "question" in record else [])]
+
+
+def prepare_step(recipe: Recipe, tokenizer: Tokenizer) -> TrainingStep:
+    """What the engine trains: the step of the recipe's losses."""
+    if recipe.objective.losses == ("answer",):
+        return Answering(prepare_model(recipe, tokenizer), recipe.objective.label_smoothing)
+    if recipe.objective.losses == ("reasoning",):
+        return Reasoning(prepare_model(recipe, tokenizer))
+    return prepare_pretraining(recipe, tokenizer)
+
+
+def collation(recipe: Recipe, tokenizer: Tokenizer) -> Callable[[ReadBatch], Any]:
+    """What makes the step's batch of samples that were read."""
+    limits: dict[str, Any] = {"tokenizer": tokenizer, "max_tokens": recipe.tokenizer.max_tokens}
+    if recipe.objective.losses == ("answer",):
+        return partial(QuestionBatch.collate, **limits, max_words=recipe.data.max_words)
+    if recipe.objective.losses == ("reasoning",):
+        return partial(PairBatch.collate, **limits)
+    return partial(Batch.collate, **limits)
 
 
 def prepare_pretraining(recipe: Recipe, tokenizer: Tokenizer) -> Pretraining:
@@ -120,13 +149,18 @@ def prepare_model(recipe: Recipe, tokenizer: Tokenizer) -> BlipModel:
     if recipe.init is None:
         return BlipModel(with_tokenizer(recipe.model, tokenizer))
     start, _ = load_model(recipe.init, tokenizer=tokenizer, image_size=recipe.model.vision.image_size)
+    if recipe.model.reasoning and not start.config.reasoning:
+        start = reasoning_model(start, recipe.seed)
     parts = dataclasses.replace(
         start.config,
         vision=dataclasses.replace(start.config.vision, drop_path=recipe.model.vision.drop_path),
         text=dataclasses.replace(start.config.text, dropout=recipe.model.text.dropout),
         **{name: getattr(recipe.model, name) for name in ("text_stacks", "contrastive", "matching", "reasoning")},
     )
-    return start.restricted_to(parts)
+    # VQA's decoder reads questions: where images are of another width, its keys and values start anew, as published.
+    other_width = start.config.vision.width != start.config.text.width
+    anew = other_width and parts.text_stacks == "untied" != start.config.text_stacks
+    return start.restricted_to(parts, ["text.decoder.image_to_kv.0.weight"] if anew else [])
 
 
 def with_tokenizer(config: BlipConfig, tokenizer: Tokenizer) -> BlipConfig:

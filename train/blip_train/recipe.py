@@ -146,6 +146,18 @@ class Recipe:
     def __post_init__(self) -> None:
         if "itm" in self.objective.losses and self.objective.negatives == "local" and self.runtime.batch_size < 2:
             raise ValueError("runtime.batch_size must be at least 2: ITM draws its negatives from the rank's own batch")
+        model, text = self.model, self.model.text
+        parts = {"itc": ("contrastive: true", model.contrastive), "itm": ("matching: true", model.matching),
+                 "lm": ("text_stacks: tied or decoder", model.text_stacks in ("tied", "decoder")),
+                 "answer": ("text_stacks: untied", model.text_stacks == "untied"),
+                 "reasoning": ("reasoning: true and text.twin_cross_attention: true",
+                               model.reasoning and text.twin_cross_attention)}
+        for loss in self.objective.losses:
+            if not parts[loss][1]:
+                raise ValueError(f"objective.losses has {loss}, which needs a model with {parts[loss][0]}")
+        if self.evaluation.images and set(self.objective.losses) & {"answer", "reasoning"}:
+            raise ValueError("evaluation.images must be 0 for VQA and NLVR2: a run's report measures retrieval and "
+                             "captions")
 
     @property
     def directory(self) -> Path:

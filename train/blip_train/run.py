@@ -21,8 +21,9 @@ from blip_train.prepare import (
     EXPORT,
     check_directory,
     check_sources,
-    prepare_pretraining,
+    collation,
     prepare_shards,
+    prepare_step,
     prepare_tokenizer,
 )
 from blip_train.pretraining import StepOutput
@@ -50,7 +51,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     shards, tokenizer = _prepare(recipe)
     # Every rank builds the same weights; afterwards each draws its own negatives and drop-outs.
     torch.manual_seed(recipe.seed)
-    pretraining = prepare_pretraining(recipe, tokenizer)
+    pretraining = prepare_step(recipe, tokenizer)
     engine = TrainingEngine(pretraining.train(), recipe, device)
     seed_everything(recipe.seed)
     with engine.guard.listening():
@@ -87,7 +88,8 @@ def _open_input(recipe: Recipe, shards: Path, device: torch.device) -> TrainInpu
     config = InputConfig(
         shards=[str(shards)], image_size=recipe.model.vision.image_size, batch_size=recipe.runtime.batch_size,
         seed=recipe.seed, crop_scale=data.crop_scale, flip=data.flip, rand_augment=data.rand_augment,
-        shuffle_buffer=data.shuffle_buffer, threads=data.threads, max_words=data.max_words, prompt=data.prompt)
+        shuffle_buffer=data.shuffle_buffer, threads=data.threads, max_words=data.max_words, prompt=data.prompt,
+        pairs="reasoning" in recipe.objective.losses)
     return TrainInput(config, rank=rank, world_size=ranks, device=device)
 
 
@@ -102,7 +104,7 @@ def _steps(recipe: Recipe, engine: TrainingEngine, source: TrainInput, tokenizer
         step = progress.step
         source.load_state_dict(progress.input_state)
     log = RunLog(recipe.directory, recipe.name, step, total, writes=collectives.world()[0] == 0)
-    batches = Batches(source, tokenizer, recipe.tokenizer.max_tokens, engine.device)
+    batches = Batches(source, collation(recipe, tokenizer), engine.device)
     window, since, waited = 0, time.perf_counter(), 0.0
     while step < total:
         alpha = alpha_at(step, steps_per_epoch, recipe.objective.alpha, recipe.objective.alpha_ramp_epochs)
