@@ -123,19 +123,22 @@ class BlipModel(nn.Module):
         (first_rows,) = self.stack("encoder")([TextStream(texts, "encoder", images, first_row_only=True)], image_kv)
         return self.itm_head(first_rows).float()  # type: ignore[misc]
 
-    def reasoning_logits(self, texts: PackedTexts, pairs: Tensor, image_kv: ImageKV) -> Tensor:
-        """NLVR2's logits (false, true) of texts about pairs of images.
+    def pair_logits(self, pixels: Tensor, sentences: PackedTexts) -> Tensor:
+        """NLVR2's logits (false, true): is each sentence true of its pair of images?
 
         Args:
-            texts: the texts, first token [ENC].
-            pairs: int64 [texts], the pair of images that each text is about.
-            image_kv: `stack("encoder").image_kv(first_embeds, second_embeds)`.
+            pixels: [pairs, 2, 3, size, size]; all images pass the vision transformer together.
+            sentences: one about each pair, first token [ENC].
 
         Returns:
-            [texts, 2], float32.
+            [pairs, 2], float32.
         """
         self._require("reasoning")
-        (first_rows,) = self.stack("encoder")([TextStream(texts, "encoder", pairs, first_row_only=True)], image_kv)
+        stack = self.stack("encoder")
+        embeds = self.encode_images(pixels.flatten(0, 1)).unflatten(0, (-1, 2))
+        pairs = torch.arange(len(pixels), device=pixels.device)
+        (first_rows,) = stack([TextStream(sentences, "encoder", pairs, first_row_only=True)],
+                              stack.image_kv(*embeds.unbind(1)))
         return self.reasoning_head(first_rows).float()
 
     def question_kv(self, pixels: Tensor, questions: PackedTexts) -> ImageKV:

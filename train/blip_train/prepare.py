@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,9 @@ from blip_fast.data.shards import INDEX, iterate
 from blip_fast.model import BlipModel
 from blip_fast.tokenizer import Tokenizer, clean_caption
 from blip_train import collectives
+from blip_train.adapters import adapt
 from blip_train.answering import Answering, QuestionBatch
+from blip_train.freezing import freeze
 from blip_train.pretraining import Batch, Pretraining
 from blip_train.reasoning import PairBatch, Reasoning
 from blip_train.recipe import Recipe
@@ -30,10 +33,13 @@ from blip_train.step import TrainingStep
 from blip_train.training_state import restore_state
 
 EXPORT = "model"  # the exported model within a run's directory
+ADAPTERS = "adapters"  # what was trained beside it, in peft's format
 
 
 def check_sources(recipe: Recipe) -> None:
-    """Raise ValueError, before anything is started, where the recipe names data that is not there."""
+    """Raise ValueError, before anything is started, where the recipe needs data or a package that is not there."""
+    if recipe.adapters is not None and find_spec("peft") is None:
+        raise ValueError("adapters need peft, which is not installed: pip install 'blip-fast[peft]'")
     if recipe.data.scenes is not None:
         return
     if recipe.data.root is None:
@@ -102,7 +108,15 @@ def _texts(record: dict[str, Any]) -> list[str]:
 
 
 def prepare_step(recipe: Recipe, tokenizer: Tokenizer) -> TrainingStep:
-    """What the engine trains: the step of the recipe's losses."""
+    """What the engine trains: the step of the recipe's losses, frozen and adapted as the recipe says."""
+    step = _step(recipe, tokenizer)
+    freeze(step, recipe.optimizer.frozen)
+    if recipe.adapters is not None:
+        adapt(step, recipe.adapters)
+    return step
+
+
+def _step(recipe: Recipe, tokenizer: Tokenizer) -> TrainingStep:
     if recipe.objective.losses == ("answer",):
         return Answering(prepare_model(recipe, tokenizer), recipe.objective.label_smoothing)
     if recipe.objective.losses == ("reasoning",):
@@ -149,7 +163,14 @@ def prepare_model(recipe: Recipe, tokenizer: Tokenizer) -> BlipModel:
     if recipe.init is None:
         return BlipModel(with_tokenizer(recipe.model, tokenizer))
     start, _ = load_model(recipe.init, tokenizer=tokenizer, image_size=recipe.model.vision.image_size)
-    if recipe.model.reasoning and not start.config.reasoning:
+    twins = recipe.model.reasoning and not start.config.reasoning
+    # VQA's decoder reads questions: where images are of another width, its keys and values start anew, as published.
+    keys = (recipe.model.text_stacks == "untied" != start.config.text_stacks
+            and start.config.vision.width != start.config.text.width)
+    if recipe.adapters is not None and (twins or keys):
+        raise ValueError(f"{recipe.init} lacks weights of this task, which would start anew but not be trained beside "
+                         "adapters: fine-tune it without them first")
+    if twins:
         start = reasoning_model(start, recipe.seed)
     parts = dataclasses.replace(
         start.config,
@@ -157,10 +178,7 @@ def prepare_model(recipe: Recipe, tokenizer: Tokenizer) -> BlipModel:
         text=dataclasses.replace(start.config.text, dropout=recipe.model.text.dropout),
         **{name: getattr(recipe.model, name) for name in ("text_stacks", "contrastive", "matching", "reasoning")},
     )
-    # VQA's decoder reads questions: where images are of another width, its keys and values start anew, as published.
-    other_width = start.config.vision.width != start.config.text.width
-    anew = other_width and parts.text_stacks == "untied" != start.config.text_stacks
-    return start.restricted_to(parts, ["text.decoder.image_to_kv.0.weight"] if anew else [])
+    return start.restricted_to(parts, ["text.decoder.image_to_kv.0.weight"] if keys else [])
 
 
 def with_tokenizer(config: BlipConfig, tokenizer: Tokenizer) -> BlipConfig:

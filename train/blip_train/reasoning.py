@@ -39,15 +39,12 @@ class PairBatch:
 
 
 class Reasoning(TrainingStep):
-    """Loss `reasoning`: two-way cross-entropy of the head's logits. Both images pass the vision transformer at once."""
+    """Loss `reasoning`: two-way cross-entropy of the head's logits."""
 
     def __init__(self, model: BlipModel) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, batch: PairBatch, *_: Any) -> StepOutput:
-        embeds = self.model.encode_images(batch.images.flatten(0, 1)).unflatten(0, (-1, 2))
-        image_kv = self.model.stack("encoder").image_kv(*embeds.unbind(1))
-        pairs = torch.arange(len(batch.labels), device=batch.labels.device)
-        logits = self.model.reasoning_logits(batch.sentences, pairs, image_kv)
+        logits = self.model.pair_logits(batch.images, batch.sentences)
         return StepOutput({"reasoning": F.cross_entropy(logits, batch.labels)})

@@ -13,11 +13,13 @@ from blip_fast.checkpoint import save_native
 from blip_fast.data.pipeline import InputConfig, TrainInput
 from blip_fast.tokenizer import Tokenizer
 from blip_train import checkpoints, collectives
+from blip_train.adapters import merged, save_adapters
 from blip_train.batches import Batches
 from blip_train.engine import TrainingEngine, mean_losses, seed_everything, start_rank
 from blip_train.guard import STOPPED
 from blip_train.logs import RunLog
 from blip_train.prepare import (
+    ADAPTERS,
     EXPORT,
     check_directory,
     check_sources,
@@ -62,6 +64,9 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         sys.exit(STOPPED)
     with engine.whole_model() as model:
         if rank == 0:
+            if recipe.adapters is not None:
+                save_adapters(model, directory / ADAPTERS)
+                model = merged(model)
             save_native(model, tokenizer, directory / EXPORT)
     if rank == 0:
         write_run_report(recipe, directory / EXPORT)
