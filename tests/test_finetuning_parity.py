@@ -1,18 +1,25 @@
-"""Captioning, VQA and NLVR2 against the textbook models: the loss and every gradient of two steps. (Retrieval's are in
-test_training_parity.py.)"""
+"""Captioning, VQA and NLVR2 against the textbook models: the loss and every gradient of two steps, and of VQA and NLVR2
+under the engine on two ranks. (Retrieval's are in test_training_parity.py and test_engine.py.)"""
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
+from blip_train import engine as engines
 from blip_train.answering import Answering, QuestionBatch, answer_weights
+from blip_train.launch import rank_environment
 from blip_train.pretraining import Batch, Objective, Pretraining
 from blip_train.reasoning import PairBatch, Reasoning
+from blip_train.recipe import Recipe, RuntimeRecipe
+from blip_train.schedule import Schedule
+from ranks import spawn
 from reference import tasks
 from reference.model import Sizes
-from test_training_parity import check_gradients
+from test_training_parity import check_gradients, everyone
 
 from blip_fast.checkpoint.names import original_layout
 from blip_fast.config import BlipConfig, TextConfig, VisionConfig
@@ -121,6 +128,69 @@ def test_losses_and_gradients_equal_the_textbook(task):
         with torch.no_grad():
             for parameter in (*parameters.values(), *textbook.parameters()):
                 parameter -= LR * parameter.grad
+
+
+STAGES = (0, 2, 3)
+
+
+def note_gradients(engine: engines.TrainingEngine, stage: int) -> dict[str, torch.Tensor]:
+    """Filled with the gradients that the next step is taken with."""
+    from deepspeed.utils import safe_get_full_grad
+
+    gradients, plain = {}, engine.engine.step
+
+    def noting():
+        for name, parameter in engine.pretraining.model.named_parameters():
+            gradients[name] = (parameter.grad if stage == 0 else safe_get_full_grad(parameter)).clone()
+        plain()
+
+    engine.engine.step = noting
+    return gradients
+
+
+def _rank(rank: int, ranks: int, port: int, path: str) -> None:
+    """One step of each task under each ZeRO stage: the losses by rank and the gradients averaged over ranks."""
+    os.environ.update(rank_environment())
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(ranks),
+                      LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    engines.KEPT_WHOLE = 40  # so that nearly everything of these small models is sharded
+    device, record = engines.start_rank(), {}
+    for task in (answering, reasoning):
+        for stage in STAGES:
+            step, name, _, make_batch, _ = task()
+            recipe = Recipe(schedule=Schedule(lr=0.01),
+                            runtime=RuntimeRecipe(batch_size=BATCH, precision="float32", zero_stage=stage))
+            engine = engines.TrainingEngine(step.train(), recipe, device)
+            gradients = note_gradients(engine, stage)
+            (output,) = engine.step(iter([make_batch(torch.Generator().manual_seed(rank))]), 0.0, 0.01, False)
+            record[task.__name__, stage] = everyone(output.losses[name].detach(), ranks), gradients
+    if rank == 0:
+        torch.save(record, path)
+    dist.barrier()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> dict:
+    path = str(tmp_path_factory.mktemp("record") / "record.pt")
+    spawn(_rank, 2, path)
+    return torch.load(path)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("task", [answering, reasoning], ids=lambda task: task.__name__)
+def test_two_ranks_under_every_stage_equal_the_textbook(two_ranks, task, stage):
+    """Each rank divides by its own images; the gradient is the mean over ranks."""
+    losses, gradients = two_ranks[task.__name__, stage]
+    step, _, textbook, make_batch, textbook_loss = task()
+    layout = original_layout(step.model.config)
+    state = layout.split(step.model.state_dict())
+    textbook.load_state_dict(state | layout.stored_twice(state))
+    expected = torch.stack([textbook_loss(textbook, make_batch(torch.Generator().manual_seed(rank)))
+                            for rank in range(2)])
+    expected.mean().backward()
+    torch.testing.assert_close(torch.stack(losses), expected.detach(), rtol=1e-4, atol=0)
+    check_gradients(layout.split(gradients), dict(textbook.named_parameters()))
 
 
 def test_answers_weigh_their_votes():
