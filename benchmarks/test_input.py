@@ -128,7 +128,7 @@ def difference(shards: Path, augment: bool) -> float:
     """Mean absolute difference, of 255, to what the DataLoader makes of the same images and choices."""
     source = TrainInput(InputConfig([Source("a", str(shards))], image_size=IMAGE_SIZE, batch_size=BATCH, threads=1,
                                     rand_augment=augment))
-    images = [transform(load_image(item.encoded.tobytes()), choices(item.drawn), IMAGE_SIZE)
+    images = [transform(load_image(item.encoded[0].tobytes()), choices(item.drawn[0]), IMAGE_SIZE)
               for item in source.items(0)]
     batch = next(iter(source))
     return ((torch.stack(images) - batch.images) * STD * 255).abs().mean().item()

@@ -147,6 +147,7 @@ PACKAGES = (
     Probe("DALI on the CPU", "nvidia.dali", "nvidia-dali-cuda120", "decoding and augmentation",
           _DALI.format(device_id=None, device="cpu"), _EXTRA("train")),
     Probe("DeepSpeed", "deepspeed", "deepspeed", "training", _imports("import deepspeed", "imports"), _EXTRA("train")),
+    Probe("PEFT", "peft", "peft", "low-rank adapters", _imports("from peft import LoraConfig", "LoRA"), _EXTRA("peft")),
     Probe("torchao", "torchao", "torchao", "low-precision weights", _imports("import torchao", "imports"),
           "pip install torchao"),
     Probe("Ray", "ray", "ray", "many machines", _imports("import ray.data", "ray.data"), _EXTRA("scale")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -71,11 +72,12 @@ class BlipModel(nn.Module):
             for block in stack:  # type: ignore[union-attr]
                 block.compile(**options)
 
-    def restricted_to(self, config: BlipConfig) -> BlipModel:
+    def restricted_to(self, config: BlipConfig, drawn: Collection[str] = ()) -> BlipModel:
         """A new model with a part of this one's text modes and heads, weights copied (a captioner from pre-training).
 
         Args:
             config: this model's sizes, with `text_stacks`, `contrastive`, `matching`, `reasoning` or drop-outs changed.
+            drawn: parameters that are not taken over but drawn anew.
 
         Raises:
             ValueError: the config asks for a part that this model does not have, or for another size or tying of one.
@@ -86,6 +88,9 @@ class BlipModel(nn.Module):
         own = self.state_dict()
         weights = {}
         for name, wanted in part.state_dict().items():
+            if name in drawn:
+                weights[name] = wanted
+                continue
             source = name
             if name.startswith("text.") and self.config.text_stacks == "tied":
                 source = "text.tied." + name.split(".", 2)[2]
@@ -126,6 +131,37 @@ class BlipModel(nn.Module):
         (first_rows,) = self.stack("encoder")([TextStream(texts, "encoder", images, first_row_only=True)], image_kv)
         return self.itm_head(first_rows).float()  # type: ignore[misc]
 
+    def pair_logits(self, pixels: Tensor, sentences: PackedTexts) -> Tensor:
+        """NLVR2's logits (false, true): is each sentence true of its pair of images?
+
+        Args:
+            pixels: [pairs, 2, 3, size, size]; all images pass the vision transformer together.
+            sentences: one about each pair, first token [ENC].
+
+        Returns:
+            [pairs, 2], float32.
+        """
+        self._require("reasoning")
+        stack = self.stack("encoder")
+        embeds = self.encode_images(pixels.flatten(0, 1)).unflatten(0, (-1, 2))
+        pairs = torch.arange(len(pixels), device=pixels.device)
+        (first_rows,) = stack([TextStream(sentences, "encoder", pairs, first_row_only=True)],
+                              stack.image_kv(*embeds.unbind(1)))
+        return self.reasoning_head(first_rows).float()
+
+    def question_kv(self, pixels: Tensor, questions: PackedTexts) -> ImageKV:
+        """What VQA's answer decoder looks at: keys and values of the encoded questions' own tokens.
+
+        Args:
+            pixels: [questions, 3, size, size], an image for each.
+            questions: first token [ENC] as trained.
+        """
+        encoder = self.stack("encoder")
+        images = torch.arange(len(pixels), device=pixels.device)
+        image_kv = encoder.image_kv(self.encode_images(pixels))
+        (states,) = encoder([TextStream(questions, "encoder", images)], image_kv)
+        return self.stack("decoder").states_kv(states, offsets=questions.offsets)
+
     def lm_logits(self, texts: PackedTexts, images: Tensor, image_kv: ImageKV) -> Tensor:
         """Next-token logits [rows, vocab_size] of texts that start with [DEC]."""
         (hidden,) = self.stack("decoder")([TextStream(texts, "decoder", images)], image_kv)
@@ -143,8 +179,8 @@ class BlipModel(nn.Module):
 
     def _require(self, part: str) -> None:
         if not getattr(self.config, part):
-            raise ValueError(f"this model has no {part} head: take a checkpoint that has one (an image-text retrieval "
-                             "or pre-training checkpoint)")
+            kind = "NLVR2" if part == "reasoning" else "image-text retrieval or pre-training"
+            raise ValueError(f"this model has no {part} head: take a checkpoint that has one (an {kind} checkpoint)")
 
     def _initialise(self) -> None:
         """Weights that keep their input's size (std 1/√fan-in), zero biases, unit norms.

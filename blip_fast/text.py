@@ -122,15 +122,20 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, offsets: Tensor, causal: bool, first_row_only: bool) -> Tensor:
         """x: [rows, width] → [rows, width], or [texts, width] with `first_row_only` (never with `causal`)."""
-        if first_row_only:
-            width = x.shape[1]
-            k, v = F.linear(x, self.qkv.weight[width:], self.qkv.bias[width:]).view(len(x), 2, self.heads, -1).unbind(1)
-            x = x.index_select(0, offsets[:-1].long())
-            q = F.linear(x, self.qkv.weight[:width], self.qkv.bias[:width]).view(len(x), self.heads, -1)
-            q_offsets = torch.arange(len(offsets), dtype=torch.int32, device=x.device)
-        else:
+        q_offsets = offsets
+        if not first_row_only:
             q, k, v = self.project(x)
-            q_offsets = offsets
+        else:
+            first = offsets[:-1].long()
+            if isinstance(self.qkv, nn.Linear):
+                width, weight, bias = x.shape[1], self.qkv.weight, self.qkv.bias
+                k, v = F.linear(x, weight[width:], bias[width:]).view(len(x), 2, self.heads, -1).unbind(1)
+                x = x.index_select(0, first)
+                q = F.linear(x, weight[:width], bias[:width]).view(len(x), self.heads, -1)
+            else:  # an adapter around it: the weight is not all that it computes with
+                q, k, v = self.project(x)
+                x, q = x.index_select(0, first), q.index_select(0, first)
+            q_offsets = torch.arange(len(offsets), dtype=torch.int32, device=x.device)
         dropout = self.dropout if self.training else 0.0
         return self.finish(x, attention(q, k, v, q_offsets, offsets, causal=causal, dropout=dropout))
 

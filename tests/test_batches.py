@@ -1,11 +1,13 @@
 """One batch ahead: order, the position that belongs to the batch taken, errors, the time that was waited."""
 
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from blip_train.batches import Batches
+from blip_train.pretraining import Batch
 from blip_train.streams import Streams
 
 from blip_fast.tokenizer import BERT_TOKENS, Tokenizer
@@ -38,7 +40,8 @@ class Source:
 
 
 def batches_of(source):
-    return Batches(source, TOKENIZER, 30, torch.device("cpu"), seed=0)
+    collate = partial(Batch.collate, tokenizer=TOKENIZER, max_tokens=30)
+    return Batches(source, collate, torch.device("cpu"), seed=0)
 
 
 def test_order_and_positions():
@@ -46,7 +49,7 @@ def test_order_and_positions():
     batches = batches_of(source)
     assert batches.state == {"taken": 0}
     for i in range(1, 8):  # beyond an epoch's end
-        batch = next(batches)
+        batch, _ = next(batches)
         assert batch.ids.tolist() == [i, 0] and batch.images[0, 0] == i and len(batch.texts) == 2
         assert batches.state == {"taken": i}
     batches.close()

@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 from blip_train import engine as engines
 from blip_train.adamw import make_adamw, parameter_groups
+from blip_train.batches import SeededBatch
 from blip_train.engine import TrainingEngine
 from blip_train.launch import rank_environment
-from blip_train.pretraining import Batch, Objective, Pretraining
+from blip_train.pretraining import Objective, Pretraining
 from blip_train.recipe import OptimizerRecipe, Recipe, RuntimeRecipe
 from blip_train.schedule import Schedule
 from ranks import spawn
@@ -39,13 +40,13 @@ def make_recipe(**runtime) -> Recipe:
                   runtime=RuntimeRecipe(batch_size=PAIRS, accumulation=ACCUMULATION, precision="float32", **runtime))
 
 
-def slots(variant: str, step: int, rank: int, ranks: int) -> list[Iterator[Batch]]:
+def slots(variant: str, step: int, rank: int, ranks: int) -> list[Iterator[SeededBatch]]:
     """An optimiser step's batches, in one variant behind one whose images are NaN on the last rank alone."""
-    batches = [replace(make_batch(ACCUMULATION * step + i, rank), seed=rank) for i in range(ACCUMULATION)]
+    batches = [make_batch(ACCUMULATION * step + i, rank) for i in range(ACCUMULATION)]
     if "bad batch" in variant:
         spare = make_batch(1000, rank)
         batches.insert(0, replace(spare, images=spare.images * float("nan")) if rank == ranks - 1 else spare)
-    return [iter(batches)] * ACCUMULATION
+    return [iter([SeededBatch(batch, seed=rank) for batch in batches])] * ACCUMULATION
 
 
 def carry_out(ranks: int, device: torch.device, variant: str) -> list[dict]:

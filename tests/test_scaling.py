@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from blip_train import engine as engines
+from blip_train.batches import SeededBatch
 from blip_train.engine import TrainingEngine
 from blip_train.estimate import Plan, exchange_bytes, host_memory, memory, meta_pretraining, traffic
 from blip_train.launch import rank_environment
@@ -85,7 +86,7 @@ def carry_out(plan: Plan, device: torch.device) -> dict[str, float]:
                 dist.barrier()
                 counting.sent.clear()
                 counting.peak, sockets = 0, socket_bytes()
-            outputs = engine.step([iter([batch]) for batch in batches], 0.4, 1e-4, False)
+            outputs = engine.step([iter([SeededBatch(batch, seed=0)]) for batch in batches], 0.4, 1e-4, False)
             if step >= 3 and outputs[0].exchanged:
                 fetched += [output.exchanged[0] for output in outputs]
             del outputs

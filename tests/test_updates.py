@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from blip_train import checkpoints
 from blip_train import engine as engines
+from blip_train.batches import SeededBatch
 from blip_train.engine import TrainingEngine
 from blip_train.guard import Guard
 from blip_train.launch import rank_environment
@@ -58,7 +59,7 @@ def make_engine(device, stage: int, precision="float32", patience=1, accumulatio
 
 def train_step(engine: TrainingEngine, step: int) -> None:
     accumulation = engine.recipe.runtime.accumulation
-    batches = [make_batch(accumulation * step + i, dist.get_rank()) for i in range(accumulation)]
+    batches = [SeededBatch(make_batch(accumulation * step + i, dist.get_rank()), seed=step) for i in range(accumulation)]
     engine.step([iter(batches)] * accumulation, 0.4, LR, False)
 
 

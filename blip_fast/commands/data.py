@@ -31,8 +31,9 @@ def _pack_arguments(parser: ArgumentParser) -> None:
     add("--output", required=True, metavar="DIR", help="directory for the shards; images that training could not "
                                                        "decode are left out and named in its quarantine.jsonl")
     add("--annotations", type=str | None, metavar="FILE",
-        help="JSONL or CSV: image (path below FOLDER), caption or captions, perhaps split and id (default: "
-             "annotations.jsonl in FOLDER, else every image is packed without captions)")
+        help="JSONL or CSV: image (path below FOLDER), caption or captions, perhaps split and id; in JSONL "
+             "also question and answers, or second_image and label (default: annotations.jsonl in FOLDER, else every "
+             "image is packed without captions)")
     add("--split", type=str | None, help="pack the rows of this split only")
     add("--samples-per-shard", type=int, default=1000, metavar="N", help="images in one tar file")
     add("--shuffle-seed", type=int | None, metavar="N",

@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from blip_fast.data.shards import INDEX, read_index
+from blip_fast.data.shards import INDEX, SECOND, read_index
 from blip_fast.images import ImageError, load_image
 
 ANNOTATIONS = "annotations.jsonl"
@@ -73,7 +73,9 @@ def read_annotations(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a JSONL file (UTF-8) or of a CSV file with a header.
 
     A row has `image`, a path, and `caption`, or in JSONL `captions`, a list; where wanted `split`, an integer `id` and
-    whatever else. It is given back with `captions` as a list, perhaps an empty one, and all else as it was.
+    whatever else. It is given back with `captions` as a list, perhaps an empty one, and all else as it was. In JSONL a
+    row may ask instead (VQA: `question`, and `answers` as a list of votes or an object of weights), or tell whether its
+    caption is true of two images (NLVR2: `image`, `second_image` and `label`, true or false).
 
     Raises FileNotFoundError, and ValueError that names the first row that is not understood.
     """
@@ -115,7 +117,20 @@ def _row(row: Any, where: str) -> dict[str, Any]:
             row["id"] = int(row["id"])
         except (TypeError, ValueError):
             raise ValueError(f'{where}: "id" is {row["id"]!r}, not an integer') from None
+    if "question" in row and not _has_answers(row):
+        raise ValueError(f'{where}: a "question" (a text) needs "answers": a list of texts, one a vote, or an object '
+                         "of texts and their weights above 0")
+    if "second_image" in row and not (isinstance(row["second_image"], str) and isinstance(row.get("label"), bool)):
+        raise ValueError(f'{where}: a "second_image" (a path) needs a "label", true or false')
     return {**row, "captions": captions}
+
+
+def _has_answers(row: dict[str, Any]) -> bool:
+    answers = row.get("answers")
+    weights = answers.values() if isinstance(answers, dict) else [1.0]
+    return (isinstance(row["question"], str) and isinstance(answers, list | dict) and len(answers) > 0
+            and all(isinstance(answer, str) for answer in answers)
+            and all(isinstance(weight, int | float) and weight > 0 for weight in weights))
 
 
 def _of_folder(folder: Path) -> Iterator[AnnotatedImage]:
@@ -134,7 +149,7 @@ def _of_shards(directory: Path) -> Iterator[AnnotatedImage]:
                 stream = tar.extractfile(member) if extension == "json" else None
                 if stream is not None:
                     records[key] = json.loads(stream.read())
-                else:
+                elif not extension.startswith(SECOND):
                     images[key] = (member.offset_data, member.size)
         for key, content in records.items():
             record = _row(content, f"{path}, sample {key}")

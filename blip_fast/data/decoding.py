@@ -26,10 +26,11 @@ from blip_fast.images import MEAN, STD
 
 @dataclass(frozen=True)
 class Batch:
-    """images float32 [batch, 3, size, size], normalised, on the input's device; the rest has one entry an image."""
+    """images float32 [batch, 3, size, size], normalised, on the input's device, or [batch, 2, 3, size, size] of pairs;
+    the rest has one entry an image or pair."""
 
     images: Tensor
-    captions: list[str]  # one of each image's captions, cleaned, behind the prompt
+    captions: list[str]  # one of each image's captions, cleaned, behind the prompt; "" where a question stands instead
     ids: Tensor  # int64 [batch], on the CPU: equal ids are the same image
     records: list[dict[str, Any]]  # key, image, all captions, and what else the annotations knew
     sources: list[str]  # names
@@ -43,7 +44,7 @@ def decode(
     batches: Iterator[list[Item]], image_size: int, batch_size: int, augmented: bool, threads: int,
     device: torch.device,
 ) -> Iterator[Batch]:
-    """Batches of at most `batch_size` items, decoded and finished in order; DALI decodes the next ones meanwhile."""
+    """Batches of at most `batch_size` images, decoded and finished in order; DALI decodes the next ones meanwhile."""
     on_gpu, ahead = device.type == "cuda", deque[list[Item]]()
 
     def feed() -> Iterator[tuple[list[np.ndarray], ...]]:
@@ -68,7 +69,10 @@ def decode(
             tensor = to_torch_tensor(images.as_tensor(), copy=True)
         else:
             assert isinstance(images, TensorListCPU)
-            tensor = finish([images.at(i) for i in range(len(images))], [item.drawn for item in items])
+            drawn = [drawn for item in items for drawn in item.drawn]
+            tensor = finish([images.at(i) for i in range(len(images))], drawn)
+        if len(tensor) != len(items):
+            tensor = tensor.unflatten(0, (len(items), 2))
         records = [item.record for item in items]
         ids = torch.tensor([record["id"] for record in records], dtype=torch.int64)
         yield Batch(tensor, [item.caption for item in items], ids, records, [item.source for item in items])
@@ -76,8 +80,8 @@ def decode(
 
 def columns(items: list[Item], finished: bool) -> tuple[list[np.ndarray], ...]:
     """What the graph is fed with, a column each: encoded, start, shape and, where it finishes the images, the rest."""
-    drawn = [item.drawn for item in items]
-    window = ([item.encoded for item in items], [np.array(d.start, np.int32) for d in drawn],
+    drawn = [drawn for item in items for drawn in item.drawn]
+    window = ([encoded for item in items for encoded in item.encoded], [np.array(d.start, np.int32) for d in drawn],
               [np.array(d.shape, np.int32) for d in drawn])
     if not finished:
         return window

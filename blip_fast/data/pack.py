@@ -60,7 +60,8 @@ def pack(
 ) -> PackReport:
     """Write shards into `directory`; the same input gives the same bytes.
 
-    `annotations` is a file for `read_annotations`, its images paths below `folder`; rows of one image are one sample.
+    `annotations` is a file for `read_annotations`, its images paths below `folder`; rows of one image are one sample,
+    but for questions and pairs of images, each a sample of its own.
     Without annotations every image below `folder` is packed, without captions. `split` keeps the rows of that split.
     DALI shuffles within a buffer only: give a `shuffle_seed` where neighbouring rows are alike.
 
@@ -89,12 +90,17 @@ def _good_samples(folder: Path, records: list[dict[str, Any]], refused: TextIO, 
     with ThreadPoolExecutor(threads) as pool:
         left = track(iter(records), "packing", total=len(records), console=Console(stderr=True), disable=hidden)
         while chunk := list(islice(left, READ_AHEAD * threads)):
-            for record, content in zip(chunk, pool.map(_read, [folder / r["image"] for r in chunk]), strict=True):
-                if isinstance(content, ImageError):
-                    line = {"image": record["image"], "reason": str(content)}
-                    refused.write(json.dumps(line, ensure_ascii=False) + "\n")
-                else:
-                    yield Sample(record["key"], content, record)
+            names = [[record[name] for name in ("image", "second_image") if name in record] for record in chunk]
+            contents = pool.map(_read, [folder / name for of_sample in names for name in of_sample])
+            for record, of_sample in zip(chunk, names, strict=True):
+                read = list(islice(contents, len(of_sample)))
+                for name, content in zip(of_sample, read, strict=True):
+                    if isinstance(content, ImageError):
+                        line = {"image": name, "reason": str(content)}
+                        refused.write(json.dumps(line, ensure_ascii=False) + "\n")
+                whole = [content for content in read if not isinstance(content, ImageError)]
+                if len(whole) == len(read):
+                    yield Sample(record["key"], whole[0], record, *whole[1:])
 
 
 def _read(path: Path) -> bytes | ImageError:
@@ -132,11 +138,12 @@ def _records(folder: Path, annotations: str | Path | None, split: str | None) ->
         rows = [{"image": path.relative_to(folder).as_posix(), "captions": []} for path in found]
     else:
         rows = read_annotations(annotations)
-    by_image: dict[str, dict[str, Any]] = {}
+    by_image: dict[str | int, dict[str, Any]] = {}
     for i, row in enumerate(rows):
         if split is not None and row.get("split") != split:
             continue
-        record = by_image.setdefault(row["image"], {**row, "key": f"{i:09d}", "captions": []})
+        own = "question" in row or "second_image" in row
+        record = by_image.setdefault(i if own else row["image"], {**row, "key": f"{i:09d}", "captions": []})
         record["captions"] += row["captions"]
     if not by_image:
         wanted = f" of split {split!r}" if split is not None else ""

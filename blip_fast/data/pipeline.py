@@ -22,7 +22,7 @@ from blip_fast.data.augment import Drawn, draw
 from blip_fast.data.cache import CACHE, shard_cache
 from blip_fast.data.decoding import Batch, decode
 from blip_fast.data.order import Order
-from blip_fast.data.reader import Damaged, Item, Shards, SourceReader, read_item
+from blip_fast.data.reader import Damaged, Item, Shards, Sizes, SourceReader, read_item
 from blip_fast.data.shards import OpenShard
 from blip_fast.data.sources import Source, batch_shares, check_mix
 from blip_fast.tokenizer import clean_caption
@@ -47,6 +47,7 @@ class InputConfig:
     seed: int = 0
     cache: str = CACHE  # of shards under URLs
     cache_gb: float = 100.0
+    pairs: bool = False  # each sample is two images (NLVR2)
 
     def __post_init__(self) -> None:
         check_mix(self.sources)
@@ -94,6 +95,9 @@ class TrainInput:
         config, name, index = self.config, self.config.sources[number].name, shards.index
         if index.without_caption:
             raise ValueError(f"source {name} holds {index.without_caption} images without a caption to train on")
+        if config.pairs and index.pairs < index.samples:
+            raise ValueError(f"source {name} holds {index.samples - index.pairs} samples without a second image: pack "
+                             'rows with "image" and "second_image"')
         if index.samples // self.world_size < per_batch:
             raise ValueError(f"source {name}: {index.samples} images give {self.world_size} ranks no full batch of "
                              f"{per_batch}")
@@ -104,12 +108,13 @@ class TrainInput:
                              f"{OPEN_SHARDS} shards: pack more samples into each (--samples-per-shard)")
         counts, seed = [shard.samples for shard in index.shards], (config.seed, number)
         order = Order(counts, per_batch, buffer, seed, self.rank, self.world_size)
-        return SourceReader(name, shards, order, self._draw, seed, self._pool)
+        return SourceReader(name, shards, order, self._draw, seed, self._pool, config.pairs)
 
-    def _draw(self, record: dict[str, Any], size: tuple[int, int], rng: np.random.Generator) -> tuple[Drawn, str]:
-        config, captions = self.config, record["captions"]
-        caption = clean_caption(captions[rng.integers(len(captions))], config.max_words)
-        return draw(rng, *size, config.crop_scale, config.flip, config.rand_augment), config.prompt + caption
+    def _draw(self, record: dict[str, Any], sizes: Sizes, rng: np.random.Generator) -> tuple[list[Drawn], str]:
+        config, captions, caption = self.config, record["captions"], ""
+        if captions:
+            caption = config.prompt + clean_caption(captions[rng.integers(len(captions))], config.max_words)
+        return [draw(rng, *size, config.crop_scale, config.flip, config.rand_augment) for size in sizes], caption
 
     @property
     def epoch(self) -> int:
@@ -168,7 +173,8 @@ class TrainInput:
     def _start(self) -> Iterator[Batch]:
         config = self.config
         items = (self.items(number) for number in count(self._taken))
-        return decode(items, config.image_size, config.batch_size, config.rand_augment, config.threads, self.device)
+        images = config.batch_size * (1 + config.pairs)
+        return decode(items, config.image_size, images, config.rand_augment, config.threads, self.device)
 
     def items(self, number: int) -> list[Item]:
         """The samples of batch `number`, counted from 0 over all epochs, not yet decoded; damaged ones are replaced by
@@ -236,6 +242,6 @@ class EvaluationInput:
         return read_item(opened, number, self._name, _whole)
 
 
-def _whole(record: dict[str, Any], size: tuple[int, int]) -> tuple[Drawn, str]:
+def _whole(record: dict[str, Any], sizes: Sizes) -> tuple[list[Drawn], str]:
     """The whole image and its first caption."""
-    return Drawn((0, 0), size), record["captions"][0] if record["captions"] else ""
+    return [Drawn((0, 0), size) for size in sizes], record["captions"][0] if record["captions"] else ""

@@ -18,18 +18,19 @@ from blip_fast.data.integrity import image_size
 from blip_fast.data.order import SAMPLE, Order
 from blip_fast.data.shards import OpenShard, is_url, read_index
 
-Draw = Callable[[dict[str, Any], tuple[int, int], np.random.Generator], tuple[Drawn, str]]
+Sizes = list[tuple[int, int]]
+Draw = Callable[[dict[str, Any], Sizes, np.random.Generator], tuple[list[Drawn], str]]
 OPENING = 2  # shards that are opened, and fetched, at the same time in advance
 
 
 @dataclass(frozen=True)
 class Item:
-    """An undamaged sample that was read; what is drawn for it and its caption."""
+    """An undamaged sample that was read: one image, or a pair; what is drawn for each, and its caption."""
 
-    encoded: np.ndarray  # uint8 [bytes]
+    encoded: list[np.ndarray]  # uint8 [bytes]
     record: dict[str, Any]
     source: str
-    drawn: Drawn
+    drawn: list[Drawn]
     caption: str
 
 
@@ -44,21 +45,23 @@ class Damaged:
 
 
 def read_item(
-    shard: OpenShard, number: int, source: str, draw: Callable[[dict[str, Any], tuple[int, int]], tuple[Drawn, str]]
+    shard: OpenShard, number: int, source: str, draw: Callable[[dict[str, Any], Sizes], tuple[list[Drawn], str]],
+    pair: bool = False,
 ) -> Item | Damaged:
-    """Read a sample and compare its checksum: a damaged image must not reach the decoder, where it would take the whole
-    batch with it. `draw` is given the record and the image's (height, width)."""
-    content, text = shard.read(number)
+    """Read a sample, of a `pair` both images, and compare checksums: a damaged image must not reach the decoder, where
+    it would take the whole batch with it. `draw` is given the record and each image's (height, width)."""
+    contents, text = shard.read(number, pair)
     try:
         record = json.loads(text)
-        packed = record["crc32"]
+        packed = [record[name] for name in ("crc32", *["second_crc32"] * pair)]
     except (ValueError, TypeError, KeyError):
         where = f"{shard.name}, sample {number}"
         return Damaged(source, where, where, "damaged since it was packed: its record cannot be read")
-    if zlib.crc32(content) != packed:
+    if [zlib.crc32(content) for content in contents] != packed:
         return Damaged(source, record["image"], record["key"], "damaged since it was packed: its checksum differs")
-    width, height = image_size(content)
-    return Item(np.frombuffer(content, dtype=np.uint8), record, source, *draw(record, (height, width)))
+    sizes = [(height, width) for width, height in map(image_size, contents)]
+    encoded = [np.frombuffer(content, dtype=np.uint8) for content in contents]
+    return Item(encoded, record, source, *draw(record, sizes))
 
 
 class Shards:
@@ -101,17 +104,19 @@ class SourceReader:
     """What one source brings to each batch of one share.
 
     Args:
-        draw: is given a sample's record, its image's (height, width) and a random generator of its own; gives what is
-            drawn for it and its caption.
+        draw: is given a sample's record, each image's (height, width) and a random generator of its own; gives what is
+            drawn for each image, and the sample's caption.
         seed: of the run and of the source, two words.
         pool: reads the samples of a batch.
+        pairs: samples are two images each.
     """
 
     def __init__(
-        self, name: str, shards: Shards, order: Order, draw: Draw, seed: tuple[int, int], pool: ThreadPoolExecutor
+        self, name: str, shards: Shards, order: Order, draw: Draw, seed: tuple[int, int], pool: ThreadPoolExecutor,
+        pairs: bool,
     ) -> None:
         self.name, self.shards, self.order = name, shards, order
-        self._draw, self._seed, self._pool = draw, seed, pool
+        self._draw, self._seed, self._pool, self._pairs = draw, seed, pool, pairs
 
     def batch(self, number: int) -> list[Item | Damaged]:
         self.shards.want(self.order.shards_ahead(number))
@@ -122,4 +127,4 @@ class SourceReader:
 
     def _item(self, opened: OpenShard, epoch: int, shard: int, sample: int) -> Item | Damaged:
         rng = np.random.default_rng([self._seed[0], SAMPLE, self._seed[1], epoch, shard, sample])
-        return read_item(opened, sample, self.name, lambda record, size: self._draw(record, size, rng))
+        return read_item(opened, sample, self.name, lambda record, sizes: self._draw(record, sizes, rng), self._pairs)

@@ -7,7 +7,8 @@ A directory holds `000000.tar`, `000001.tar`, …, beside each the `000000.idx` 
     000000042.json   its record: key, id, crc32, image (path), captions, and whatever else the annotations knew
 
 `id` is the image's identity for contrastive targets: equal ids mean the same image; unless the annotations give it, it
-comes from the image's content. `crc32` is the checksum of the encoded image; the training pipeline compares it, so that
+comes from the image's content. A pair of images (NLVR2) has a third member, `000000042.second.jpg`, and its checksum
+`second_crc32`. `crc32` is the checksum of the encoded image; the training pipeline compares it, so that
 an image damaged on disk never reaches the decoder.
 """
 
@@ -31,18 +32,20 @@ from webdataset.writer import TarWriter
 from blip_fast.data.integrity import image_format
 
 INDEX = "shards.json"
+SECOND = "second."  # in front of a pair's second image's
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One encoded image and its record. `key` holds no dot, slash or white space.
+    """One encoded image and its record, or a pair of images. `key` holds no dot, slash or white space.
 
-    `write_shards` adds `key` and `crc32` to the record, and `image`, `id` and `captions` where they are missing.
+    `write_shards` adds `key` and checksums to the record, and `image`, `id` and `captions` where they are missing.
     """
 
     key: str
     image: bytes
     record: dict[str, Any]
+    second: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,13 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """What a directory of shards holds, as `shards.json` says."""
+    """What a directory of shards holds, as `shards.json` says: samples, how many of them have neither caption nor
+    question, and how many are `pairs` of images."""
 
     samples: int
     without_caption: int
     shards: tuple[Shard, ...]
+    pairs: int = 0
 
 
 def write_shards(samples: Iterable[Sample], directory: str | Path, *, samples_per_shard: int = 1000) -> ShardIndex:
@@ -73,7 +78,7 @@ def write_shards(samples: Iterable[Sample], directory: str | Path, *, samples_pe
         raise ValueError(f"samples_per_shard is {samples_per_shard}; a shard needs room for one sample at least")
     directory = claim(directory)
     shards: list[Shard] = []
-    without_caption = 0
+    without_caption = pairs = 0
     left = iter(samples)
     for first in left:
         path = directory / f"{len(shards):06d}.tar"
@@ -81,11 +86,12 @@ def write_shards(samples: Iterable[Sample], directory: str | Path, *, samples_pe
         with path.open("wb") as stream, TarWriter(stream, encoder=False, mtime=0) as tar:
             for sample in chain([first], islice(left, samples_per_shard - 1)):
                 tar.write(_members(sample))
-                without_caption += not sample.record.get("captions")
+                without_caption += not (sample.record.get("captions") or "question" in sample.record)
+                pairs += sample.second is not None
                 written += 1
         path.with_suffix(".idx").write_text(member_index(path), encoding="utf-8")
         shards.append(Shard(path.name, written, path.stat().st_size, sha256_of(path)))
-    index = ShardIndex(sum(shard.samples for shard in shards), without_caption, tuple(shards))
+    index = ShardIndex(sum(shard.samples for shard in shards), without_caption, tuple(shards), pairs)
     (directory / INDEX).write_text(json.dumps(asdict(index), indent=2) + "\n", encoding="utf-8")
     return index
 
@@ -151,16 +157,16 @@ class OpenShard:
         self._members = [self._places(line.split()) for line in lines]
 
     @staticmethod
-    def _places(fields: list[str]) -> tuple[int, int, int, int]:
-        """Offset and size of the image and of the record, from a sample's line."""
-        members = {fields[i] == "json": (int(fields[i + 1]), int(fields[i + 2])) for i in range(0, len(fields), 4)}
-        return *members[False], *members[True]
+    def _places(fields: list[str]) -> dict[str, tuple[int, int]]:
+        """Size and offset of the record (`json`), the image (no name) and a second (`second.`) in a line."""
+        members = ((fields[i], (int(fields[i + 2]), int(fields[i + 1]))) for i in range(0, len(fields), 4))
+        return {name if name == "json" else SECOND * name.startswith(SECOND): place for name, place in members}
 
-    def read(self, number: int) -> tuple[bytes, bytes]:
-        """The encoded image and the record's JSON of a sample."""
-        image, image_size, record, record_size = self._members[number]
-        descriptor = self._stream.fileno()
-        return os.pread(descriptor, image_size, image), os.pread(descriptor, record_size, record)
+    def read(self, number: int, pair: bool = False) -> tuple[list[bytes], bytes]:
+        """The encoded image of a sample, or both of a pair, and the record's JSON."""
+        members = self._members[number]
+        read = [os.pread(self._stream.fileno(), *members[name]) for name in ("", *[SECOND] * pair, "json")]
+        return read[:-1], read[-1]
 
     def close(self) -> None:
         self._stream.close()
@@ -176,20 +182,24 @@ def iterate(directory: str | Path) -> Iterator[Sample]:
             for key, pair in groupby(contents, key=lambda content: content[0][0]):
                 parts = {extension: content for (_, extension), content in pair}
                 record = json.loads(parts.pop("json"))
+                second = next((parts.pop(name) for name in list(parts) if name.startswith(SECOND)), None)
                 (image,) = parts.values()
-                yield Sample(key, image, record)
+                yield Sample(key, image, record, second)
 
 
 def _members(sample: Sample) -> dict[str, Any]:
-    kind = image_format(sample.image)
-    if kind is None:
+    pictures = {"": sample.image} | ({SECOND: sample.second} if sample.second is not None else {})
+    kinds = {prefix: image_format(content) for prefix, content in pictures.items()}
+    if None in kinds.values():
         raise ValueError(f"sample {sample.key} is neither JPEG, PNG nor WebP: convert it first")
     if not re.fullmatch(r"[^./\s]{1,90}", sample.key):
         raise ValueError(f"key {sample.key!r} must have 1 to 90 characters, none of them a dot, a slash or white space")
     identity = int.from_bytes(hashlib.sha256(sample.image).digest()[:8]) >> 1  # fits an int64
     known = {"image": sample.key, "id": identity, "captions": [], **sample.record}
-    record = {**known, "key": sample.key, "crc32": zlib.crc32(sample.image)}
-    return {"__key__": sample.key, kind: sample.image, "json": json.dumps(record, ensure_ascii=False).encode()}
+    sums = {f"{prefix.replace('.', '_')}crc32": zlib.crc32(content) for prefix, content in pictures.items()}
+    members = {f"{prefix}{kinds[prefix]}": content for prefix, content in pictures.items()}
+    record = json.dumps({**known, "key": sample.key, **sums}, ensure_ascii=False)
+    return {"__key__": sample.key, **members, "json": record.encode()}
 
 
 def member_index(path: Path) -> str:

@@ -15,7 +15,6 @@ from blip_fast.inference import evaluating, image_batches
 from blip_fast.model import BlipModel
 from blip_fast.packing import PackedTexts
 from blip_fast.tasks.loading import as_sources, load_for_task, pixel_batches
-from blip_fast.text import ImageKV, TextStream
 from blip_fast.tokenizer import Tokenizer
 
 MAX_TOKENS = 35  # of a question, as published
@@ -84,15 +83,7 @@ class Answerer:
         texts: list[Generated] = []
         with evaluating(self.model):
             for batch in image_batches(self.model, [pixels]):
-                question_kv = self._question_kv(batch, questions.to(batch.device))
+                question_kv = self.model.question_kv(batch, questions.to(batch.device))
                 prompts = torch.full((len(batch), 1), self.model.config.tokens.bos, device=batch.device)
                 texts += generate(self.model, question_kv, prompts, generation)
         return [Answer(self.tokenizer.decode(text.token_ids), text.token_ids, text.score) for text in texts]
-
-    def _question_kv(self, pixels: Tensor, questions: PackedTexts) -> ImageKV:
-        """What the decoder looks at: keys and values of the questions' last hidden states."""
-        encoder, decoder = self.model.stack("encoder"), self.model.stack("decoder")
-        image_kv = encoder.image_kv(self.model.encode_images(pixels))
-        images = torch.arange(len(pixels), device=pixels.device)
-        (states,) = encoder([TextStream(questions, "encoder", images)], image_kv)
-        return decoder.states_kv(states, offsets=questions.offsets)

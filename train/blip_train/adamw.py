@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from blip_train.pretraining import Pretraining
 from blip_train.recipe import OptimizerRecipe, RuntimeRecipe
+from blip_train.step import TrainingStep
 
 
-def make_adamw(pretraining: Pretraining, optimizer: OptimizerRecipe, runtime: RuntimeRecipe,
+def make_adamw(pretraining: TrainingStep, optimizer: OptimizerRecipe, runtime: RuntimeRecipe,
                device: torch.device) -> Any:
     """The recipe's optimiser over what is trained.
 
@@ -52,7 +52,7 @@ def adamw_cannot(name: str, device: torch.device, offload: bool) -> str | None:
     return None
 
 
-def parameter_groups(pretraining: Pretraining, optimizer: OptimizerRecipe) -> list[dict[str, Any]]:
+def parameter_groups(pretraining: TrainingStep, optimizer: OptimizerRecipe) -> list[dict[str, Any]]:
     """What is trained, with the weight decay that it gets."""
     trained = [p for p in pretraining.parameters() if p.requires_grad]
     if optimizer.decay == "all":

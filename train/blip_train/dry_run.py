@@ -29,8 +29,10 @@ def plans(recipe: Recipe, gpus: Sequence[int], caption_tokens: float) -> Iterato
     """For each number of GPUs, the recipe under each ZeRO stage that it can have.
 
     Raises:
-        ValueError: a number of GPUs or tokens that cannot be.
+        ValueError: a number of GPUs or tokens that cannot be; a recipe of VQA or NLVR2, or with adapters.
     """
+    if set(recipe.objective.losses) & {"answer", "reasoning"} or recipe.adapters is not None:
+        raise ValueError(f"--dry-run knows ITC, ITM and LM over whole weights, not what {recipe.name} trains")
     for ranks in gpus:
         if ranks < 1:
             raise ValueError(f"--gpus is {ranks}: it must be at least 1")

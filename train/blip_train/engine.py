@@ -1,4 +1,4 @@
-"""The distributed engine: a `Pretraining` module under DeepSpeed, one optimiser step at a time."""
+"""The distributed engine: a training step under DeepSpeed, one optimiser step at a time."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ import torch.distributed as dist
 from blip_fast.model import BlipModel
 from blip_train import collectives
 from blip_train.adamw import make_adamw
+from blip_train.batches import SeededBatch
 from blip_train.guard import Guard
 from blip_train.launch import rank_environment
-from blip_train.pretraining import Batch, Pretraining, StepOutput
+from blip_train.pretraining import StepOutput
 from blip_train.recipe import Recipe
+from blip_train.step import TrainingStep
 from blip_train.updates import Updates
 from blip_train.watchdog import Watchdog
 
@@ -70,7 +72,7 @@ class TrainingEngine:
     itself has to cast: on a GPU it switches off an autocast around its engine.
     """
 
-    def __init__(self, pretraining: Pretraining, recipe: Recipe, device: torch.device) -> None:
+    def __init__(self, pretraining: TrainingStep, recipe: Recipe, device: torch.device) -> None:
         import deepspeed
 
         self.recipe, self.device, self.guard = recipe, device, Guard(recipe.runtime.patience)
@@ -96,10 +98,11 @@ class TrainingEngine:
             yield self.pretraining.model
 
     @property
-    def pretraining(self) -> Pretraining:
+    def pretraining(self) -> TrainingStep:
         return self.engine.module
 
-    def step(self, slots: Sequence[Iterator[Batch]], alpha: float, lr: float, language_only: bool) -> list[StepOutput]:
+    def step(self, slots: Sequence[Iterator[SeededBatch]], alpha: float, lr: float,
+             language_only: bool) -> list[StepOutput]:
         """One optimiser step at learning rate `lr`, on the mean gradient of one batch of each of the rank's slots
         (`accumulation` of them): its next whose losses are finite on all ranks. A step whose gradient is not finite
         leaves the weights as they are."""
@@ -113,13 +116,13 @@ class TrainingEngine:
         self.pretraining.enqueue(*outputs)
         return outputs
 
-    def _learn(self, batches: Iterator[Batch], alpha: float, language_only: bool) -> StepOutput:
+    def _learn(self, batches: Iterator[SeededBatch], alpha: float, language_only: bool) -> StepOutput:
         enter = self.watchdog.enter
         while True:
             enter("input")
-            batch = next(batches)
+            batch, seed = next(batches)
             enter("forward")
-            torch.manual_seed(batch.seed)
+            torch.manual_seed(seed)
             output = self.engine(batch, alpha, language_only)
             enter("agreement on the batch")
             if self.guard.accepts(output.losses):

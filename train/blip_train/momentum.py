@@ -23,6 +23,7 @@ class MomentumEncoders(nn.Module):
         self.copy = BlipModel(dataclasses.replace(model.config, text=text, text_stacks="encoder", matching=False,
                                                   reasoning=False))
         self.copy.requires_grad_(False)
+        self._stack = "text.tied." if model.config.text_stacks == "tied" else "text.encoder."
         self.copy_from(model)
 
     @torch.no_grad()
@@ -44,12 +45,14 @@ class MomentumEncoders(nn.Module):
         image_embeds = self.copy.vision(pixels, cls_only=True)
         return self.copy.image_features(image_embeds), self.copy.text_features(texts)
 
+    def followed(self, name: str) -> str:
+        """What the model calls the parameter or module that the copy calls `name`."""
+        return name.replace("text.encoder.", self._stack, 1)
+
     def _held(self, model: BlipModel) -> tuple[list[Tensor], list[Tensor]]:
         """This rank's tensors of the copies, and of the model's parameters that they follow."""
         source = dict(model.named_parameters())
-        stack = "text.tied." if model.config.text_stacks == "tied" else "text.encoder."
-        pairs = [(average, source[name.replace("text.encoder.", stack, 1)])
-                 for name, average in self.copy.named_parameters()]
+        pairs = [(average, source[self.followed(name)]) for name, average in self.copy.named_parameters()]
         return [_held(average) for average, _ in pairs], [_held(weight) for _, weight in pairs]
 
 

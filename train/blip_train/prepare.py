@@ -4,32 +4,44 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
-from blip_fast.checkpoint import load_model, load_training_state
+from blip_fast.checkpoint import load_model, load_training_state, reasoning_model
 from blip_fast.checkpoint.original import QUEUES, tokenizer_directory
 from blip_fast.config import BlipConfig, SpecialTokens
 from blip_fast.data.annotated import ANNOTATIONS
 from blip_fast.data.pack import pack
+from blip_fast.data.pipeline import Batch as ReadBatch
 from blip_fast.data.scenes import write_scenes
 from blip_fast.data.shards import INDEX, is_url, iterate, read_index
 from blip_fast.data.sources import Source
 from blip_fast.model import BlipModel
 from blip_fast.tokenizer import Tokenizer, clean_caption
 from blip_train import collectives
-from blip_train.pretraining import Pretraining
+from blip_train.adapters import adapt
+from blip_train.answering import Answering, QuestionBatch
+from blip_train.freezing import freeze
+from blip_train.pretraining import Batch, Pretraining
+from blip_train.reasoning import PairBatch, Reasoning
 from blip_train.recipe import Recipe
+from blip_train.step import TrainingStep
 from blip_train.training_state import restore_state
 
 EXPORT = "model"  # the exported model within a run's directory
+ADAPTERS = "adapters"  # what was trained beside it, in peft's format
 
 
 def check_sources(recipe: Recipe) -> None:
-    """Raise ValueError, FileNotFoundError or OSError, before anything is started, where the recipe names data that is
-    not there."""
+    """Raise ValueError, FileNotFoundError or OSError, before anything is started, where the recipe needs data or a
+    package that is not there."""
+    if recipe.adapters is not None and find_spec("peft") is None:
+        raise ValueError("adapters need peft, which is not installed: pip install 'blip-fast[peft]'")
     if recipe.data.scenes is not None:
         return
     for source in named_sources(recipe):
@@ -96,9 +108,9 @@ def prepare_tokenizer(recipe: Recipe, shards: list[Source]) -> Tokenizer:
     """The recipe's tokenizer; the initial checkpoint's where it names none; else one trained on the captions."""
     source = recipe.tokenizer.source or recipe.init
     if source is None:
-        captions = (clean_caption(caption) for each in shards for sample in iterate(each.root)
-                    for caption in sample.record["captions"])
-        return Tokenizer.train(captions, recipe.tokenizer.vocab_size)
+        texts = (clean_caption(text) for each in shards for sample in iterate(each.root)
+                 for text in _texts(sample.record))
+        return Tokenizer.train(texts, recipe.tokenizer.vocab_size)
     if Path(source).is_file() and Path(source).suffix == ".txt":
         return Tokenizer.from_vocab_file(source)
     if Path(source).is_file():
@@ -107,6 +119,37 @@ def prepare_tokenizer(recipe: Recipe, shards: list[Source]) -> Tokenizer:
             raise ValueError(f"{source} brings no tokenizer ({beside.name}): name one with --tokenizer.source")
         return Tokenizer.from_pretrained(beside)
     return Tokenizer.from_pretrained(source)
+
+
+def _texts(record: dict[str, Any]) -> list[str]:
+    return [*record["captions"], *record.get("answers", []), *([record["question"]] if "question" in record else [])]
+
+
+def prepare_step(recipe: Recipe, tokenizer: Tokenizer) -> TrainingStep:
+    """What the engine trains: the step of the recipe's losses, frozen and adapted as the recipe says."""
+    step = _step(recipe, tokenizer)
+    freeze(step, recipe.optimizer.frozen)
+    if recipe.adapters is not None:
+        adapt(step, recipe.adapters)
+    return step
+
+
+def _step(recipe: Recipe, tokenizer: Tokenizer) -> TrainingStep:
+    if recipe.objective.losses == ("answer",):
+        return Answering(prepare_model(recipe, tokenizer), recipe.objective.label_smoothing)
+    if recipe.objective.losses == ("reasoning",):
+        return Reasoning(prepare_model(recipe, tokenizer))
+    return prepare_pretraining(recipe, tokenizer)
+
+
+def collation(recipe: Recipe, tokenizer: Tokenizer) -> Callable[[ReadBatch], Any]:
+    """What makes the step's batch of samples that were read."""
+    limits: dict[str, Any] = {"tokenizer": tokenizer, "max_tokens": recipe.tokenizer.max_tokens}
+    if recipe.objective.losses == ("answer",):
+        return partial(QuestionBatch.collate, **limits, max_words=recipe.data.max_words)
+    if recipe.objective.losses == ("reasoning",):
+        return partial(PairBatch.collate, **limits)
+    return partial(Batch.collate, **limits)
 
 
 def prepare_pretraining(recipe: Recipe, tokenizer: Tokenizer) -> Pretraining:
@@ -138,13 +181,22 @@ def prepare_model(recipe: Recipe, tokenizer: Tokenizer) -> BlipModel:
     if recipe.init is None:
         return BlipModel(with_tokenizer(recipe.model, tokenizer))
     start, _ = load_model(recipe.init, tokenizer=tokenizer, image_size=recipe.model.vision.image_size)
+    twins = recipe.model.reasoning and not start.config.reasoning
+    # VQA's decoder reads questions: where images are of another width, its keys and values start anew, as published.
+    keys = (recipe.model.text_stacks == "untied" != start.config.text_stacks
+            and start.config.vision.width != start.config.text.width)
+    if recipe.adapters is not None and (twins or keys):
+        raise ValueError(f"{recipe.init} lacks weights of this task, which would start anew but not be trained beside "
+                         "adapters: fine-tune it without them first")
+    if twins:
+        start = reasoning_model(start, recipe.seed)
     parts = dataclasses.replace(
         start.config,
         vision=dataclasses.replace(start.config.vision, drop_path=recipe.model.vision.drop_path),
         text=dataclasses.replace(start.config.text, dropout=recipe.model.text.dropout),
         **{name: getattr(recipe.model, name) for name in ("text_stacks", "contrastive", "matching", "reasoning")},
     )
-    return start.restricted_to(parts)
+    return start.restricted_to(parts, ["text.decoder.image_to_kv.0.weight"] if keys else [])
 
 
 def with_tokenizer(config: BlipConfig, tokenizer: Tokenizer) -> BlipConfig:

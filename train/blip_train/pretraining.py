@@ -8,7 +8,7 @@ keys and values, projected once per image.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +19,15 @@ from torch import Tensor, nn
 from blip_fast.model import BlipModel
 from blip_fast.packing import PackedTexts
 from blip_fast.text import TextStream
+from blip_fast.tokenizer import Tokenizer
 from blip_train import collectives
 from blip_train.exchange import Exchange, gathered_bytes
 from blip_train.momentum import MomentumEncoders
 from blip_train.queue import KeyQueue
+from blip_train.step import TrainingStep
+
+if TYPE_CHECKING:
+    from blip_fast.data.pipeline import Batch as ReadBatch
 
 TEMPERATURE_RANGE = (0.001, 0.5)
 IGNORED = -100  # LM's target where a token carries no loss
@@ -32,12 +37,13 @@ IGNORED = -100  # LM's target where a token carries no loss
 class Objective:
     """What a step computes, with the paper's values.
 
-    `losses` any of itc, itm, lm (itm takes its negatives from itc's features). `positives`: `pair` (pre-training) or
+    `losses` any of itc, itm, lm (itm takes its negatives from itc's features), or alone answer (VQA) or reasoning
+    (NLVR2), of whose other values only `label_smoothing` counts, for answer. `positives`: `pair` (pre-training) or
     `id` (retrieval fine-tuning: captions of one image share the target). `negatives`: from the rank's own batch, or
     from the batches of `all_ranks`. `negative_floor` is added to the softmax that negatives are drawn from.
     """
 
-    losses: tuple[Literal["itc", "itm", "lm"], ...] = ("itc", "itm", "lm")
+    losses: tuple[Literal["itc", "itm", "lm", "answer", "reasoning"], ...] = ("itc", "itm", "lm")
     queue_size: int = 57600
     momentum: float = 0.995
     alpha: float = 0.4
@@ -51,9 +57,10 @@ class Objective:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "losses", tuple(self.losses))
-        unknown = set(self.losses) - {"itc", "itm", "lm"}
-        if unknown or not self.losses:
-            raise ValueError(f"objective.losses must name some of itc, itm, lm; got {list(self.losses)}")
+        alone = self.losses in (("answer",), ("reasoning",))
+        if not self.losses or (set(self.losses) - {"itc", "itm", "lm"} and not alone):
+            raise ValueError("objective.losses must name some of itc, itm, lm, or answer or reasoning alone; got "
+                             f"{list(self.losses)}")
         if self.language_first_steps and "lm" not in self.losses:
             raise ValueError("objective.language_first_steps is set but losses has no lm to start with")
         if "itm" in self.losses and "itc" not in self.losses:
@@ -64,13 +71,23 @@ class Objective:
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's pairs: `images` [batch, 3, size, size], `texts` starting with [CLS], `ids` int64 [batch]. `seed` is
-    that of the negatives and drop-outs that are drawn for them."""
+    """One rank's pairs: `images` [batch, 3, size, size], `texts` starting with [CLS], `ids` int64 [batch]."""
 
     images: Tensor
     texts: PackedTexts
     ids: Tensor
-    seed: int = 0
+
+    @property
+    def text_tokens(self) -> int:
+        return len(self.texts.token_ids)
+
+    @classmethod
+    def collate(cls, read: ReadBatch, tokenizer: Tokenizer, max_tokens: int) -> Batch:
+        """Read samples → a batch, captions cut at `max_tokens`."""
+        return cls(read.images, tokenizer.pack(read.captions, max_tokens=max_tokens), read.ids)
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.images.to(device), self.texts.to(device), self.ids.to(device))
 
 
 class Negatives(NamedTuple):
@@ -131,7 +148,7 @@ class _LanguageLoss(nn.Module):
             label_smoothing=self.objective.label_smoothing, ignore_index=IGNORED)
 
 
-class Pretraining(nn.Module):
+class Pretraining(TrainingStep):
     """The model with its momentum copy and queue: `follow`, then the losses of one or more batches, `enqueue`d behind
     their backward.
 

@@ -87,13 +87,38 @@ class DataRecipe:
 @dataclass(frozen=True)
 class OptimizerRecipe:
     """AdamW with decoupled weight decay, on `all` parameters as published or on `matrices` alone (no norms, no biases,
-    no [CLS], no temperature). `clip` is a gradient norm, 0: none."""
+    no [CLS], no temperature). `clip` is a gradient norm, 0: none.
+
+    `frozen` parameters stay as they are: names or their first parts, where `*` stands for any part and `0-5` for
+    numbers (`vision.blocks.0-5`, `text.*.word_embeds`).
+    """
 
     weight_decay: float = 0.05
     decay: Literal["all", "matrices"] = "all"
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     clip: float = 0.0
+    frozen: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "frozen", tuple(self.frozen))
+
+
+@dataclass(frozen=True)
+class AdapterRecipe:
+    """Low-rank adapters (LoRA) beside linear layers: they alone are trained. `targets` name the layers as
+    `optimizer.frozen` does; what an adapter adds is scaled by `alpha` / `rank`. Needs peft."""
+
+    rank: int = 8
+    alpha: int = 16
+    targets: tuple[str, ...] = ("vision.blocks.*.qkv", "text.*.layers.*.self_attention.*.qkv",
+                                "text.*.layers.*.cross_attention.query")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", tuple(self.targets))
+        if self.rank < 1 or self.alpha < 1 or not self.targets:
+            raise ValueError("adapters.rank and alpha must be at least 1 and targets name a layer, got "
+                             f"{self.rank}, {self.alpha} and {list(self.targets)}")
 
 
 @dataclass(frozen=True)
@@ -169,6 +194,7 @@ class Recipe:
     objective: Objective = field(default_factory=Objective)
     schedule: Schedule = field(default_factory=Schedule)
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
+    adapters: AdapterRecipe | None = None
     runtime: RuntimeRecipe = field(default_factory=RuntimeRecipe)
     evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
 
@@ -178,6 +204,21 @@ class Recipe:
         if self.evaluation.images and (self.data.sources is not None or is_url(self.data.root or "")):
             raise ValueError("data.sources and shards under a URL have no test split: set evaluation.images to 0, and "
                              "measure the model with `blip-fast evaluate`")
+        model, text = self.model, self.model.text
+        parts = {"itc": ("contrastive: true", model.contrastive), "itm": ("matching: true", model.matching),
+                 "lm": ("text_stacks: tied or decoder", model.text_stacks in ("tied", "decoder")),
+                 "answer": ("text_stacks: untied", model.text_stacks == "untied"),
+                 "reasoning": ("reasoning: true and text.twin_cross_attention: true",
+                               model.reasoning and text.twin_cross_attention)}
+        for loss in self.objective.losses:
+            if not parts[loss][1]:
+                raise ValueError(f"objective.losses has {loss}, which needs a model with {parts[loss][0]}")
+        if self.adapters is not None and self.init is None:
+            raise ValueError("adapters are set but init is not: they train little beside weights that know something; "
+                             "name a checkpoint")
+        if self.evaluation.images and set(self.objective.losses) & {"answer", "reasoning"}:
+            raise ValueError("evaluation.images must be 0 for VQA and NLVR2: a run's report measures retrieval and "
+                             "captions")
 
     @property
     def directory(self) -> Path:

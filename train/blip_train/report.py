@@ -22,7 +22,8 @@ from blip_train.logs import read_log
 from blip_train.prepare import source_folder
 from blip_train.recipe import Recipe
 
-LOSS_TITLES = {"itc": "Contrastive loss (ITC)", "itm": "Matching loss (ITM)", "lm": "Language loss (LM)"}
+LOSS_TITLES = {"itc": "Contrastive loss (ITC)", "itm": "Matching loss (ITM)", "lm": "Language loss (LM)",
+               "answer": "Answer loss (VQA)", "reasoning": "Reasoning loss (NLVR2)"}
 MAX_LENGTH, MIN_LENGTH = 24, 5  # tokens of a caption in the report
 
 

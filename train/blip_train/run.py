@@ -13,17 +13,20 @@ from blip_fast.data.pipeline import InputConfig, TrainInput
 from blip_fast.data.sources import Source
 from blip_fast.tokenizer import Tokenizer
 from blip_train import checkpoints, collectives
+from blip_train.adapters import merged, save_adapters
 from blip_train.batches import Batches
 from blip_train.engine import TrainingEngine, mean_losses, start_rank
 from blip_train.guard import STOPPED
 from blip_train.logs import RunLog
 from blip_train.meter import Meter
 from blip_train.prepare import (
+    ADAPTERS,
     EXPORT,
     check_directory,
     check_sources,
-    prepare_pretraining,
+    collation,
     prepare_shards,
+    prepare_step,
     prepare_tokenizer,
 )
 from blip_train.pretraining import StepOutput
@@ -53,7 +56,7 @@ def train(recipe: Recipe, resume: bool = False, profile: int = 0) -> Path:
     streams = _streams(recipe)
     shards, tokenizer = _prepare(recipe)
     torch.manual_seed(recipe.seed)  # every rank builds the same weights
-    engine = TrainingEngine(prepare_pretraining(recipe, tokenizer).train(), recipe, device)
+    engine = TrainingEngine(prepare_step(recipe, tokenizer).train(), recipe, device)
     sources = {stream: _open_input(recipe, shards, device, stream, streams.streams)
                for stream in dict.fromkeys(streams.of_rank(rank))}
     with engine.guard.listening(), engine.watchdog.watching():
@@ -64,6 +67,9 @@ def train(recipe: Recipe, resume: bool = False, profile: int = 0) -> Path:
         sys.exit(STOPPED)
     with engine.whole_model() as model:
         if rank == 0:
+            if recipe.adapters is not None:
+                save_adapters(model, directory / ADAPTERS)
+                model = merged(model)
             save_native(model, tokenizer, directory / EXPORT)
     if rank == 0:
         write_run_report(recipe, directory / EXPORT)
@@ -95,7 +101,8 @@ def _open_input(recipe: Recipe, shards: list[Source], device: torch.device, stre
         sources=shards, cache=data.cache, cache_gb=data.cache_gb, image_size=recipe.model.vision.image_size,
         batch_size=recipe.runtime.batch_size, seed=recipe.seed,
         crop_scale=data.crop_scale, flip=data.flip, rand_augment=data.rand_augment,
-        shuffle_buffer=data.shuffle_buffer, threads=data.threads, max_words=data.max_words, prompt=data.prompt)
+        shuffle_buffer=data.shuffle_buffer, threads=data.threads, max_words=data.max_words, prompt=data.prompt,
+        pairs="reasoning" in recipe.objective.losses)
     return TrainInput(config, rank=stream, world_size=streams, device=device)
 
 
@@ -108,7 +115,8 @@ def _steps(recipe: Recipe, engine: TrainingEngine, sources: dict[int, TrainInput
     total = recipe.schedule.total_steps(steps_per_epoch)
     step = checkpoints.load(engine.engine, folder, streams, sources) if resume else 0
     log = RunLog(recipe.directory, recipe.name, step, total, writes=rank == 0)
-    batches = {stream: Batches(source, tokenizer, recipe.tokenizer.max_tokens, engine.device, recipe.seed)
+    collate = collation(recipe, tokenizer)
+    batches = {stream: Batches(source, collate, engine.device, recipe.seed)
                for stream, source in sources.items()}
     slots = [batches[stream] for stream in streams.of_rank(rank)]
     meter = Meter(recipe, engine.pretraining.model.config, batches.values(), engine.device)

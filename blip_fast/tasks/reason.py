@@ -1,0 +1,67 @@
+"""Is a sentence true of two images (NLVR2; BLIP section 5.4)?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from blip_fast.images import ImageSource
+from blip_fast.inference import evaluating
+from blip_fast.model import BlipModel
+from blip_fast.packing import PackedTexts
+from blip_fast.tasks.loading import load_for_task, pixel_batches
+from blip_fast.tokenizer import Tokenizer, clean_caption
+
+MAX_WORDS = 40  # of a sentence, as published
+
+
+class Reasoner:
+    """Judges sentences. `Reasoner.from_pretrained("model")([("left.jpg", "right.jpg")], ["both show a dog"])`."""
+
+    def __init__(self, model: BlipModel, tokenizer: Tokenizer) -> None:
+        """Raises ValueError where the model is not of the NLVR2 kind."""
+        if not (model.config.reasoning and model.config.text.twin_cross_attention):
+            raise ValueError("reasoning needs a model that looks at two images, with NLVR2's head: take an NLVR2 "
+                             "checkpoint")
+        self.model, self.tokenizer = model, tokenizer
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *, dtype: str = "float32", device: str | None = None,
+                        image_size: int | None = None, heads: int | None = None,
+                        tokenizer: str | Path | None = None) -> Reasoner:
+        """Load a checkpoint directory or a published `.pth`; the options are `load_for_task`'s."""
+        return cls(*load_for_task(source, dtype=dtype, device=device, image_size=image_size, heads=heads,
+                                  tokenizer=tokenizer))
+
+    def __call__(self, pairs: Sequence[tuple[ImageSource, ImageSource]], sentences: Sequence[str], *,
+                 batch_size: int = 16) -> Tensor:
+        """Judge one sentence about each pair of images.
+
+        Returns:
+            The probability that each is true, float32 [pairs] on the CPU.
+
+        Raises:
+            ImageError: for the first image that cannot be read.
+            ValueError: not one sentence per pair.
+        """
+        if len(pairs) != len(sentences):
+            raise ValueError(f"{len(pairs)} pairs of images but {len(sentences)} sentences: pass one sentence per pair")
+        texts = self.tokenizer.pack([clean_caption(sentence, MAX_WORDS) for sentence in sentences], "[ENC]")
+        images = [image for pair in pairs for image in pair]
+        found = [torch.empty(0)]
+        for batch in pixel_batches(images, self.model.config.vision.image_size, 2 * batch_size):
+            start = sum(map(len, found))
+            which = torch.arange(start, start + len(batch) // 2)
+            found.append(self.judge_pixels(batch.unflatten(0, (-1, 2)), texts.select(which)))
+        return torch.cat(found)
+
+    def judge_pixels(self, pixels: Tensor, sentences: PackedTexts) -> Tensor:
+        """As above, of one batch [pairs, 2, 3, image_size, image_size] after the evaluation transform; sentences start
+        with [ENC]."""
+        like = self.model.vision.cls_token
+        with evaluating(self.model):
+            logits = self.model.pair_logits(pixels.to(like.device, like.dtype), sentences.to(like.device))
+        return logits.softmax(dim=1)[:, 1].cpu()
