@@ -32,7 +32,8 @@ RUN = "run.json"
 @dataclass(frozen=True)
 class Written:
     """How a checkpoint was written: `step` steps done, of which `updates` changed the weights, by `ranks` ranks with
-    this `zero_stage` and `optimizer`, on batches from these `streams` and `slots`, by this `version` of blip_fast."""
+    this `zero_stage` and `optimizer`, on batches from these `streams` and `slots`, by this `version` of blip_fast;
+    `model`, the model's configuration."""
 
     step: int
     updates: int
@@ -42,6 +43,7 @@ class Written:
     streams: int
     slots: int
     version: str
+    model: dict[str, Any]
 
 
 def save(engine: Any, directory: Path, step: int, streams: Streams, input_states: dict[int, Any], keep: int) -> None:
@@ -64,7 +66,7 @@ def save(engine: Any, directory: Path, step: int, streams: Streams, input_states
             torch.save(state, directory / name / f"stream-{stream}.pt")
         if rank == 0:
             written = Written(step, engine.global_steps - engine.skipped_steps, *_carried_by(engine), streams.streams,
-                              streams.slots, version("blip-fast"))
+                              streams.slots, version("blip-fast"), engine.module.model.config.to_dict())
             (directory / name / RUN).write_text(json.dumps(asdict(written)))
     dist.barrier()
     if rank == 0:
@@ -85,14 +87,13 @@ def load(engine: Any, directory: Path, streams: Streams, sources: dict[int, Trai
     Raises:
         ValueError: there is none, or its batches came from other readers, or in another number a step.
     """
-    latest = directory / LATEST
-    if not latest.exists():
+    if not whole(directory):
         raise ValueError(f"{directory} holds no checkpoint to resume from: start without --resume")
-    folder = directory / latest.read_text().strip()
+    folder = whole(directory)[-1]
     if collectives.world()[0] == 0:  # what a run that ended while saving has left would count as one of the newest
         for unfinished in (old for old in directory.glob("step-*") if old.name > folder.name):
             shutil.rmtree(unfinished)
-    written = Written(**json.loads((folder / RUN).read_text()))
+    written = read_written(folder)
     if (written.slots, written.streams) != (streams.slots, streams.streams):
         raise ValueError(
             f"{folder} is of a run with {written.slots} batches a step from {written.streams} reader(s) of the data, "
@@ -111,6 +112,18 @@ def load(engine: Any, directory: Path, streams: Streams, sources: dict[int, Trai
     return written.step
 
 
+def whole(directory: Path) -> list[Path]:
+    """The directories of whole checkpoints, oldest first: those up to the latest."""
+    latest = directory / LATEST
+    name = latest.read_text().strip() if latest.exists() else ""
+    return sorted(folder for folder in directory.glob("step-*") if folder.name <= name)
+
+
+def read_written(folder: Path) -> Written:
+    """How the checkpoint in `folder` was written."""
+    return Written(**json.loads((folder / RUN).read_text()))
+
+
 def _carried_by(engine: Any) -> tuple[int, int, str]:
     """Ranks, ZeRO stage and optimiser (`torch.optim.adamw.AdamW`)."""
     kind = type(engine.basic_optimizer)
@@ -127,10 +140,9 @@ def _saying_what_stays(directory: Path, name: str) -> Iterator[None]:
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # not of torch.save's writer
             raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "a file could not be written"
-        latest = directory / LATEST
-        before = latest.read_text().strip() if latest.exists() else None
-        took = sum(file.stat().st_size for file in (directory / before).iterdir()) if before else 0
+        before = whole(directory)[-1:]
+        took = sum(file.stat().st_size for folder in before for file in folder.iterdir())
         free = f"{shutil.disk_usage(directory).free / 1e6:,.1f} MB are free there"
         raise OSError(f"checkpoint {name} could not be written to {directory}: {reason} ({free}" +
-                      (f"; {before} takes {took / 1e6:,.1f} MB and is whole" if before else "") +
+                      (f"; {before[0].name} takes {took / 1e6:,.1f} MB and is whole" if before else "") +
                       "): make room, or lower runtime.keep_checkpoints") from error

@@ -25,6 +25,7 @@ from blip_train.recipe import Recipe
 from blip_train.training_state import restore_state
 
 EXPORT = "model"  # the exported model within a run's directory
+TOKENIZER = "tokenizer"  # and its tokenizer
 
 
 def check_sources(recipe: Recipe) -> None:

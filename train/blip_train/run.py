@@ -20,6 +20,7 @@ from blip_train.logs import RunLog
 from blip_train.meter import Meter
 from blip_train.prepare import (
     EXPORT,
+    TOKENIZER,
     check_directory,
     check_sources,
     prepare_pretraining,
@@ -78,7 +79,7 @@ def _streams(recipe: Recipe) -> Streams:
 
 def _prepare(recipe: Recipe) -> tuple[list[Source], Tokenizer]:
     """Shards and tokenizer: made by rank 0, read by all."""
-    saved = recipe.directory / "tokenizer"
+    saved = recipe.directory / TOKENIZER
     if collectives.world()[0] == 0:
         recipe.directory.mkdir(parents=True, exist_ok=True)
         (recipe.directory / "recipe.yaml").write_text(recipe.to_yaml())
