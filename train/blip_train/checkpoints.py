@@ -13,17 +13,18 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from blip_fast.data.pipeline import TrainInput
 from blip_train import collectives
 from blip_train.reshard import load_resharded
 from blip_train.streams import Streams
+from blip_train.writer import Writer
 
 LATEST = "latest"
 RUN = "run.json"
@@ -46,36 +47,40 @@ class Written:
     model: dict[str, Any]
 
 
-def save(engine: Any, directory: Path, step: int, streams: Streams, input_states: dict[int, Any], keep: int) -> None:
-    """Write `step-N`, make it the latest, and remove all but the last `keep`.
+def save(engine: Any, directory: Path, step: int, streams: Streams, input_states: dict[int, Any], keep: int,
+         writer: Writer) -> None:
+    """Write `step-N`, make it the latest, and remove all but the last `keep`; behind what is still being written.
 
     Args:
         engine: DeepSpeed's engine.
         directory: the run's `checkpoints` directory.
         input_states: the position of each stream that this rank reads.
+        writer: whether in the background; what fails there is raised by it later.
 
     Raises:
         OSError: this rank could not write its part, as where the disk is full. The checkpoint before stays the latest.
     """
-    rank, _ = collectives.world()
     name = f"step-{step:08d}"
-    with _saying_what_stays(directory, name):
+    saying = partial(_saying_what_stays, directory, name)
+    writer.wait()
+    with saying():
         engine.save_checkpoint(str(directory), tag=name, save_latest=False,
                                client_state={"loss_scaler": engine.optimizer.loss_scaler})
         for stream, state in input_states.items():
-            torch.save(state, directory / name / f"stream-{stream}.pt")
-        if rank == 0:
+            writer.put(state, directory / name / f"stream-{stream}.pt")
+        if collectives.world()[0] == 0:
             written = Written(step, engine.global_steps - engine.skipped_steps, *_carried_by(engine), streams.streams,
                               streams.slots, version("blip-fast"), engine.module.model.config.to_dict())
             (directory / name / RUN).write_text(json.dumps(asdict(written)))
-    dist.barrier()
-    if rank == 0:
-        new = directory / f"{LATEST}.new"
-        new.write_text(name)
-        new.replace(directory / LATEST)
-        for old in sorted(directory.glob("step-*"))[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
+    writer.finish(saying, partial(_make_latest, directory, name, keep))
+
+
+def _make_latest(directory: Path, name: str, keep: int) -> None:
+    new = directory / f"{LATEST}.new"
+    new.write_text(name)
+    new.replace(directory / LATEST)
+    for old in sorted(directory.glob("step-*"))[:-keep]:
+        shutil.rmtree(old)
 
 
 def load(engine: Any, directory: Path, streams: Streams, sources: dict[int, TrainInput]) -> int:

@@ -33,6 +33,7 @@ from blip_train.recipe import Recipe
 from blip_train.report import write_run_report
 from blip_train.schedule import alpha_at
 from blip_train.streams import Streams
+from blip_train.writer import Writer
 
 
 def train(recipe: Recipe, resume: bool = False, profile: int = 0) -> Path:
@@ -111,6 +112,7 @@ def _steps(recipe: Recipe, engine: TrainingEngine, sources: dict[int, TrainInput
     log = RunLog(recipe.directory, recipe.name, step, total, writes=rank == 0)
     batches = {stream: Batches(source, tokenizer, recipe.tokenizer.max_tokens, engine.device, recipe.seed)
                for stream, source in sources.items()}
+    writer = Writer(engine.engine, runtime.background_saves)
     slots = [batches[stream] for stream in streams.of_rank(rank)]
     meter = Meter(recipe, engine.pretraining.model.config, batches.values(), engine.device)
     profiler = StepProfiler(profile, recipe.directory / "profile")
@@ -131,9 +133,11 @@ def _steps(recipe: Recipe, engine: TrainingEngine, sources: dict[int, TrainInput
         if step % runtime.save_every == 0 or step == total or engine.guard.stopping:
             engine.watchdog.enter("save")
             states = {stream: each.state for stream, each in batches.items()}
-            checkpoints.save(engine.engine, folder, step, streams, states, runtime.keep_checkpoints)
+            checkpoints.save(engine.engine, folder, step, streams, states, runtime.keep_checkpoints, writer)
+        writer.check()
         if engine.guard.stopping:
             break
+    writer.close()
     for each in batches.values():
         each.close()
     log.close()
