@@ -9,8 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from blip_train.watchdog import Place, describe
-from test_train import RECIPE, train_command
+from safetensors.torch import load_file
+from test_train import RECIPE, losses, train_command
 
 from blip_fast.data.scenes import write_scenes
 
@@ -98,10 +100,12 @@ def test_who_did_not_arrive():
         "step 3, input: rank 1 did not get through within 5 s, and no other rank is behind it")
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(scenes, tmp_path):
+@pytest.mark.parametrize("background", ["false", "true"])
+def test_a_full_disk_leaves_the_checkpoint_before(scenes, tmp_path, background):
     """A limit on what one file may hold stands for it: the writes of rank 1's part fail in the same way."""
     fault = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))"
-    done, rows, _ = failing_run(scenes, tmp_path, fault, "--runtime.zero_stage", "2", call=6)
+    done, rows, _ = failing_run(scenes, tmp_path, fault, "--runtime.zero_stage", "2",
+                                "--runtime.background_saves", background, call=6)
     checkpoints = tmp_path / "tiny" / "checkpoints"
     assert done.returncode == 2 and len(rows) == 8
     said = (rf"checkpoint step-00000008 could not be written to {checkpoints}: .* \([\d,.]+ MB are free there; "
@@ -117,3 +121,21 @@ def test_a_full_disk_leaves_the_checkpoint_before(scenes, tmp_path):
     resumed = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=environment)
     assert resumed.returncode == 0, resumed.stderr
     assert {path.name for path in checkpoints.glob("step-*")} == {"step-00000004", "step-00000008"}
+
+
+def test_a_rank_killed_while_it_writes_in_the_background_leaves_the_checkpoint_before(scenes, tmp_path):
+    """Its first file is there, but not on the disk; resumed, the run ends as one that was not killed."""
+    fault = "from blip_train import writer; writer._to_disk = lambda file: os.kill(os.getpid(), signal.SIGKILL)"
+    options = ("--runtime.zero_stage", "2", "--runtime.background_saves", "true", "--runtime.save_every", "2")
+    done, _, _ = failing_run(scenes, tmp_path, fault, *options, call=6)
+    assert "rank 1 was killed by SIGKILL" in done.stderr.splitlines()[-1]
+    # Step 4's may not have been written when the fault was planted; step 2's was, for step 4's waited for it.
+    assert (tmp_path / "tiny" / "checkpoints" / "latest").read_text() in ("step-00000002", "step-00000004")
+    (tmp_path / "sitecustomize.py").unlink()
+    for runs, more in ((tmp_path, ["--resume", *options]), (tmp_path / "whole", options[:2])):
+        command, environment = train_command(scenes, runs, "--runtime.ranks", "2", *more)
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=environment)
+        assert ended.returncode == 0, ended.stderr
+    assert losses(tmp_path) == losses(tmp_path / "whole")
+    ours, theirs = (load_file(runs / "tiny" / "model" / "model.safetensors") for runs in (tmp_path, tmp_path / "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -14,6 +14,7 @@ from blip_fast.data.scenes import write_scenes
 
 STEPS, KILLS = 24, 5
 VARIANTS = {"2 ranks, ZeRO 2": ["--runtime.ranks", "2", "--runtime.zero_stage", "2"],
+            "2 ranks, ZeRO 1, saving in the background": ["--runtime.ranks", "2", "--runtime.background_saves", "true"],
             "2 ranks, ZeRO 3": ["--runtime.ranks", "2", "--runtime.zero_stage", "3", "--runtime.accumulation", "2"]}
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from blip_train.prepare import prepare_pretraining, prepare_tokenizer
+from blip_train.prepare import prepare_step, prepare_tokenizer
 from blip_train.pretraining import Batch, Objective, Pretraining
 from blip_train.recipe import Recipe
 from blip_train.training_state import export_state, restore_state
@@ -131,7 +131,7 @@ def test_a_step_without_itc_has_no_state(tmp_path):
     path = save(make("pretraining"), tmp_path / "x.pth")
     assert export_state(Pretraining(load_model(path)[0], Objective(losses=("lm",)), seed=0)) == {}
     captioning = dataclasses.replace(recipe(path, "pretraining"), objective=Objective(losses=("lm",)))
-    assert export_state(prepare_pretraining(captioning, TOKENIZER)) == {}
+    assert export_state(prepare_step(captioning, TOKENIZER)) == {}
 
 
 # ------------------------------------------------------------------------------------------- a new run's start
@@ -146,7 +146,7 @@ def recipe(init: Path, kind: str, image_size: int = 32, **objective) -> Recipe:
 def test_fine_tuning_starts_from_the_copies_and_queue_of_pretraining(tmp_path):
     """All ids empty; the pointer, which has another name there, at the start."""
     path = save(make("pretraining"), tmp_path / "x.pth")
-    start = prepare_pretraining(recipe(path, "retrieval"), TOKENIZER)
+    start = prepare_step(recipe(path, "retrieval"), TOKENIZER)
     expected = restored(path, "pretraining")
     assert_same(start.momentum.state_dict(), expected.momentum.state_dict())
     assert torch.equal(start.queue.image, expected.queue.image) and torch.equal(start.queue.text, expected.queue.text)
@@ -155,13 +155,13 @@ def test_fine_tuning_starts_from_the_copies_and_queue_of_pretraining(tmp_path):
 
 def test_a_second_round_keeps_the_pointer_but_not_the_ids(kind, path):
     """Ids number the images of other data."""
-    start = prepare_pretraining(recipe(path, kind), TOKENIZER)
+    start = prepare_step(recipe(path, kind), TOKENIZER)
     assert start.queue.pointer == 4 and (start.queue.ids == -100).all()
 
 
 def test_a_queue_of_another_length_starts_anew_and_says_so(tmp_path, capsys):
     path = save(make("pretraining"), tmp_path / "x.pth")
-    start = prepare_pretraining(recipe(path, "pretraining", queue_size=9), TOKENIZER)
+    start = prepare_step(recipe(path, "pretraining", queue_size=9), TOKENIZER)
     fresh = Pretraining(load_model(path)[0], Objective(queue_size=9), seed=0)
     assert_same(start.queue.state_dict(), fresh.queue.state_dict())
     assert_same(start.momentum.state_dict(), restored(path, "pretraining").momentum.state_dict())
@@ -170,7 +170,7 @@ def test_a_queue_of_another_length_starts_anew_and_says_so(tmp_path, capsys):
 
 def test_positions_of_the_copy_are_resized(tmp_path):
     path = save(make("pretraining"), tmp_path / "x.pth")
-    start = prepare_pretraining(recipe(path, "pretraining", image_size=48), TOKENIZER)
+    start = prepare_step(recipe(path, "pretraining", image_size=48), TOKENIZER)
     expected = resize_positions(read(path)["visual_encoder_m.pos_embed"][0], 10)
     assert torch.equal(start.momentum.copy.vision.position_embeds, expected)
 
@@ -178,7 +178,7 @@ def test_positions_of_the_copy_are_resized(tmp_path):
 def test_without_training_state_the_copy_is_the_model(tmp_path):
     path = save(make("pretraining"), tmp_path / "x.pth")
     save_native(load_model(path)[0], None, tmp_path / "native")
-    start = prepare_pretraining(recipe(tmp_path / "native", "pretraining"), TOKENIZER)
+    start = prepare_step(recipe(tmp_path / "native", "pretraining"), TOKENIZER)
     own = start.model.state_dict()
     assert all(torch.equal(tensor, own[name.replace("text.encoder", "text.tied")])
                for name, tensor in start.momentum.copy.state_dict().items())

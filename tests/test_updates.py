@@ -16,6 +16,7 @@ from blip_train.launch import rank_environment
 from blip_train.pretraining import Pretraining, StepOutput
 from blip_train.recipe import OptimizerRecipe
 from blip_train.streams import Streams
+from blip_train.writer import Writer
 from ranks import spawn
 from test_engine import make_recipe
 from test_training_parity import make_batch, make_model
@@ -59,8 +60,8 @@ def make_engine(device, stage: int, precision="float32", patience=1, accumulatio
 
 def train_step(engine: TrainingEngine, step: int) -> None:
     accumulation = engine.recipe.runtime.accumulation
-    batches = [SeededBatch(make_batch(accumulation * step + i, dist.get_rank()), seed=step) for i in range(accumulation)]
-    engine.step([iter(batches)] * accumulation, 0.4, LR, False)
+    batches = (SeededBatch(make_batch(accumulation * step + i, dist.get_rank()), step) for i in range(accumulation))
+    engine.step([batches] * accumulation, 0.4, LR, False)
 
 
 def held(engine: TrainingEngine) -> list[torch.Tensor]:
@@ -110,7 +111,8 @@ def fit_scale(device, stage: int, folder) -> None:
         steps += 1
     assert steps > 3 and not same(held(engine)[: len(before)], before)
     streams = Streams(slots=4, streams=2, ranks=2)
-    checkpoints.save(engine.engine, folder / str(stage), steps, streams, {}, keep=1)
+    checkpoints.save(engine.engine, folder / str(stage), steps, streams, {}, 1,
+                     Writer(engine.engine, background=False))
     resumed = make_engine(device, stage, "float16")
     checkpoints.load(resumed.engine, folder / str(stage), streams, {})
     assert resumed.updates.loss_scale == engine.updates.loss_scale and same(held(resumed), held(engine))

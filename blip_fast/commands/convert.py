@@ -41,7 +41,7 @@ def _arguments(parser: ArgumentParser) -> None:
 
 
 def _run(args: Namespace) -> int:
-    _check_destination(Path(args.destination), args.to)
+    check_destination(Path(args.destination), args.to)
     from blip_fast.checkpoint import load_model, load_training_state
     from blip_fast.tokenizer import Tokenizer
 
@@ -54,25 +54,28 @@ def _run(args: Namespace) -> int:
                          f"{'transformers' if args.to == 'hf' else 'a single task'} has no place for: add "
                          "--drop-training-state to leave it out")
     if args.task is not None:
-        model = _only(model, args.task)
-    _save(args, model, tokenizer, training_state)
-    _report(args, model, tokenizer, training_state)
+        model = only(model, args.task)
+    save(args, model, tokenizer, training_state)
+    report(args, model, tokenizer, training_state)
     return 0
 
 
-def _check_destination(destination: Path, form: str) -> None:
+def check_destination(destination: Path, form: str) -> None:
+    """Raise ValueError where something is there that the form's file or directory would replace."""
     if destination.is_file() or (destination.is_dir() and (form == "original" or any(destination.iterdir()))):
         raise ValueError(f"{destination} exists already: remove it or choose another name")
 
 
-def _only(model: BlipModel, task: str) -> BlipModel:
+def only(model: BlipModel, task: str) -> BlipModel:
+    """The parts of one of `TASKS`."""
     import dataclasses
 
     dtype = model.vision.cls_token.dtype
     return model.restricted_to(dataclasses.replace(model.config, **TASKS[task])).to(dtype).eval()
 
 
-def _save(args: Namespace, model: BlipModel, tokenizer: Tokenizer | None, training_state: dict[str, Tensor]) -> None:
+def save(args: Namespace, model: BlipModel, tokenizer: Tokenizer | None, training_state: dict[str, Tensor]) -> None:
+    """Write `args.destination` in the form `args.to`."""
     from blip_fast.checkpoint import save_hugging_face, save_native, save_original
 
     if args.to == "hf":
@@ -83,7 +86,8 @@ def _save(args: Namespace, model: BlipModel, tokenizer: Tokenizer | None, traini
         save_native(model, tokenizer, args.destination, training_state)
 
 
-def _report(args: Namespace, model: BlipModel, tokenizer: Tokenizer | None, training_state: dict[str, Tensor]) -> None:
+def report(args: Namespace, model: BlipModel, tokenizer: Tokenizer | None, training_state: dict[str, Tensor]) -> None:
+    """Print what was written from `args.source`: a line, or JSON with `args.json`."""
     config = model.config
     parameters = sum(parameter.numel() for parameter in model.parameters())
     heads = [head for head in ("contrastive", "matching", "reasoning") if getattr(config, head)]

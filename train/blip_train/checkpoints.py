@@ -13,17 +13,18 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from blip_fast.data.pipeline import TrainInput
 from blip_train import collectives
 from blip_train.reshard import load_resharded
 from blip_train.streams import Streams
+from blip_train.writer import Writer
 
 LATEST = "latest"
 RUN = "run.json"
@@ -32,7 +33,8 @@ RUN = "run.json"
 @dataclass(frozen=True)
 class Written:
     """How a checkpoint was written: `step` steps done, of which `updates` changed the weights, by `ranks` ranks with
-    this `zero_stage` and `optimizer`, on batches from these `streams` and `slots`, by this `version` of blip_fast."""
+    this `zero_stage` and `optimizer`, on batches from these `streams` and `slots`, by this `version` of blip_fast;
+    `model`, the model's configuration."""
 
     step: int
     updates: int
@@ -42,38 +44,43 @@ class Written:
     streams: int
     slots: int
     version: str
+    model: dict[str, Any]
 
 
-def save(engine: Any, directory: Path, step: int, streams: Streams, input_states: dict[int, Any], keep: int) -> None:
-    """Write `step-N`, make it the latest, and remove all but the last `keep`.
+def save(engine: Any, directory: Path, step: int, streams: Streams, input_states: dict[int, Any], keep: int,
+         writer: Writer) -> None:
+    """Write `step-N`, make it the latest, and remove all but the last `keep`; behind what is still being written.
 
     Args:
         engine: DeepSpeed's engine.
         directory: the run's `checkpoints` directory.
         input_states: the position of each stream that this rank reads.
+        writer: whether in the background; what fails there is raised by it later.
 
     Raises:
         OSError: this rank could not write its part, as where the disk is full. The checkpoint before stays the latest.
     """
-    rank, _ = collectives.world()
     name = f"step-{step:08d}"
-    with _saying_what_stays(directory, name):
+    saying = partial(_saying_what_stays, directory, name)
+    writer.wait()
+    with saying():
         engine.save_checkpoint(str(directory), tag=name, save_latest=False,
                                client_state={"loss_scaler": engine.optimizer.loss_scaler})
         for stream, state in input_states.items():
-            torch.save(state, directory / name / f"stream-{stream}.pt")
-        if rank == 0:
+            writer.put(state, directory / name / f"stream-{stream}.pt")
+        if collectives.world()[0] == 0:
             written = Written(step, engine.global_steps - engine.skipped_steps, *_carried_by(engine), streams.streams,
-                              streams.slots, version("blip-fast"))
+                              streams.slots, version("blip-fast"), engine.module.model.config.to_dict())
             (directory / name / RUN).write_text(json.dumps(asdict(written)))
-    dist.barrier()
-    if rank == 0:
-        new = directory / f"{LATEST}.new"
-        new.write_text(name)
-        new.replace(directory / LATEST)
-        for old in sorted(directory.glob("step-*"))[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
+    writer.finish(saying, partial(_make_latest, directory, name, keep))
+
+
+def _make_latest(directory: Path, name: str, keep: int) -> None:
+    new = directory / f"{LATEST}.new"
+    new.write_text(name)
+    new.replace(directory / LATEST)
+    for old in sorted(directory.glob("step-*"))[:-keep]:
+        shutil.rmtree(old)
 
 
 def load(engine: Any, directory: Path, streams: Streams, sources: dict[int, TrainInput]) -> int:
@@ -85,14 +92,13 @@ def load(engine: Any, directory: Path, streams: Streams, sources: dict[int, Trai
     Raises:
         ValueError: there is none, or its batches came from other readers, or in another number a step.
     """
-    latest = directory / LATEST
-    if not latest.exists():
+    if not whole(directory):
         raise ValueError(f"{directory} holds no checkpoint to resume from: start without --resume")
-    folder = directory / latest.read_text().strip()
+    folder = whole(directory)[-1]
     if collectives.world()[0] == 0:  # what a run that ended while saving has left would count as one of the newest
         for unfinished in (old for old in directory.glob("step-*") if old.name > folder.name):
             shutil.rmtree(unfinished)
-    written = Written(**json.loads((folder / RUN).read_text()))
+    written = read_written(folder)
     if (written.slots, written.streams) != (streams.slots, streams.streams):
         raise ValueError(
             f"{folder} is of a run with {written.slots} batches a step from {written.streams} reader(s) of the data, "
@@ -111,6 +117,18 @@ def load(engine: Any, directory: Path, streams: Streams, sources: dict[int, Trai
     return written.step
 
 
+def whole(directory: Path) -> list[Path]:
+    """The directories of whole checkpoints, oldest first: those up to the latest."""
+    latest = directory / LATEST
+    name = latest.read_text().strip() if latest.exists() else ""
+    return sorted(folder for folder in directory.glob("step-*") if folder.name <= name)
+
+
+def read_written(folder: Path) -> Written:
+    """How the checkpoint in `folder` was written."""
+    return Written(**json.loads((folder / RUN).read_text()))
+
+
 def _carried_by(engine: Any) -> tuple[int, int, str]:
     """Ranks, ZeRO stage and optimiser (`torch.optim.adamw.AdamW`)."""
     kind = type(engine.basic_optimizer)
@@ -127,10 +145,9 @@ def _saying_what_stays(directory: Path, name: str) -> Iterator[None]:
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # not of torch.save's writer
             raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "a file could not be written"
-        latest = directory / LATEST
-        before = latest.read_text().strip() if latest.exists() else None
-        took = sum(file.stat().st_size for file in (directory / before).iterdir()) if before else 0
+        before = whole(directory)[-1:]
+        took = sum(file.stat().st_size for folder in before for file in folder.iterdir())
         free = f"{shutil.disk_usage(directory).free / 1e6:,.1f} MB are free there"
         raise OSError(f"checkpoint {name} could not be written to {directory}: {reason} ({free}" +
-                      (f"; {before} takes {took / 1e6:,.1f} MB and is whole" if before else "") +
+                      (f"; {before[0].name} takes {took / 1e6:,.1f} MB and is whole" if before else "") +
                       "): make room, or lower runtime.keep_checkpoints") from error

@@ -35,6 +35,7 @@ from blip_train.training_state import restore_state
 
 EXPORT = "model"  # the exported model within a run's directory
 ADAPTERS = "adapters"  # what was trained beside it, in peft's format
+TOKENIZER = "tokenizer"  # and its tokenizer
 
 
 def check_sources(recipe: Recipe) -> None:
@@ -126,20 +127,26 @@ def _texts(record: dict[str, Any]) -> list[str]:
 
 
 def prepare_step(recipe: Recipe, tokenizer: Tokenizer) -> TrainingStep:
-    """What the engine trains: the step of the recipe's losses, frozen and adapted as the recipe says."""
-    step = _step(recipe, tokenizer)
+    """What the engine trains: the step of the recipe's losses, frozen and adapted as the recipe says.
+
+    Momentum copies and queue features of the initial checkpoint are taken over, as in the published fine-tuning.
+    """
+    step = make_step(prepare_model(recipe, tokenizer), recipe)
+    if isinstance(step, Pretraining) and recipe.init is not None and "itc" in recipe.objective.losses:
+        restore_state(step, _initial_state(recipe, recipe.init, step.model.config))
     freeze(step, recipe.optimizer.frozen)
     if recipe.adapters is not None:
         adapt(step, recipe.adapters)
     return step
 
 
-def _step(recipe: Recipe, tokenizer: Tokenizer) -> TrainingStep:
+def make_step(model: BlipModel, recipe: Recipe) -> TrainingStep:
+    """The training step of the recipe's losses around a model."""
     if recipe.objective.losses == ("answer",):
-        return Answering(prepare_model(recipe, tokenizer), recipe.objective.label_smoothing)
+        return Answering(model, recipe.objective.label_smoothing)
     if recipe.objective.losses == ("reasoning",):
-        return Reasoning(prepare_model(recipe, tokenizer))
-    return prepare_pretraining(recipe, tokenizer)
+        return Reasoning(model)
+    return Pretraining(model, recipe.objective, recipe.seed)
 
 
 def collation(recipe: Recipe, tokenizer: Tokenizer) -> Callable[[ReadBatch], Any]:
@@ -150,17 +157,6 @@ def collation(recipe: Recipe, tokenizer: Tokenizer) -> Callable[[ReadBatch], Any
     if recipe.objective.losses == ("reasoning",):
         return partial(PairBatch.collate, **limits)
     return partial(Batch.collate, **limits)
-
-
-def prepare_pretraining(recipe: Recipe, tokenizer: Tokenizer) -> Pretraining:
-    """The recipe's model with its momentum copy and queue.
-
-    Momentum copies and queue features of the initial checkpoint are taken over, as in the published fine-tuning.
-    """
-    pretraining = Pretraining(prepare_model(recipe, tokenizer), recipe.objective, recipe.seed)
-    if recipe.init is not None and "itc" in recipe.objective.losses:
-        restore_state(pretraining, _initial_state(recipe, recipe.init, pretraining.model.config))
-    return pretraining
 
 
 def _initial_state(recipe: Recipe, source: str, config: BlipConfig) -> dict[str, Tensor]:

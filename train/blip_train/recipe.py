@@ -133,7 +133,7 @@ class RuntimeRecipe:
     ZeRO 3). `offload` keeps optimiser state, and updates weights, in host memory (ZeRO 1 to 3). `adamw` names the
     optimiser's implementation (see adamw.py). `patience` batches in a row may be left out because a loss is
     not finite. Each phase of a step, and saving, may take `timeout` seconds; a rank that stands still longer ends the
-    run.
+    run. With `background_saves` steps go on while a copy of the checkpoint, in host memory, is written.
     """
 
     ranks: int = 1
@@ -151,6 +151,7 @@ class RuntimeRecipe:
     log_every: int = 10
     save_every: int = 1000
     keep_checkpoints: int = 2
+    background_saves: bool = False
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.ranks < 1:

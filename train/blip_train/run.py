@@ -22,6 +22,7 @@ from blip_train.meter import Meter
 from blip_train.prepare import (
     ADAPTERS,
     EXPORT,
+    TOKENIZER,
     check_directory,
     check_sources,
     collation,
@@ -35,6 +36,7 @@ from blip_train.recipe import Recipe
 from blip_train.report import write_run_report
 from blip_train.schedule import alpha_at
 from blip_train.streams import Streams
+from blip_train.writer import Writer
 
 
 def train(recipe: Recipe, resume: bool = False, profile: int = 0) -> Path:
@@ -84,7 +86,7 @@ def _streams(recipe: Recipe) -> Streams:
 
 def _prepare(recipe: Recipe) -> tuple[list[Source], Tokenizer]:
     """Shards and tokenizer: made by rank 0, read by all."""
-    saved = recipe.directory / "tokenizer"
+    saved = recipe.directory / TOKENIZER
     if collectives.world()[0] == 0:
         recipe.directory.mkdir(parents=True, exist_ok=True)
         (recipe.directory / "recipe.yaml").write_text(recipe.to_yaml())
@@ -118,6 +120,7 @@ def _steps(recipe: Recipe, engine: TrainingEngine, sources: dict[int, TrainInput
     collate = collation(recipe, tokenizer)
     batches = {stream: Batches(source, collate, engine.device, recipe.seed)
                for stream, source in sources.items()}
+    writer = Writer(engine.engine, runtime.background_saves)
     slots = [batches[stream] for stream in streams.of_rank(rank)]
     meter = Meter(recipe, engine.pretraining.model.config, batches.values(), engine.device)
     profiler = StepProfiler(profile, recipe.directory / "profile")
@@ -138,9 +141,11 @@ def _steps(recipe: Recipe, engine: TrainingEngine, sources: dict[int, TrainInput
         if step % runtime.save_every == 0 or step == total or engine.guard.stopping:
             engine.watchdog.enter("save")
             states = {stream: each.state for stream, each in batches.items()}
-            checkpoints.save(engine.engine, folder, step, streams, states, runtime.keep_checkpoints)
+            checkpoints.save(engine.engine, folder, step, streams, states, runtime.keep_checkpoints, writer)
+        writer.check()
         if engine.guard.stopping:
             break
+    writer.close()
     for each in batches.values():
         each.close()
     log.close()
