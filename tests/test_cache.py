@@ -164,7 +164,7 @@ def slow(self, source, target, **options):
 LocalFileSystem.get_file = slow
 for number, shard in enumerate(read_index(directory).shards):
     opened = ShardCache(Path(cache), 10**9).open(f"file://{directory}/{shard.file}", shard)
-    assert [len(opened.read(i)[0]) > 60 for i in range(shard.samples)] == [True] * shard.samples
+    assert [len(opened.read(i)[0][0]) > 60 for i in range(shard.samples)] == [True] * shard.samples
 """
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from test_train import blip_fast_train
 
 from blip_fast.checkpoint import load_model, save_native
+from blip_fast.cli import main
 from blip_fast.config import BlipConfig, TextConfig, VisionConfig
 from blip_fast.data.scenes import write_scenes
 from blip_fast.model import BlipModel
@@ -93,6 +94,7 @@ def test_retrieval_with_adapters(tune, pictures, start):
     again = Matcher(loaded.base_model.model.eval(), matcher.tokenizer).score(image, text)
     torch.testing.assert_close(again.itm, scores.itm, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(again.itc, scores.itc, rtol=1e-5, atol=1e-6)
+    assert_exported_alike(run)
 
 
 def test_answering_on_two_ranks(tune, pictures, start):
@@ -111,8 +113,16 @@ def test_answering_on_two_ranks(tune, pictures, start):
     prefixes = ("vision.blocks.", *(f"text.encoder.layers.{i}." for i in range(4)), "text.encoder.word_embeds",
                 "text.decoder.word_embeds")
     assert same == {name for name in exported if name.startswith(prefixes)}
-    assert len(list((run / "shards").glob("*.tar"))) == 1 and json.loads(
-        (run / "shards" / "shards.json").read_text())["samples"] == 24
+    assert len(list((run / "shards" / "data").glob("*.tar"))) == 1 and json.loads(
+        (run / "shards" / "data" / "shards.json").read_text())["samples"] == 24
+    assert_exported_alike(run)
+
+
+def assert_exported_alike(run: Path) -> None:
+    """`blip-fast export` gives of the last checkpoint what the run has exported itself."""
+    assert main(["export", str(run), str(run / "again")]) == 0
+    ours, own = (load_file(run / name / "model.safetensors") for name in ("again", "model"))
+    assert ours.keys() == own.keys() and all(torch.equal(ours[name], own[name]) for name in own)
 
 
 def _tied(name: str) -> str:
@@ -125,6 +135,7 @@ def test_reasoning(tune, pictures):
             for left, right in zip(names, names[::-1], strict=True)]
     run = tune("nlvr2", rows, "--tokenizer.max_tokens", "64")
     assert all(value > 0 for value in logged(run, "reasoning"))
+    assert_exported_alike(run)
     reasoner = Reasoner.from_pretrained(run / "model")
     pair = (pictures[0] / "000000.png", pictures[0] / "000001.png")
     one, other, again = reasoner([pair, pair[::-1], pair], ["Both show a ball.", "both show a ball", "a dog"]).tolist()

@@ -26,6 +26,7 @@ from blip_train.updates import Updates
 from blip_train.watchdog import Watchdog
 
 KEPT_WHOLE = 100_000  # elements up to which ZeRO 3 keeps a parameter on every rank: norms, biases, the temperature
+REDUCE_BUCKET = 50_000_000  # elements of gradients that are exchanged at a time; the buffer is allocated whole
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # rank 0 packs the data set while the others wait
 
 
@@ -142,6 +143,7 @@ class TrainingEngine:
                                "lower_precision_safe_modules": []},  # those whose gradients would travel in 16 bits
             "zero_optimization": {"stage": self.recipe.runtime.zero_stage,
                                   "stage3_param_persistence_threshold": KEPT_WHOLE,
+                                  "reduce_bucket_size": REDUCE_BUCKET,
                                   "offload_optimizer": {"device": "cpu" if self.recipe.runtime.offload else "none",
                                                         "pin_memory": self.device.type == "cuda"}},
             "zero_force_ds_cpu_optimizer": False,  # PyTorch's runs there too, and bit for bit the same after a resume

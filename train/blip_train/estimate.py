@@ -7,6 +7,7 @@ and four ranks really allocate and send. Units: bytes, seconds, FLOPs; of one ra
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 
 from blip_fast.config import BlipConfig, SpecialTokens
 from blip_fast.model import BlipModel
-from blip_train.engine import KEPT_WHOLE
+from blip_train.engine import KEPT_WHOLE, REDUCE_BUCKET
 from blip_train.gpus import Gpu
 from blip_train.prepare import prepare_model, prepare_tokenizer
 from blip_train.pretraining import Pretraining
@@ -23,14 +24,15 @@ from blip_train.work import BYTES, FLOAT32, Batch, Work, step_work, vision_work
 
 CAPTION_TOKENS = 14.0  # mean of web and COCO captions, [CLS] and [SEP] included
 # DeepSpeed's defaults, in elements, which the engine leaves as they are.
-REDUCE_BUCKET = 500_000_000  # gradients on their way, in a buffer allocated whole
 PREFETCH = 50_000_000  # weights that ZeRO 3 gathers ahead, and copies out of what arrives
 REUSE_DISTANCE = 1_000_000_000  # ZeRO 3 keeps a gathered weight that is read again within so many elements
 # What is assumed, for want of a measurement: shares of the data sheet's rates …
 PRODUCTS, MEMORY, LINKS = 0.5, 0.75, 0.75
 # … and how often bytes pass the memory beside the products. A vision block's forward, one kernel an operation, moves
-# 104 bytes an element of width and keeps 36; the backward moves twice the forward's.
-MOVED_FORWARD, MOVED = 3, 9
+# 104 bytes an element of width and keeps 24; the backward moves twice the forward's, and 28 for what it computes again.
+MOVED_FORWARD, MOVED = 104 / 24, 340 / 24
+# Products whose weight the backward casts again (recompute.py), or does not read: pixels have no gradient.
+NO_COPY = re.compile(r"^vision\.(blocks\.\d+\.(qkv|mlp_in|mlp_out)|patch_embed)$|feed_forward\.mlp_out$")
 PUBLISHED_PAIRS_PER_SECOND = 29  # a GPU: 32 A100s, 14 M pairs × 20 epochs in 3–4 days (BLIP section 4.1)
 
 
@@ -147,7 +149,7 @@ def _updated(plan: Plan) -> int:
 
 
 def cast_bytes(plan: Plan) -> float:
-    """Copies that autocast makes of the weights of products, which the backward reads again."""
+    """Copies that autocast makes of the weights of products and the backward reads again."""
     runtime, model = plan.recipe.runtime, plan.pretraining.model
     if runtime.precision == "float32":
         return 0.0
@@ -155,7 +157,8 @@ def cast_bytes(plan: Plan) -> float:
     for stack in (model.vision.blocks, *(stack.layers for stack in model.text.values())):  # type: ignore[union-attr]
         first = max(len(stack) - runtime.recomputed_blocks, 0)  # type: ignore[arg-type]
         again |= {id(p) for block in list(stack)[first:] for p in block.parameters()}  # type: ignore[arg-type]
-    linears = (module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d))
+    linears = [module for name, module in model.named_modules()
+               if isinstance(module, nn.Linear | nn.Conv2d) and not NO_COPY.search(name)]
     return 2.0 * sum(p.numel() for module in linears for p in module.parameters() if id(p) not in again)
 
 

@@ -2,8 +2,8 @@
 
 FLOPs as `blip_kernels.flops` counts them: matrix products alone, a multiply-add as two, nothing on padding, attention's
 and LM's backward with what they compute anew. Saved bytes are those of a GPU, without dropout's masks where there is no
-dropout: what the products read is kept in the run's precision, what layer norms read in float32. Texts are taken as
-equally long.
+dropout: what the products read is kept in the run's precision, what layer norms read in float32, but what is computed
+again. Texts are taken as equally long.
 """
 
 from __future__ import annotations
@@ -116,10 +116,11 @@ def _texts(batch: Batch, copies: int) -> _Texts:
 def _vision_block(config: BlipConfig, batch: Batch, rows: float, pairs: float) -> Work:
     vision, size = config.vision, batch.size
     width, hidden = vision.width, round(vision.width * vision.mlp_ratio)
-    return (_norm(rows, width) + _linear(rows, width, 3 * width, size)
+    # Norms and GELU are computed again (blip_fast/recompute.py): what they read is kept, what they give is not.
+    stream, before_gelu = Work(saved=FLOAT32 * rows * width), Work(saved=size * rows * hidden)
+    return (stream + _linear(rows, width, 3 * width, 0)
             + _attention(rows, rows, pairs, width, vision.heads, size) + _linear(rows, width, width, 0)
-            + _norm(rows, width) + _linear(rows, width, hidden, size) + Work(saved=size * rows * hidden)  # GELU's input
-            + _linear(rows, hidden, width, size))
+            + stream + _linear(rows, width, hidden, 0) + before_gelu + _linear(rows, hidden, width, 0))
 
 
 def _pass(config: BlipConfig, batch: Batch, streams: list[_Texts], first_rows: list[bool], images: float,
@@ -153,8 +154,8 @@ def _text_layer(config: BlipConfig, size: int, streams: list[_Texts], first_rows
         total += _linear(read, width, width, size) + _attention(read, 0.0, read * config.vision.tokens, width,
                                                                 text.heads, size)
         total += _linear(read, width, width, size) + _norm(read, width)  # the unsorted copy is kept
-    total += _linear(read, width, text.mlp_width, size) + Work(saved=size * read * text.mlp_width)
-    total += _linear(read, text.mlp_width, width, size) + _norm(read, width)
+    total += _linear(read, width, text.mlp_width, size) + Work(saved=size * read * text.mlp_width)  # GELU's input
+    total += _linear(read, text.mlp_width, width, 0) + _norm(read, width)
     masks = read * width * (3 if images else 2) * (text.dropout > 0)
     return total + Work(saved=masks)
 
