@@ -26,18 +26,22 @@ from blip_fast.config import BlipConfig, TextConfig
 from blip_fast.model import BlipModel
 from blip_fast.packing import PackedTexts
 
-PAIRS, PADDED, ALPHA = 8, 30, 0.4  # captions are padded to 30 tokens, as published
+PADDED, ALPHA = 30, 0.4  # captions are padded to 30 tokens, as published
+# What a step costs whatever its batch (casts of weights, EMA, gradients of embeddings) weighs much in 8 pairs; the
+# paper has 75 on a GPU.
+CASES = [("float32", 8), ("bfloat16", 8), ("bfloat16", 32)]
 LENGTHS = (14, 11, 17, 13, 12, 19, 10, 15)  # with [CLS] and [SEP]: as long as those of COCO and the web
 TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2}
 Side = Literal["ours", "textbook"]
 Step = Callable[[], dict[str, Tensor]]
 
 
-def make_ours() -> tuple[Pretraining, Batch]:
+def make_ours(pairs: int) -> tuple[Pretraining, Batch]:
     torch.manual_seed(0)
     ours = Pretraining(BlipModel(BlipConfig(text=TextConfig(dropout=0.0))), Objective(), seed=0)
-    texts = [[101, *torch.randint(1000, 30000, (length - 2,)).tolist(), 102] for length in LENGTHS]
-    return ours, Batch(torch.randn(PAIRS, 3, 224, 224), PackedTexts.from_lists(texts), torch.arange(PAIRS))
+    texts = [[101, *torch.randint(1000, 30000, (length - 2,)).tolist(), 102]
+             for length in LENGTHS * (pairs // len(LENGTHS))]
+    return ours, Batch(torch.randn(pairs, 3, 224, 224), PackedTexts.from_lists(texts), torch.arange(pairs))
 
 
 def make_textbook(ours: Pretraining, batch: Batch) -> tuple[textbook.TextbookPretraining, textbook.Batch]:
@@ -83,40 +87,40 @@ def their_step(theirs: textbook.TextbookPretraining, batch: textbook.Batch, prec
     return {"itc": output.itc[0], "itm": output.itm[0], "lm": output.lm[0]}
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_training_step(side_by_side, precision):
-    """Beside the published algorithm in the same precision, and in float32, its default."""
-    ours, batch = make_ours()
+@pytest.mark.parametrize(("precision", "pairs"), CASES)
+def test_training_step(side_by_side, precision, pairs):
+    """Beside the published algorithm in the same precision and, for 8 pairs, in float32, its default."""
+    ours, batch = make_ours(pairs)
     theirs, padded = make_textbook(ours, batch)
     drawn: list[textbook.Negatives] = []
     step = partial(our_step, ours, batch, precision, drawn)
     losses = step()
     peers = {f"published, {own}": partial(their_step, theirs, padded, own, drawn)
-             for own in dict.fromkeys([precision, "float32"])}
+             for own in dict.fromkeys([precision, *["float32"] * (pairs == 8)])}
     for name, loss in peers[f"published, {precision}"]().items():
         torch.testing.assert_close(losses[name].float(), loss.float(), rtol=TOLERANCES[precision], atol=0, msg=name)
-    side_by_side(step, peers, 3, warm_up=0)
+    side_by_side(step, peers, 3 if pairs == 8 else 2, warm_up=0)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_peak_memory(precision, record_line):
+@pytest.mark.parametrize(("precision", "pairs"), CASES)
+def test_peak_memory(precision, pairs, record_line):
     """What a step adds, at its peak, to what stays (weights, momentum copy, queue): activations and gradients."""
     added = {}
     for side in ("ours", "textbook"):
         with multiprocessing.get_context("spawn").Pool(1) as alone:
-            added[side] = alone.apply(_step_memory, (side, precision))
+            added[side] = alone.apply(_step_memory, (side, precision, pairs))
     ours, theirs = (sum(added[side]) for side in ("ours", "textbook"))
-    record_line(f"peak memory of a step, {precision}: ours adds {added['ours'][1] / 1e9:.2f} GB to "
+    record_line(f"peak memory of a step of {pairs} pairs, {precision}: ours adds {added['ours'][1] / 1e9:.2f} GB to "
                 f"{added['ours'][0] / 1e9:.2f}, published {added['textbook'][1] / 1e9:.2f} to "
                 f"{added['textbook'][0] / 1e9:.2f}: {ours / theirs:.2f} of its peak, "
                 f"{added['ours'][1] / added['textbook'][1]:.2f} of what it adds")
     assert added["ours"][1] < added["textbook"][1]
 
 
-def _step_memory(side: Side, precision: str) -> tuple[int, int]:
+def _step_memory(side: Side, precision: str, pairs: int) -> tuple[int, int]:
     """Resident bytes before a step, and what its peak adds, in a process of its own."""
-    ours, batch = make_ours()
-    drawn = [textbook.Negatives(torch.arange(1, PAIRS + 1) % PAIRS, torch.arange(1, PAIRS + 1) % PAIRS)]
+    ours, batch = make_ours(pairs)
+    drawn = [textbook.Negatives(torch.arange(1, pairs + 1) % pairs, torch.arange(1, pairs + 1) % pairs)]
     step: Step = partial(our_step, ours, batch, precision, drawn)
     model: torch.nn.Module = ours
     if side == "textbook":
@@ -138,7 +142,8 @@ def _resident(field: str) -> int:
 
 
 def test_flops(record_line):
-    ours, batch = make_ours()
+    pairs = len(LENGTHS)
+    ours, batch = make_ours(pairs)
     theirs, padded = make_textbook(ours, batch)
     drawn: list[textbook.Negatives] = []
     counted = {}
@@ -146,5 +151,5 @@ def test_flops(record_line):
                        "published": partial(their_step, theirs, padded, "bfloat16", drawn)}.items():
         with FlopCounterMode(display=False) as counter:
             step()
-        counted[side] = counter.get_total_flops() / PAIRS / 1e9
+        counted[side] = counter.get_total_flops() / pairs / 1e9
     record_line(f"a step's GFLOP a pair: {', '.join(f'{side} {count:.1f}' for side, count in counted.items())}")

@@ -30,6 +30,7 @@ class SlicedAttention(torch.autograd.Function):
         seed = int(torch.randint(2**62, ())) if dropout else 0
         ctx.save_for_backward(q, k, v, mask)
         ctx.dropout, ctx.scale, ctx.seed = dropout, scale, seed
+        q, k, v = (x.contiguous() for x in (q, k, v))  # once, where each slice's product would copy its own
         out = torch.empty(q.shape, dtype=q.dtype)
         for number, part in enumerate(_slices(q, k)):
             weights = _weights(q[part], k[part], mask, part, scale)
@@ -40,7 +41,8 @@ class SlicedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        q, k, v, mask = ctx.saved_tensors
+        *saved, mask = ctx.saved_tensors
+        q, k, v, grad = (x.contiguous() for x in (*saved, grad))
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
         for number, part in enumerate(_slices(q, k)):
             weights = _weights(q[part], k[part], mask, part, ctx.scale)
