@@ -43,7 +43,8 @@ class Place:
 class Watchdog:
     """A thread that ends this process, so that the launcher ends the others, when a phase takes too long.
 
-    It counts its own looks, not the time: a process that was stopped and goes on is not blamed for the time between.
+    It counts its own looks, not the time: a process that was stopped and goes on is not blamed for the time between,
+    unless that was longer than `timeout` and `FALLBACK` together, when faulthandler's timer has run out.
 
     Attributes: `step`, the optimiser step that the phases belong to, from 1.
 
