@@ -28,7 +28,7 @@ from test_training_parity import CONFIG, PAIRS, SIZES, check_gradients, everyone
 from blip_fast.checkpoint.names import original_layout
 
 STEPS, ACCUMULATION = 2, 2
-OBJECTIVE = Objective(queue_size=23, momentum=0.9, positives="id", negatives="all_ranks", negative_floor=0.0)
+OBJECTIVE = Objective(queue_size=43, momentum=0.9, positives="id", negatives="all_ranks", negative_floor=0.0)
 VARIANTS = {"0": {"zero_stage": 0}, "1": {"zero_stage": 1}, "2": {"zero_stage": 2}, "3": {"zero_stage": 3},
             "3 recomputed": {"zero_stage": 3, "recomputed_blocks": 2},
             "2 offloaded": {"zero_stage": 2, "offload": True}, "3 offloaded": {"zero_stage": 3, "offload": True},
