@@ -3,7 +3,6 @@ with two batches accumulated, cross-rank negatives, momentum copy and queue, ove
 
 from __future__ import annotations
 
-import os
 import sys
 import types
 from collections.abc import Iterator
@@ -13,15 +12,13 @@ from importlib.machinery import ModuleSpec
 import pytest
 import torch
 import torch.distributed as dist
-from blip_train import engine as engines
 from blip_train.adamw import make_adamw, parameter_groups
 from blip_train.batches import SeededBatch
 from blip_train.engine import TrainingEngine
-from blip_train.launch import rank_environment
 from blip_train.pretraining import Objective, Pretraining
 from blip_train.recipe import OptimizerRecipe, Recipe, RuntimeRecipe
 from blip_train.schedule import Schedule
-from ranks import spawn
+from ranks import join, spawn
 from reference import pretraining as textbook
 from test_training_parity import CONFIG, PAIRS, SIZES, check_gradients, everyone, make_batch, make_model, padded
 
@@ -80,12 +77,7 @@ def carry_out(ranks: int, device: torch.device, variant: str) -> list[dict]:
 
 
 def _rank(rank: int, ranks: int, port: int, variants: list[str], path: str) -> None:
-    os.environ.update(rank_environment())
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(ranks),
-                      LOCAL_RANK=str(rank))
-    torch.set_num_threads(1)
-    engines.KEPT_WHOLE = 40  # so that nearly everything of these small models is sharded
-    device = engines.start_rank()
+    device = join(rank, ranks, port)
     records = {variant: carry_out(ranks, device, variant) for variant in variants}
     if rank == 0:
         torch.save(records, path)

@@ -7,11 +7,10 @@ import torch
 from blip_train.prepare import prepare_step
 from blip_train.recipe import load_recipe
 from safetensors.torch import load_file
-from test_train import RECIPE, blip_fast_train
+from test_train import blip_fast_train, drawn_scenes
 
 from blip_fast.checkpoint import load_model
 from blip_fast.cli import main
-from blip_fast.data.scenes import write_scenes
 from blip_fast.tokenizer import Tokenizer
 
 STEPS = 4
@@ -21,8 +20,7 @@ STEPS = 4
 def run(request, tmp_path_factory):
     """A run's directory with checkpoints of steps 2 and 4."""
     folder, (stage, ranks) = tmp_path_factory.mktemp("run"), request.param.split()
-    write_scenes(folder, 20, "train", seed=0, noise=0.0, image_size=32)
-    (folder / "recipe.yaml").write_text(RECIPE)
+    drawn_scenes(folder)
     done = blip_fast_train(folder, folder / "runs", "--runtime.zero_stage", stage, "--runtime.ranks", ranks,
                            "--schedule.max_steps", str(STEPS), "--runtime.save_every", "2", "--objective.momentum=0.5")
     assert done.returncode == 0, done.stderr

@@ -12,9 +12,7 @@ import pytest
 import torch
 from blip_train.watchdog import Place, describe
 from safetensors.torch import load_file
-from test_train import RECIPE, losses, train_command
-
-from blip_fast.data.scenes import write_scenes
+from test_train import drawn_scenes, losses, train_command
 
 # Python runs sitecustomize at its start, so the fault needs no door in the product.
 PLANTED = """
@@ -36,10 +34,7 @@ if os.environ.get("RANK") == "1":
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("scenes")
-    write_scenes(folder, 20, "train", seed=0, noise=0.0, image_size=32)
-    (folder / "recipe.yaml").write_text(RECIPE)
-    return folder
+    return drawn_scenes(tmp_path_factory.mktemp("scenes"))
 
 
 def failing_run(scenes, folder: Path, fault: str, *options: str,

@@ -3,7 +3,6 @@ under the engine on two ranks. (Retrieval's are in test_training_parity.py and t
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 import pytest
@@ -12,12 +11,11 @@ import torch.distributed as dist
 from blip_train import engine as engines
 from blip_train.answering import Answering, QuestionBatch, answer_weights
 from blip_train.batches import SeededBatch
-from blip_train.launch import rank_environment
 from blip_train.pretraining import Batch, Objective, Pretraining
 from blip_train.reasoning import PairBatch, Reasoning
 from blip_train.recipe import Recipe, RuntimeRecipe
 from blip_train.schedule import Schedule
-from ranks import spawn
+from ranks import join, spawn
 from reference import tasks
 from reference.model import Sizes
 from test_training_parity import check_gradients, everyone
@@ -151,12 +149,7 @@ def note_gradients(engine: engines.TrainingEngine, stage: int) -> dict[str, torc
 
 def _rank(rank: int, ranks: int, port: int, path: str) -> None:
     """One step of each task under each ZeRO stage: the losses by rank and the gradients averaged over ranks."""
-    os.environ.update(rank_environment())
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(ranks),
-                      LOCAL_RANK=str(rank))
-    torch.set_num_threads(1)
-    engines.KEPT_WHOLE = 40  # so that nearly everything of these small models is sharded
-    device, record = engines.start_rank(), {}
+    device, record = join(rank, ranks, port), {}
     for task in (answering, reasoning):
         for stage in STAGES:
             step, name, _, make_batch, _ = task()

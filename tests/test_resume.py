@@ -8,9 +8,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train import RECIPE, losses, train_command
-
-from blip_fast.data.scenes import write_scenes
+from test_train import drawn_scenes, losses, train_command
 
 STEPS, KILLS = 24, 5
 VARIANTS = {"2 ranks, ZeRO 2": ["--runtime.ranks", "2", "--runtime.zero_stage", "2"],
@@ -20,10 +18,7 @@ VARIANTS = {"2 ranks, ZeRO 2": ["--runtime.ranks", "2", "--runtime.zero_stage", 
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("scenes")
-    write_scenes(folder, 40, "train", seed=0, noise=0.0, image_size=32)
-    (folder / "recipe.yaml").write_text(RECIPE)
-    return folder
+    return drawn_scenes(tmp_path_factory.mktemp("scenes"), 40)
 
 
 def start(folder, runs, *options) -> subprocess.Popen:

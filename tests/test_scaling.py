@@ -10,16 +10,14 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-from blip_train import engine as engines
 from blip_train.batches import SeededBatch
 from blip_train.engine import TrainingEngine
 from blip_train.estimate import Plan, exchange_bytes, host_memory, memory, meta_pretraining, traffic
-from blip_train.launch import rank_environment
 from blip_train.pretraining import Batch, Objective, Pretraining
 from blip_train.recipe import Recipe, RuntimeRecipe, TokenizerRecipe
 from blip_train.schedule import Schedule
 from counting import Counting, socket_bytes
-from ranks import spawn
+from ranks import join, spawn
 
 from blip_fast.config import BlipConfig, SpecialTokens, TextConfig, VisionConfig
 from blip_fast.model import BlipModel
@@ -99,14 +97,10 @@ def carry_out(plan: Plan, device: torch.device) -> dict[str, float]:
 
 
 def _rank(rank: int, ranks: int, port: int, variants: list[str], path: str) -> None:
-    os.environ.update(rank_environment())
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(ranks),
-                      LOCAL_RANK=str(rank), BLIP_FAST_ATTENTION="reference")
-    torch.set_num_threads(1)
+    os.environ["BLIP_FAST_ATTENTION"] = "reference"
     loss = importlib.import_module("blip_kernels.linear_cross_entropy")
     loss.PLAIN = loss.KEPT = 0  # a GPU holds no logits
-    engines.KEPT_WHOLE = KEPT_WHOLE
-    device, records = engines.start_rank(), {}
+    device, records = join(rank, ranks, port, KEPT_WHOLE), {}
     for variant in variants:
         mine = carry_out(make_plan(variant, ranks), device)
         everyone = [None] * ranks

@@ -28,12 +28,16 @@ runtime: {batch_size: 4, precision: float32, log_every: 1, save_every: 4, zero_s
 """
 
 
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("scenes")
-    write_scenes(folder, 20, "train", seed=0, noise=0.0, image_size=32)
+def drawn_scenes(folder, count=20):
+    """A folder to train on: scenes and the recipe of a tiny run."""
+    write_scenes(folder, count, "train", seed=0, noise=0.0, image_size=32)
     (folder / "recipe.yaml").write_text(RECIPE)
     return folder
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    return drawn_scenes(tmp_path_factory.mktemp("scenes"))
 
 
 def train_command(folder, runs, *options):

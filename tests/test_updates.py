@@ -17,7 +17,7 @@ from blip_train.pretraining import Pretraining, StepOutput
 from blip_train.recipe import OptimizerRecipe
 from blip_train.streams import Streams
 from blip_train.writer import Writer
-from ranks import spawn
+from ranks import join, spawn
 from test_engine import make_recipe
 from test_training_parity import make_batch, make_model
 
@@ -119,12 +119,7 @@ def fit_scale(device, stage: int, folder) -> None:
 
 
 def _rank(rank: int, ranks: int, port: int, folder) -> None:
-    os.environ.update(rank_environment())
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(ranks),
-                      LOCAL_RANK=str(rank))
-    torch.set_num_threads(1)
-    engines.KEPT_WHOLE = 40
-    device = engines.start_rank()
+    device = join(rank, ranks, port)
     for stage in STAGES:
         leave_out(device, stage, "nan" if stage % 2 else "inf")
         fit_scale(device, stage, folder)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from blip_fast.images import ImageSource
 from blip_fast.inference import evaluating, image_batches
 from blip_fast.model import BlipModel
 from blip_fast.packing import PackedTexts
-from blip_fast.tasks.loading import as_sources, load_for_task, pixel_batches
+from blip_fast.tasks.loading import PretrainedTask, as_sources, pixel_batches
 from blip_fast.tokenizer import Tokenizer
 
 MAX_TOKENS = 35  # of a question, as published
@@ -30,7 +29,7 @@ class Answer:
     score: float
 
 
-class Answerer:
+class Answerer(PretrainedTask):
     """Answers questions. `Answerer.from_pretrained("Salesforce/blip-vqa-base")(["photo.jpg"], ["what is it?"])`.
 
     The encoder reads the question while it looks at the image, and the decoder looks at the encoded question. It sees
@@ -43,15 +42,7 @@ class Answerer:
         if model.config.text_stacks != "untied":
             raise ValueError("answering needs a model with a question encoder and an answer decoder of its own, this "
                              f"one has text_stacks={model.config.text_stacks!r}: take a VQA checkpoint")
-        self.model, self.tokenizer = model, tokenizer
-
-    @classmethod
-    def from_pretrained(cls, source: str | Path, *, dtype: str = "float32", device: str | None = None,
-                        image_size: int | None = None, heads: int | None = None,
-                        tokenizer: str | Path | None = None) -> Answerer:
-        """Load a checkpoint directory, a Hub model or a published `.pth`; the options are `load_for_task`'s."""
-        return cls(*load_for_task(source, dtype=dtype, device=device, image_size=image_size, heads=heads,
-                                  tokenizer=tokenizer))
+        super().__init__(model, tokenizer)
 
     def __call__(self, images: ImageSource | Sequence[ImageSource], questions: str | Sequence[str],
                  generation: GenerationConfig = ANSWERING, *, first_token: str = "[CLS]",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from blip_fast.generate import Generated, GenerationConfig, generate
 from blip_fast.images import ImageSource
 from blip_fast.inference import evaluating, image_batches
 from blip_fast.model import BlipModel
-from blip_fast.tasks.loading import as_sources, load_for_task, pixel_batches
+from blip_fast.tasks.loading import PretrainedTask, as_sources, pixel_batches
 from blip_fast.tokenizer import Tokenizer
 
 PROMPT = "a picture of"
@@ -35,21 +34,13 @@ class Caption:
     score: float
 
 
-class Captioner:
+class Captioner(PretrainedTask):
     """Writes captions. `Captioner.from_pretrained("Salesforce/blip-image-captioning-base")(["photo.jpg"])`."""
 
     def __init__(self, model: BlipModel, tokenizer: Tokenizer) -> None:
         """Raises ValueError where the model has no text decoder."""
         model.stack("decoder")
-        self.model, self.tokenizer = model, tokenizer
-
-    @classmethod
-    def from_pretrained(cls, source: str | Path, *, dtype: str = "float32", device: str | None = None,
-                        image_size: int | None = None, heads: int | None = None,
-                        tokenizer: str | Path | None = None) -> Captioner:
-        """Load a checkpoint directory, a Hub model or a published `.pth`; the options are `load_for_task`'s."""
-        return cls(*load_for_task(source, dtype=dtype, device=device, image_size=image_size, heads=heads,
-                                  tokenizer=tokenizer))
+        super().__init__(model, tokenizer)
 
     def __call__(self, images: ImageSource | Sequence[ImageSource], prompt: str = PROMPT,
                  generation: GenerationConfig = CAPTIONING, *, strip_prompt: bool = False,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Self, cast
 
 import numpy as np
 import torch
@@ -50,6 +50,21 @@ def load_for_task(source: str | Path, *, dtype: str = "float32", device: str | N
     if fitting is None:
         raise ValueError(f"{source} brings no tokenizer: name a directory with vocab.txt (--tokenizer)")
     return model.to(target), fitting
+
+
+class PretrainedTask:
+    """A task that is made of a model and its tokenizer, and so of a checkpoint."""
+
+    def __init__(self, model: BlipModel, tokenizer: Tokenizer) -> None:
+        self.model, self.tokenizer = model, tokenizer
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *, dtype: str = "float32", device: str | None = None,
+                        image_size: int | None = None, heads: int | None = None,
+                        tokenizer: str | Path | None = None) -> Self:
+        """Load a checkpoint directory, a Hub model or a published `.pth`; the options are `load_for_task`'s."""
+        return cls(*load_for_task(source, dtype=dtype, device=device, image_size=image_size, heads=heads,
+                                  tokenizer=tokenizer))
 
 
 def as_sources(images: ImageSource | Sequence[ImageSource]) -> Sequence[ImageSource]:

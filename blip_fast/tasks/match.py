@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from blip_fast.images import ImageSource
 from blip_fast.inference import evaluating, image_batches
 from blip_fast.model import BlipModel
 from blip_fast.packing import PackedTexts
-from blip_fast.tasks.loading import as_sources, load_for_task, pixel_batches
+from blip_fast.tasks.loading import PretrainedTask, as_sources, pixel_batches
 from blip_fast.tokenizer import Tokenizer
 
 MAX_TOKENS = 35  # of a text, as published for retrieval and matching
@@ -28,7 +27,7 @@ class MatchScores:
     itc: Tensor  # cosine of their contrastive features, −1 to 1
 
 
-class Matcher:
+class Matcher(PretrainedTask):
     """Scores texts against images. `Matcher.from_pretrained("Salesforce/blip-itm-base-coco")`."""
 
     def __init__(self, model: BlipModel, tokenizer: Tokenizer) -> None:
@@ -37,15 +36,7 @@ class Matcher:
             if not getattr(model.config, part):
                 raise ValueError(f"this model has no {part} head: take an image-text retrieval or pre-training "
                                  "checkpoint")
-        self.model, self.tokenizer = model, tokenizer
-
-    @classmethod
-    def from_pretrained(cls, source: str | Path, *, dtype: str = "float32", device: str | None = None,
-                        image_size: int | None = None, heads: int | None = None,
-                        tokenizer: str | Path | None = None) -> Matcher:
-        """Load a checkpoint directory, a Hub model or a published `.pth`; the options are `load_for_task`'s."""
-        return cls(*load_for_task(source, dtype=dtype, device=device, image_size=image_size, heads=heads,
-                                  tokenizer=tokenizer))
+        super().__init__(model, tokenizer)
 
     def score(self, images: ImageSource | Sequence[ImageSource], texts: str | Sequence[str], *,
               first_token: str = "[CLS]", batch_size: int = 16) -> MatchScores:

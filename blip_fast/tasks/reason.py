@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,13 +11,13 @@ from blip_fast.images import ImageSource
 from blip_fast.inference import evaluating
 from blip_fast.model import BlipModel
 from blip_fast.packing import PackedTexts
-from blip_fast.tasks.loading import load_for_task, pixel_batches
+from blip_fast.tasks.loading import PretrainedTask, pixel_batches
 from blip_fast.tokenizer import Tokenizer, clean_caption
 
 MAX_WORDS = 40  # of a sentence, as published
 
 
-class Reasoner:
+class Reasoner(PretrainedTask):
     """Judges sentences. `Reasoner.from_pretrained("model")([("left.jpg", "right.jpg")], ["both show a dog"])`."""
 
     def __init__(self, model: BlipModel, tokenizer: Tokenizer) -> None:
@@ -26,15 +25,7 @@ class Reasoner:
         if not (model.config.reasoning and model.config.text.twin_cross_attention):
             raise ValueError("reasoning needs a model that looks at two images, with NLVR2's head: take an NLVR2 "
                              "checkpoint")
-        self.model, self.tokenizer = model, tokenizer
-
-    @classmethod
-    def from_pretrained(cls, source: str | Path, *, dtype: str = "float32", device: str | None = None,
-                        image_size: int | None = None, heads: int | None = None,
-                        tokenizer: str | Path | None = None) -> Reasoner:
-        """Load a checkpoint directory or a published `.pth`; the options are `load_for_task`'s."""
-        return cls(*load_for_task(source, dtype=dtype, device=device, image_size=image_size, heads=heads,
-                                  tokenizer=tokenizer))
+        super().__init__(model, tokenizer)
 
     def __call__(self, pairs: Sequence[tuple[ImageSource, ImageSource]], sentences: Sequence[str], *,
                  batch_size: int = 16) -> Tensor:

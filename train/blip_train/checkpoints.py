@@ -92,9 +92,10 @@ def load(engine: Any, directory: Path, streams: Streams, sources: dict[int, Trai
     Raises:
         ValueError: there is none, or its batches came from other readers, or in another number a step.
     """
-    if not whole(directory):
+    folders = whole(directory)
+    if not folders:
         raise ValueError(f"{directory} holds no checkpoint to resume from: start without --resume")
-    folder = whole(directory)[-1]
+    folder = folders[-1]
     if collectives.world()[0] == 0:  # what a run that ended while saving has left would count as one of the newest
         for unfinished in (old for old in directory.glob("step-*") if old.name > folder.name):
             shutil.rmtree(unfinished)

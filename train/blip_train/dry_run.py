@@ -31,7 +31,7 @@ def plans(recipe: Recipe, gpus: Sequence[int], caption_tokens: float) -> Iterato
     Raises:
         ValueError: a number of GPUs or tokens that cannot be; a recipe of VQA or NLVR2, or with adapters.
     """
-    if set(recipe.objective.losses) & {"answer", "reasoning"} or recipe.adapters is not None:
+    if not recipe.objective.of_pairs or recipe.adapters is not None:
         raise ValueError(f"--dry-run knows ITC, ITM and LM over whole weights, not what {recipe.name} trains")
     for ranks in gpus:
         if ranks < 1:

@@ -28,8 +28,8 @@ class Meter:
     def __init__(self, recipe: Recipe, config: BlipConfig, batches: Collection[Batches], device: torch.device) -> None:
         self._recipe, self._config, self._batches = recipe, config, batches
         gpu = gpu_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-        counted = not set(recipe.objective.losses) & {"answer", "reasoning"}  # whose FLOPs `step_work` does not know
-        self._peak = gpu.peak(recipe.runtime.precision) if gpu and counted else None
+        # `step_work` knows the FLOPs of no other task.
+        self._peak = gpu.peak(recipe.runtime.precision) if gpu and recipe.objective.of_pairs else None
         self._begin()
 
     def step(self, language_only: bool) -> None:

@@ -57,8 +57,7 @@ class Objective:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "losses", tuple(self.losses))
-        alone = self.losses in (("answer",), ("reasoning",))
-        if not self.losses or (set(self.losses) - {"itc", "itm", "lm"} and not alone):
+        if not self.losses or not (self.of_pairs or self.losses in (("answer",), ("reasoning",))):
             raise ValueError("objective.losses must name some of itc, itm, lm, or answer or reasoning alone; got "
                              f"{list(self.losses)}")
         if self.language_first_steps and "lm" not in self.losses:
@@ -67,6 +66,11 @@ class Objective:
             raise ValueError("objective.losses has itm without itc: ITM draws its negatives from ITC's similarities")
         if not 0.0 <= self.momentum <= 1.0 or not 0.0 <= self.alpha <= 1.0:
             raise ValueError(f"objective.momentum and alpha must lie in [0, 1], got {self.momentum} and {self.alpha}")
+
+    @property
+    def of_pairs(self) -> bool:
+        """Whether these are ITC, ITM and LM, over pairs of image and text, and not VQA's or NLVR2's loss."""
+        return not set(self.losses) - {"itc", "itm", "lm"}
 
 
 @dataclass(frozen=True)

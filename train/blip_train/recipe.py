@@ -217,7 +217,7 @@ class Recipe:
         if self.adapters is not None and self.init is None:
             raise ValueError("adapters are set but init is not: they train little beside weights that know something; "
                              "name a checkpoint")
-        if self.evaluation.images and set(self.objective.losses) & {"answer", "reasoning"}:
+        if self.evaluation.images and not self.objective.of_pairs:
             raise ValueError("evaluation.images must be 0 for VQA and NLVR2: a run's report measures retrieval and "
                              "captions")
 
