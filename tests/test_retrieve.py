@@ -73,7 +73,8 @@ def pair_by_pair(pixels, packed, top_k, first_token=39):
     return similarities, i2t, t2i
 
 
-@pytest.mark.parametrize("max_pairs, max_images, block", [(512, 16, 256), (512, 2, 1), (7, 16, 2), (2, 1, 4), (1, 1, 1)])
+@pytest.mark.parametrize("max_pairs, max_images, block",
+                         [(512, 16, 256), (512, 2, 1), (7, 16, 2), (2, 1, 4), (1, 1, 1)])
 @pytest.mark.parametrize("top_k", [1, 3, 100])
 def test_scores_equal_the_published_evaluation(top_k, max_pairs, max_images, block, monkeypatch):
     monkeypatch.setattr(match, "CPU_TEXTS", max_pairs)

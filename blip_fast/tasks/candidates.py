@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -32,12 +31,12 @@ class RunningTopK:
 class EmbedsFile:
     """Image embeds [tokens, width] in a temporary file without a name, in slots that are used again.
 
-    A file and not memory, since those of COCO's 5,000 images are 9 GB in float32; and not a second encoding, which costs
-    far more than a read (docs/decisions.md). It lies where Python's `tempfile` puts files: `TMPDIR` moves it.
+    A file and not memory, since those of COCO's 5,000 images are 9 GB in float32; and not a second encoding, which
+    costs far more than a read (docs/decisions.md). It lies where Python's `tempfile` puts files: `TMPDIR` moves it.
     """
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile(buffering=0)
+        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
         self._slots: dict[int, int] = {}
         self._free: list[int] = []
         self._shape: torch.Size | None = None
@@ -54,8 +53,8 @@ class EmbedsFile:
             while rest:
                 rest = rest[self._file.write(rest):]
         except OSError as error:
-            raise OSError(error.errno, f"no room for the embeds of {len(self._slots) + 1} images in "
-                          f"{Path(tempfile.gettempdir())} ({error.strerror}): set TMPDIR to a folder with more") from None
+            raise OSError(f"the embeds of {len(self._slots) + 1} images do not fit into {tempfile.gettempdir()} "
+                          f"({error.strerror}): set TMPDIR to a folder with more room") from None
         self._slots[image] = slot
 
     def keep(self, images: Iterable[int]) -> None:

@@ -36,8 +36,8 @@ class Ranking:
 class RetrievalResult:
     """Texts found for images and images for texts; the first is None where only the second was asked for.
 
-    Scores are ITM's 'matched' logit + cosine, without re-ranking the cosine. `pairs` is how many pairs the matching head
-    has seen.
+    Scores are ITM's 'matched' logit + cosine, without re-ranking the cosine. `pairs` is how many pairs the matching
+    head has seen.
     """
 
     image_to_text: Ranking | None
@@ -51,12 +51,14 @@ class RetrievalResult:
         """
         image_of_text = self._checked(image_of_text)
         found = self.text_to_image
-        named = _named("t2i", recalls(found.ranks(found.items == image_of_text[:, None], torch.ones_like(image_of_text))))
+        ranks = found.ranks(found.items == image_of_text[:, None], torch.ones_like(image_of_text))
+        named = _named("t2i", recalls(ranks))
         if self.image_to_text is None:
             return named
         found = self.image_to_text
         right = image_of_text[found.items] == torch.arange(len(found.items))[:, None]
-        return _named("i2t", recalls(found.ranks(right, image_of_text.bincount(minlength=len(found.items))))) | named
+        ranks = found.ranks(right, image_of_text.bincount(minlength=len(found.items)))
+        return _named("i2t", recalls(ranks)) | named
 
     def chances(self, image_of_text: Tensor) -> dict[str, float]:
         """The recalls of a random order, under the names of `recalls`."""

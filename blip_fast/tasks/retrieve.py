@@ -25,6 +25,7 @@ from blip_fast.tasks.candidates import EmbedsFile, RunningTopK
 from blip_fast.tasks.loading import PretrainedTask, as_sources, pixel_batches
 from blip_fast.tasks.match import Matcher, match_pairs, text_features
 from blip_fast.tasks.ranking import NOT_CANDIDATE, Ranking, RetrievalResult
+from blip_fast.tokenizer import Tokenizer
 
 Directions = Literal["both", "text_to_image"]
 KEPT_COSINES = 256  # candidates of each query where nothing is re-ranked
