@@ -128,8 +128,7 @@ class Answerer(PretrainedTask):
         is about image i unless given."""
         def answer(question_kv: ImageKV) -> list[Answer]:
             count = len(question_kv.offsets) - 1
-            prompts = torch.full((count, 1), self.model.config.tokens.bos, device=question_kv.offsets.device)
-            texts = generate(self.model, question_kv, prompts, generation)
+            texts = generate(self.model, question_kv, [[self.model.config.tokens.bos]] * count, generation)
             return [Answer(self.tokenizer.decode(text.token_ids), text.token_ids, text.score) for text in texts]
 
         return [found for kv in self._question_kvs(pixels, questions, images) for found in answer(kv)]
