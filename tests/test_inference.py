@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from blip_fast.config import BlipConfig, TextConfig, VisionConfig
+from blip_fast.config import BlipConfig, SpecialTokens, TextConfig, VisionConfig
 from blip_fast.inference import encode_images, evaluating
 from blip_fast.model import BlipModel
 
@@ -15,7 +15,8 @@ def model():
     torch.manual_seed(0)
     vision = VisionConfig(image_size=SIZE, patch_size=16, width=48, layers=3, heads=3)
     text = TextConfig(vocab_size=120, width=48, layers=2, heads=3, mlp_width=96, max_positions=32)
-    return BlipModel(BlipConfig(vision, text, text_stacks="decoder", contrastive=False, matching=False))
+    tokens = SpecialTokens(pad=0, cls=1, sep=2, bos=3, enc=4)
+    return BlipModel(BlipConfig(vision, text, tokens, text_stacks="decoder", contrastive=False, matching=False))
 
 
 @pytest.fixture(scope="module")
