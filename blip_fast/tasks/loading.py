@@ -18,6 +18,7 @@ from torch import Tensor
 from blip_fast.checkpoint import load_model
 from blip_fast.images import ImageError, ImageSource, evaluation_transform, load_image
 from blip_fast.model import BlipModel
+from blip_fast.packed import pack_linear_layers
 from blip_fast.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -49,7 +50,9 @@ def load_for_task(source: str | Path, *, dtype: str = "float32", device: str | N
     model, fitting = load_model(source, tokenizer=given, image_size=image_size, heads=heads, dtype=DTYPES[dtype])
     if fitting is None:
         raise ValueError(f"{source} brings no tokenizer: name a directory with vocab.txt (--tokenizer)")
-    return model.to(target), fitting
+    model = model.to(target)
+    pack_linear_layers(model)
+    return model, fitting
 
 
 class PretrainedTask:
