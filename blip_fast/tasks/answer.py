@@ -74,8 +74,7 @@ class Answerer(PretrainedTask):
         texts: list[Generated] = []
         with evaluating(self.model):
             for image_embeds in encode_images(self.model, [pixels]):
-                device = image_embeds.device
-                question_kv = self.model.question_kv(image_embeds, questions.to(device))
-                prompts = torch.full((len(image_embeds), 1), self.model.config.tokens.bos, device=device)
+                question_kv = self.model.question_kv(image_embeds, questions.to(image_embeds.device))
+                prompts = [[self.model.config.tokens.bos]] * len(image_embeds)
                 texts += generate(self.model, question_kv, prompts, generation)
         return [Answer(self.tokenizer.decode(text.token_ids), text.token_ids, text.score) for text in texts]
