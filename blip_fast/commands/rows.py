@@ -78,7 +78,7 @@ def run_rows(rows: Sequence[Row], text: str, make_work: Callable[[], tuple[Work,
         The exit status: 1 where an image could not be read.
 
     Raises:
-        ValueError: `resume` without `output`, or a file of other rows; `batch_size` is less than 1.
+        ValueError: `resume` without `output`; `batch_size` is less than 1.
     """
     if batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {batch_size}")
@@ -87,14 +87,9 @@ def run_rows(rows: Sequence[Row], text: str, make_work: Callable[[], tuple[Work,
             raise ValueError("--resume needs --output FILE.jsonl, the file to go on with")
         return _run(rows, text, make_work, batch_size,
                     lambda row: print(json.dumps(row, ensure_ascii=False), flush=True))
-    with closing(JsonLines(output, resume)) as file:
-        for number, (written, row) in enumerate(zip(file.rows, rows, strict=False), 1):
-            if any(written.get(key) != row[key] for key in ("image", text)):
-                raise ValueError(f"{output}, line {number} is not about the row of that number: this is the file of "
-                                 "other rows, name another")
-        if len(file.rows) > len(rows):
-            raise ValueError(f"{output} holds {len(file.rows)} rows, there are only {len(rows)}: name another file")
-        return _run(rows[len(file.rows):], text, make_work, batch_size, file.write)
+    with closing(JsonLines(output, resume, text)) as file:
+        left = [row for row in rows if not file.done.take(row["image"], row[text])]
+        return _run(left, text, make_work, batch_size, file.write)
 
 
 def _run(rows: Sequence[Row], text: str, make_work: Callable[[], tuple[Work, int]], batch_size: int,
@@ -120,12 +115,12 @@ def _run(rows: Sequence[Row], text: str, make_work: Callable[[], tuple[Work, int
 def _results(rows: Sequence[Row], text: str, work: Work, image_size: int, batch_size: int) -> Iterator[Row]:
     import torch
 
-    from blip_fast.images import ImageError, load_image
+    from blip_fast.images import ImageError
     from blip_fast.tasks.loading import read_pixels
 
     groups = [list(part) for _, same in groupby(rows, lambda row: row["image"])
               for part in iter(partial(_take, same, MOST_ROWS), [])]
-    pixels = read_pixels((partial(load_image, group[0]["image"]) for group in groups), image_size)
+    pixels = read_pixels((group[0]["image"] for group in groups), image_size)
     stream = zip(groups, pixels, strict=True)
     while batch := list(islice(stream, batch_size)):
         readable = [(group, read) for group, read in batch if not isinstance(read, ImageError)]

@@ -163,8 +163,8 @@ class Answerer(PretrainedTask):
         questions = [questions] if isinstance(questions, str) else questions
         packed = self.pack(questions, first_token)
         sources = as_sources(images)
-        if sources is not images:
-            sources = [*sources] * len(questions)
+        if len(sources) == 1:
+            sources = sources * len(questions)
         if len(questions) != len(sources):
             raise ValueError(f"{len(sources)} images but {len(questions)} questions: pass one question per image")
         about = _runs(sources)
