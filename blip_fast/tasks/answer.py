@@ -143,7 +143,7 @@ class Answerer(PretrainedTask):
         for question_kv in self._question_kvs(pixels, questions, images):
             chosen, scores = rank_answers(self.model, question_kv, answers, top_k)
             for places, values in zip(chosen[:, :n_best].tolist(), scores[:, :n_best].tolist(), strict=True):
-                ranked.append([Answer(answers.texts[place], answers.token_ids(place), score)
+                ranked.append([Answer(answers.texts[int(place)], answers.token_ids(place), score)
                                for place, score in zip(places, values, strict=True)])
         return ranked
 
