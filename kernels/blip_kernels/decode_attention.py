@@ -60,10 +60,12 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -> T
     """q [batch, heads, rows, head_dim] over the first `lengths` [batch] of keys [batch, heads, keys, head_dim]."""
     wide = torch.promote_types(q.dtype, torch.float32)
     logits = _product(q, k.transpose(-1, -2)).to(wide) * scale
-    keys = torch.arange(k.shape[2], device=q.device)
-    logits.masked_fill_((keys >= lengths[:, None])[:, None, None], -torch.inf)
+    shortest = int(lengths.min())
+    if shortest < k.shape[2]:
+        keys = torch.arange(k.shape[2], device=q.device)
+        logits.masked_fill_((keys >= lengths[:, None])[:, None, None], -torch.inf)
     out = _product(torch.softmax(logits, -1).to(q.dtype), v)
-    return out.masked_fill_((lengths == 0)[:, None, None, None], 0.0)
+    return out if shortest else out.masked_fill_((lengths == 0)[:, None, None, None], 0.0)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
