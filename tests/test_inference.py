@@ -36,6 +36,20 @@ def pixels():
     return torch.randn(5, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_neighbours_change_nothing_when_packed(pixels, dtype):
+    """Bit-equal at base's width too, where long sums could be cut up differently for other numbers of rows."""
+    tokens = SpecialTokens(pad=0, cls=1, sep=2, bos=3, enc=4)
+    text = TextConfig(vocab_size=120, width=48, layers=1, heads=3, mlp_width=96, max_positions=32)
+    wide = BlipModel(BlipConfig(VisionConfig(image_size=SIZE, layers=2), text, tokens)).to(dtype)
+    pack_linear_layers(wide)
+    with evaluating(wide):
+        together = torch.cat(list(encode_images(wide, pixels)))
+        alone = torch.cat([next(encode_images(wide, image[None])) for image in pixels])
+        shifted = torch.cat(list(encode_images(wide, [pixels[:1], pixels[1:]])))
+    assert torch.equal(together, alone) and torch.equal(together, shifted)
+
+
 def test_neighbours_change_nothing(model, pixels):
     """Bit-equal in float32, whatever the batch; and what a whole batch gives, up to rounding."""
     with evaluating(model):
