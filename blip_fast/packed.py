@@ -58,7 +58,7 @@ def pack_linear_layers(model: BlipModel) -> None:
                 setattr(module, name, PackedLinear(layer, gelu=name == before_gelu))
         if before_gelu is not None:
             module.activation = nn.Identity()
-    model.vision.patch_embed = PackedLinear(model.vision.patch_embed)
+    model.vision.patch_embed = PackedLinear(model.vision.patch_embed)  # type: ignore[assignment]
     if model.lm_head is not None:
         model.packed_vocabulary = pack_weight(model.lm_head.weight(model.stack("decoder").word_embeds.weight))
     model.requires_grad_(False)
