@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from blip_fast.model import BlipModel
+from blip_fast.packed import is_packed
 
 IMAGE_BATCH = 32
+PACKED_TOGETHER = 2  # on a CPU: each weight is read once for both, and their activations still fit the caches
 
 Result = TypeVar("Result")
 
@@ -43,8 +45,8 @@ def evaluated(model: BlipModel, results: Iterator[Result]) -> Iterator[Result]:
 def encode_images(model: BlipModel, images: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
     """Visual tokens of images, batch by batch, on the model's device and in its dtype.
 
-    On a CPU the images of a batch are encoded one at a time: what an image computes then fits the caches, and its
-    visual tokens do not depend on the others of its batch, not by a bit.
+    On a CPU the images of a batch are encoded one at a time, or two by a packed model, so that what they compute fits
+    the caches. An image's visual tokens then do not depend on the others of its batch, not by a bit.
 
     Args:
         images: [N, 3, image_size, image_size], which is cut into batches, or batches of any lengths; empty ones are
@@ -56,6 +58,6 @@ def encode_images(model: BlipModel, images: Tensor | Iterable[Tensor]) -> Iterat
     like = model.vision.cls_token
     for batch in images.split(IMAGE_BATCH) if isinstance(images, Tensor) else images:
         if len(batch):
-            together = 1 if like.device.type == "cpu" else len(batch)
+            together = len(batch) if like.device.type != "cpu" else PACKED_TOGETHER if is_packed(model) else 1
             pixels = batch.to(like.device, like.dtype)
             yield torch.cat([model.encode_images(some) for some in pixels.split(together)])

@@ -15,22 +15,23 @@ GELU_BEHIND: dict[type[nn.Module], str] = {VisionBlock: "mlp_in", FeedForward: "
 
 
 class PackedLinear(nn.Module):
-    """Stands for an `nn.Linear`, GELU behind it where asked for. Its weight is not held twice.
+    """Stands for an `nn.Linear`, or for a convolution over patches that do not overlap and lie in rows; GELU behind it
+    where asked for. Its weight is not held twice.
 
     It stays on the CPU and in its dtype. `state_dict` gives the weight as it was.
     """
 
-    def __init__(self, linear: nn.Linear, gelu: bool = False) -> None:
+    def __init__(self, layer: nn.Linear | nn.Conv2d, gelu: bool = False) -> None:
         """Raises ValueError where the weight cannot be packed here."""
         super().__init__()
-        self._packed, self.gelu = pack_weight(linear.weight), gelu
-        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+        self._packed, self._shape, self.gelu = pack_weight(layer.weight.flatten(1)), layer.weight.shape, gelu
+        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return packed_linear(x, self._packed, self.bias, gelu=self.gelu)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        destination[prefix + "weight"] = self._packed.to_dense()
+        destination[prefix + "weight"] = self._packed.to_dense().view(self._shape)
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
@@ -57,6 +58,12 @@ def pack_linear_layers(model: BlipModel) -> None:
                 setattr(module, name, PackedLinear(layer, gelu=name == before_gelu))
         if before_gelu is not None:
             module.activation = nn.Identity()
+    model.vision.patch_embed = PackedLinear(model.vision.patch_embed)  # type: ignore[assignment]
     if model.lm_head is not None:
         model.packed_vocabulary = pack_weight(model.lm_head.weight(model.stack("decoder").word_embeds.weight))
     model.requires_grad_(False)
+
+
+def is_packed(model: BlipModel) -> bool:
+    """Whether `pack_linear_layers` has packed this model."""
+    return isinstance(model.vision.patch_embed, PackedLinear)

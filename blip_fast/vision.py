@@ -59,6 +59,8 @@ class VisionTransformer(nn.Module):
         """[batch, 3, size, size] → [batch, patches, width]. Patches do not overlap, so the convolution is one GEMM."""
         p, grid = self.config.patch_size, self.config.image_size // self.config.patch_size
         patches = pixels.view(-1, 3, grid, p, grid, p).permute(0, 2, 4, 1, 3, 5).reshape(-1, grid * grid, 3 * p * p)
+        if not isinstance(self.patch_embed, nn.Conv2d):  # packed
+            return self.patch_embed(patches)
         return F.linear(patches, self.patch_embed.weight.flatten(1), self.patch_embed.bias)
 
 

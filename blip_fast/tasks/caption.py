@@ -13,7 +13,7 @@ from torch import Tensor
 
 from blip_fast.generate import Generated, GenerationConfig, Request, generate_stream
 from blip_fast.images import ImageError, ImageSource, name_of
-from blip_fast.inference import encode_images, evaluated
+from blip_fast.inference import PACKED_TOGETHER, encode_images, evaluated
 from blip_fast.model import BlipModel
 from blip_fast.stream import in_order, read_ahead
 from blip_fast.tasks.loading import PretrainedTask, as_sources, pixels_or_error
@@ -167,7 +167,8 @@ class Captioner(PretrainedTask):
     def _captioned(self, reads: Iterator[_Read], generation: GenerationConfig, batch_size: int,
                    strip_prompt: bool) -> Iterator[Captioned]:
         """As they are finished."""
-        together = 1 if self.model.vision.cls_token.device.type == "cpu" else batch_size  # images encoded at a time
+        on_cpu = self.model.vision.cls_token.device.type == "cpu"
+        together = min(PACKED_TOGETHER, batch_size) if on_cpu else batch_size  # images encoded at a time
         refused: deque[Captioned] = deque()
         running: dict[int, _Read] = {}  # by the number of the request
         ended = False
