@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import socket
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -11,6 +12,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 WORKER_CPUS = 4  # of a worker without a GPU
+ANSWER_SECONDS = 10  # within which a cluster must take a connection; Ray itself tries for minutes
 
 
 def on_ray(address: str | None, batches: Iterable[Sequence[Item]],
@@ -38,6 +40,7 @@ def on_ray(address: str | None, batches: Iterable[Sequence[Item]],
     except ModuleNotFoundError:
         raise ModuleNotFoundError("Ray is not installed: pip install 'blip-fast[scale]'", name="ray") from None
 
+    _require_answer(address)
     ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     try:
         logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -53,6 +56,15 @@ def on_ray(address: str | None, batches: Iterable[Sequence[Item]],
         raise ValueError(f"a worker on Ray failed: {_root(error)}") from error
     finally:
         ray.shutdown()
+
+
+def _require_answer(address: str | None) -> None:
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        try:
+            socket.create_connection((host, int(port)), ANSWER_SECONDS).close()
+        except OSError as error:
+            raise ConnectionError(f"no Ray cluster answers at {address}: {error}") from None
 
 
 def _room(resources: Mapping[str, float], gpus: bool) -> tuple[int, dict[str, Any]]:

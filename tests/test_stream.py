@@ -35,11 +35,12 @@ def pictures(count: int) -> list[Image.Image]:
 
 def test_read_ahead_keeps_order_and_its_bound():
     """At most threads × ahead wait, two more are on their way in and one out; an error comes at its place."""
-    drawn, taken = 0, 0
+    drawn = 0
 
     def numbers():
         nonlocal drawn
-        for drawn in itertools.count(1):
+        while True:
+            drawn += 1
             yield drawn
 
     def read(number: int) -> int:
@@ -47,8 +48,7 @@ def test_read_ahead_keeps_order_and_its_bound():
         return 10 * number
 
     stream = read_ahead(numbers(), read, threads=3, ahead=2)
-    for item, done in itertools.islice(stream, 50):
-        taken += 1
+    for taken, (item, done) in enumerate(itertools.islice(stream, 50), 1):
         assert (item, done) == (taken, 10 * taken)
         assert drawn - taken <= 3 * 2 + 2
     stream.close()

@@ -211,14 +211,14 @@ class _Report:
         if self._output is not None:
             self._output.write(row)
         elif self._as_json:
-            print(json.dumps(row, ensure_ascii=False), flush=True)
+            print(_printable(json.dumps(row, ensure_ascii=False)), flush=True)
         elif "error" not in row:
             for text in (row, *row.get("others", ())):
-                print(f"{row['image']}\t{text['caption']}", flush=True)
+                print(_printable(f"{row['image']}\t{text['caption']}"), flush=True)
         self.rows += 1
         if "error" in row:
             if self._output is None:
-                print(f"blip-fast: {row['error']}", file=sys.stderr)
+                print(f"blip-fast: {_printable(row['error'])}", file=sys.stderr)
             reason = re.sub(r"\d[\d,.]*", "N", row["error"].removeprefix(f"{row['image']}: "))
             self.reasons[reason if len(self.reasons) < MAX_REASONS or reason in self.reasons else "other reasons"] += 1
 
@@ -228,6 +228,11 @@ class _Report:
                   file=sys.stderr)
         for reason, times in self.reasons.most_common():
             print(f"blip-fast: {times:,} × {reason}", file=sys.stderr)
+
+
+def _printable(text: str) -> str:
+    """Names that are not UTF-8 come with surrogates, which cannot be printed."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 COMMAND = Command(
