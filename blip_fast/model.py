@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from blip_kernels import linear
 from torch import Tensor, nn
 
 from blip_fast.config import BlipConfig
+from blip_fast.linear import Linear
 from blip_fast.packing import PackedTexts
 from blip_fast.text import ImageKV, LMHead, Mode, TextStack, TextStream
 from blip_fast.vision import VisionTransformer
@@ -41,13 +43,13 @@ class BlipModel(nn.Module):
                                    for name, modes in stacks.items()})
         self.lm_head = LMHead(config.text, config.tied_lm_head) if config.has_decoder else None
         if config.contrastive:
-            self.vision_projection = nn.Linear(vision_width, config.embed_dim)
-            self.text_projection = nn.Linear(width, config.embed_dim)
+            self.vision_projection = Linear(vision_width, config.embed_dim)
+            self.text_projection = Linear(width, config.embed_dim)
             # One element, not a scalar: DeepSpeed cannot broadcast parameters without a dimension.
             self.temperature = nn.Parameter(torch.full((1,), INITIAL_TEMPERATURE))
-        self.itm_head = nn.Linear(width, 2) if config.matching else None
+        self.itm_head = Linear(width, 2) if config.matching else None
         if config.reasoning:
-            self.reasoning_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2))
+            self.reasoning_head = nn.Sequential(Linear(width, width), nn.ReLU(), Linear(width, 2))
         self._initialise()
 
     def stack(self, mode: Mode) -> TextStack:
@@ -169,7 +171,7 @@ class BlipModel(nn.Module):
 
     def vocabulary_logits(self, hidden: Tensor) -> Tensor:
         """Decoder states [..., width] → logits [..., vocab_size]."""
-        return F.linear(*self.vocabulary_projection(hidden))
+        return linear(*self.vocabulary_projection(hidden))
 
     def vocabulary_projection(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Decoder states [..., width] → the operands of their logits: transformed states [..., width], weight
