@@ -20,16 +20,20 @@ from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
-from blip_kernels import attention, cached_attention, decode_attention, linear
-from blip_kernels.decode_attention import MOST_ROWS
+from blip_kernels import attention, linear
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from blip_fast.cache import ImagePool, SelfCache
 from blip_fast.config import TextConfig
 from blip_fast.linear import Linear, behind
 from blip_fast.packing import PackedTexts
 
 Mode = Literal["encoder", "decoder"]
+
+# float32 products of a multiple of this many rows give a row the same bits whatever their number; with fewer than four
+# rows in a thread's share the library changes to another kernel (docs/decisions.md).
+ROWS_TOGETHER = 4
 
 
 @dataclass(frozen=True)
@@ -67,48 +71,11 @@ class ImageKV:
         """(k, v) [image rows, heads, head_dim] of one layer, per eye."""
         return [layers[index] for layers in self._layers]
 
-    def select(self, images: Tensor) -> ImageKV:
-        """The given images (int64 [n]) alone, in that order."""
-        offsets = F.pad(self.offsets.diff()[images].cumsum(0), (1, 0)).int()
-        shift = (self.offsets[images] - offsets[:-1]).repeat_interleave(offsets.diff())
-        rows = torch.arange(len(shift), device=shift.device) + shift
-        return ImageKV(tuple(kv.index_select(0, rows) for kv in self.kv), offsets)
-
-
-class SelfCache:
-    """Self-attention keys and values of the tokens decoded so far, in slots that are written once and never moved.
-
-    `slots` [rows, max_tokens] says where each row's tokens lie: beams share the slots of their common history, and a
-    new order of beams is a new order of that table alone.
-    """
-
-    def __init__(self, config: TextConfig, rows: int, max_rows: int, max_tokens: int, like: Tensor) -> None:
-        """Room for `max_tokens` tokens of `rows` texts at first (the prompts) and up to `max_rows` texts later."""
-        shape = (config.layers, 2, max_rows * max_tokens, config.heads, config.width // config.heads)
-        self.kv = torch.empty(shape, dtype=like.dtype, device=like.device)
-        self.own_slots = torch.arange(max_rows * max_tokens, device=like.device).view(max_rows, max_tokens)
-        self.slots = self.own_slots[:rows]
-        self.length = 0
-
-    def advance(self, tokens: int) -> None:
-        """Make the next `tokens` positions of every row current: `append` fills them, layer by layer."""
-        end = self.length + tokens
-        self._written = self.slots[:, self.length : end].flatten()
-        self.length = end
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Store k, v [rows × current tokens, heads, head_dim]."""
-        self.kv[layer, 0].index_copy_(0, self._written, k)
-        self.kv[layer, 1].index_copy_(0, self._written, v)
-
-    def attend(self, layer: int, q: Tensor) -> Tensor:
-        """q [rows, heads, head_dim], one token a row, over all of the row's tokens so far, read where they lie."""
-        return cached_attention(q, self.kv[layer, 0], self.kv[layer, 1], self.slots[:, : self.length])
-
-    def select(self, rows: Tensor) -> None:
-        """Go on from the given rows, in that order (beams that survive, or a prompt's row once per beam)."""
-        # Tokens to come get slots of their own: a row's own slots from here on hold nothing that others still read.
-        self.slots = torch.cat([self.slots[rows, : self.length], self.own_slots[: len(rows), self.length :]], dim=1)
+    def split(self) -> list[ImageKV]:
+        """Each image by itself, a view."""
+        lengths = self.offsets.diff().tolist()
+        return [ImageKV(tuple(parts), self.offsets.new_tensor([0, length]))
+                for length, *parts in zip(lengths, *(kv.split(lengths) for kv in self.kv), strict=True)]
 
 
 class SelfAttention(nn.Module):
@@ -169,10 +136,7 @@ class CrossAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         for query, out, (k, v) in zip(self.query, self.out, image_kv.layer(layer), strict=True):
             q = rows.sort(query(x)).view(len(x), self.heads, -1)
-            if rows.each is not None and rows.each <= MOST_ROWS:
-                attended = decode_attention(q, k, v, image_kv.offsets)
-            else:
-                attended = attention(q, k, v, rows.offsets, image_kv.offsets, dropout=dropout)
+            attended = attention(q, k, v, rows.offsets, image_kv.offsets, dropout=dropout)
             seen.append(out(rows.unsort(attended.flatten(1))))
         if len(seen) == 1:
             merged = seen[0]
@@ -180,7 +144,10 @@ class CrossAttention(nn.Module):
             merged = self.merge(torch.cat(seen, dim=-1))
         else:
             merged = (seen[0] + seen[1]) / 2
-        return self.norm(x + F.dropout(merged, self.dropout, self.training))
+        return self.finish(x, merged)
+
+    def finish(self, x: Tensor, seen: Tensor) -> Tensor:
+        return self.norm(x + F.dropout(seen, self.dropout, self.training))
 
 
 class FeedForward(nn.Module):
@@ -284,39 +251,39 @@ class TextStack(nn.Module):
                    for project, rows in zip(self.image_to_kv, states, strict=True))
         return ImageKV(kv, offsets)
 
-    def decode(self, token_ids: Tensor, cache: SelfCache, image_kv: ImageKV) -> Tensor:
-        """Next tokens of texts in generation, with the decoder's self-attention over a cache. Without gradients.
+    def decode(self, token_ids: Tensor, positions: Tensor, cache: SelfCache, images: ImagePool) -> Tensor:
+        """One step of generation: a token of each row, with the decoder's self-attention over a cache. Without
+        gradients.
+
+        A row's result has the same bits whatever the other rows are and however many: see `ROWS_TOGETHER`.
 
         Args:
-            token_ids: int64 [rows, new tokens], one each, or the prompts on an empty cache; every image owns the same
-                number of consecutive rows.
-            cache: of the tokens before these; the new ones are added.
-            image_kv: of the images.
+            token_ids: int64 [rows], the same number of consecutive rows for each slot of `images` and `cache`.
+            positions: int64 [rows], of these tokens in their texts.
+            cache: of the tokens before these; these are added.
 
         Returns:
-            [rows, new tokens, width].
+            [rows, width], and behind them what fills their number up to a multiple of `ROWS_TOGETHER`.
         """
-        rows, new = token_ids.shape
-        if new > 1 and cache.length:
-            raise ValueError(f"{new} tokens on a cache of {cache.length}: a prompt starts an empty cache")
-        cache.advance(new)
-        positions = torch.arange(cache.length - new, cache.length, device=token_ids.device).repeat(rows)
-        x = self._embed(token_ids.flatten(), positions)
-        by_text = torch.arange(rows + 1, dtype=torch.int32, device=x.device) * new
-        images = len(image_kv.offsets) - 1
-        each = rows // images * new
-        by_image = RowsByImage(torch.arange(images + 1, dtype=torch.int32, device=x.device) * each, None, None, each)
+        rows, fill = len(token_ids), -len(token_ids) % ROWS_TOGETHER
+        cache.place(positions)
+        x = self._embed(F.pad(token_ids, (0, fill)), F.pad(positions, (0, fill)))
+
+        def filled(attended: Tensor) -> Tensor:
+            return F.pad(attended.flatten(1), (0, 0, 0, fill)) if fill else attended.flatten(1)
+
         for index, module in enumerate(self.layers):
             layer = cast(TextLayer, module)
             self_attention = cast(SelfAttention, layer.self_attention["decoder"])
-            assert layer.cross_attention is not None
-            q, k, v = self_attention.project(x)
+            cross_attention = layer.cross_attention
+            assert cross_attention is not None
+            q, k, v = (part[:rows] for part in self_attention.project(x))
             cache.append(index, k, v)
-            attended = attention(q, k, v, by_text, by_text, causal=True) if new > 1 else cache.attend(index, q)
-            x = self_attention.finish(x, attended)
-            x = layer.cross_attention(x, by_image, image_kv, index)
+            x = self_attention.finish(x, filled(cache.attend(index, q)))
+            q = cross_attention.query[0](x).view(len(x), cross_attention.heads, -1)[:rows]
+            x = cross_attention.finish(x, cross_attention.out[0](filled(images.attend(index, q))))
             x = layer.feed_forward(x)
-        return x.unflatten(0, (rows, new))
+        return x
 
     def _embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         return self.norm(self.word_embeds(token_ids) + self.position_embeds(positions))
@@ -339,9 +306,8 @@ class RowsByImage:
     """The order in which text rows stand sorted by image, so that each image's rows are one query segment."""
 
     offsets: Tensor  # int32 [images + 1]
-    order: Tensor | None  # int64 [rows]: sorted position → row; None where rows stand sorted
-    inverse: Tensor | None  # int64 [rows]: row → sorted position
-    each: int | None = None  # in generation: how many rows every image has
+    order: Tensor  # int64 [rows]: sorted position → row
+    inverse: Tensor  # int64 [rows]: row → sorted position
 
     @classmethod
     def of(cls, streams: Sequence[TextStream], images: int, first_rows: Sequence[bool]) -> RowsByImage:
@@ -352,10 +318,10 @@ class RowsByImage:
         return cls(F.pad(counts.cumsum(0), (1, 0)).int(), order, torch.argsort(order))
 
     def sort(self, x: Tensor) -> Tensor:
-        return x if self.order is None else _Permute.apply(x, self.order, self.inverse)
+        return _Permute.apply(x, self.order, self.inverse)
 
     def unsort(self, x: Tensor) -> Tensor:
-        return x if self.order is None else _Permute.apply(x, self.inverse, self.order)
+        return _Permute.apply(x, self.inverse, self.order)
 
 
 class _Permute(torch.autograd.Function):

@@ -5,12 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 BeamRule = Literal["transformers5", "authors"]
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
     """Greedy with one beam, beam search with more, nucleus sampling where `top_p` is given.
+
+    `n_best` texts are returned for each image: of a beam search the best finished ones, of sampling that many samples,
+    the likeliest first.
 
     Two rules say how finished beams are scored and when the search may stop; `transformers5` is what today's
     transformers does, `authors` what the published code does (it runs on transformers 4.15):
@@ -31,6 +37,8 @@ class GenerationConfig:
     top_k: int = 50  # … and are among the k likeliest, as in transformers and in the published CapFilt
     temperature: float = 1.0
     seed: int = 0  # of sampling
+    n_best: int = 1
+    banned: tuple[tuple[int, ...], ...] = ()  # sequences of tokens that no text may contain, its prompt apart
 
     def __post_init__(self) -> None:
         if self.beams < 1:
@@ -53,8 +61,18 @@ class GenerationConfig:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must lie in 0 … 2⁶³ − 1, got {self.seed}")
+        if self.n_best < 1 or (self.top_p is None and self.n_best > self.beams):
+            raise ValueError(f"n_best is {self.n_best}: it must lie in 1 … beams ({self.beams}) unless top_p samples")
+        if not all(self.banned) or any(token < 0 for sequence in self.banned for token in sequence):
+            raise ValueError(f"banned must hold sequences of at least one token id, got {self.banned}")
 
-    def score_divisor(self, length: int, prompt_length: int, ended: bool) -> float:
-        """By what Σ log p of a text of `length` tokens is divided; `ended` if the last of them is [SEP]."""
-        counted = length - ended if self.beam_rule == "authors" else length - prompt_length
-        return counted**self.length_penalty
+    @property
+    def texts_per_image(self) -> int:
+        """How many texts of an image are written at a time: beams, or samples."""
+        return self.beams if self.top_p is None else self.n_best
+
+    def score_divisors(self, lengths: Tensor, prompt_lengths: Tensor, ended: bool) -> Tensor:
+        """By what Σ log p of texts of `lengths` tokens is divided, float32; `ended` if the last of them is [SEP]."""
+        counted = lengths - int(ended) if self.beam_rule == "authors" else lengths - prompt_lengths
+        powers = torch.tensor([1.0, *(n**self.length_penalty for n in range(1, self.max_length + 1))])
+        return powers.to(lengths.device)[counted]

@@ -1,19 +1,19 @@
-"""The one entrance to generation: from an image's keys and values and a prompt to a text."""
+"""The one entrance to generation: from an image's keys and values and a prompt to texts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from blip_kernels.decode_attention import MOST_ROWS
 
-from blip_fast.generate.beam import beam_search
+from blip_fast.generate.batch import ContinuousBatch
 from blip_fast.generate.config import GenerationConfig
-from blip_fast.generate.decoder import Decoder
-from blip_fast.generate.sample import sample
 from blip_fast.model import BlipModel
 from blip_fast.text import ImageKV
+
+QUESTION_KEYS = 64  # rooms for encoded questions are multiples of this
 
 
 @dataclass(frozen=True)
@@ -29,56 +29,113 @@ class Generated:
     score: float
 
 
+@dataclass(frozen=True)
+class Request:
+    """An image, or an encoded question, of which texts are wanted."""
+
+    image_kv: ImageKV  # of one image: `model.stack("decoder").image_kv(...)` or `model.question_kv(...)`
+    prompt: Sequence[int]  # [DEC] first, without [SEP]; a forced beginning of the text is a longer prompt
+    seed: int = 0  # of sampling
+
+
 @torch.inference_mode()
-def generate(model: BlipModel, image_kv: ImageKV, prompts: Tensor, config: GenerationConfig,
-             seeds: Sequence[int] | None = None) -> list[Generated]:
-    """Generate one text per image.
+def generate_stream(model: BlipModel, requests: Iterable[Request], config: GenerationConfig,
+                    slots: int) -> Iterator[tuple[int, list[Generated]]]:
+    """Texts for a stream of requests of any length, as they are finished.
 
     Args:
         model: with a text decoder, in evaluation mode.
-        image_kv: `model.stack("decoder").image_kv(image_embeds)`, or of encoded questions.
-        prompts: int64 [images, prompt length], [DEC] first, without [SEP].
+        requests: read as there is room; at most `slots` are held at a time.
         config: the kind of search and its options.
-        seeds: one per image, for sampling. A text depends on its image, its seed and the config alone, never on the
-            other images of the batch.
+        slots: images that are worked on together. A text depends on its request and the config alone, never on
+            `slots`, on its place or on the other requests.
+
+    Yields:
+        The request's place in the stream, and its `config.n_best` texts, best first (fewer where a beam search found
+        fewer).
 
     Raises:
-        ValueError: prompts that leave no room below `max_length`, or positions; sampling without seeds.
+        ValueError: the model is in training mode, no slots; a prompt that leaves no room below `max_length`.
     """
-    _check(model, image_kv, prompts, config, seeds)
-    if len(prompts) == 0:
-        return []
-    sep_id = model.config.tokens.sep
-    decoder = Decoder(model, image_kv, config)
-    if config.beams > 1:
-        token_ids, scores = beam_search(decoder, prompts, config, sep_id)
-    else:
-        uniforms = _uniforms(seeds or [0] * len(prompts), config.max_length).to(prompts.device)
-        token_ids, scores = sample(decoder, prompts, config, sep_id, uniforms)
-    prompt_length = prompts.shape[1]
-    return [Generated(ids[: ids.index(sep_id, prompt_length) + 1] if sep_id in ids[prompt_length:] else ids, score)
-            for ids, score in zip(token_ids.tolist(), scores.tolist(), strict=True)]
-
-
-def _uniforms(seeds: Sequence[int], steps: int) -> Tensor:
-    """[images, steps] from [0, 1), each row by its own generator: the same whatever the batch, on any device."""
-    return torch.stack([torch.rand(steps, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-
-
-def _check(model: BlipModel, image_kv: ImageKV, prompts: Tensor, config: GenerationConfig,
-           seeds: Sequence[int] | None) -> None:
-    images, text = len(image_kv.offsets) - 1, model.config.text
     if model.training:
         raise ValueError("the model is in training mode, dropout would change the texts: call model.eval() first")
-    if prompts.ndim != 2 or prompts.dtype != torch.int64 or len(prompts) != images or prompts.shape[1] < 1:
-        raise ValueError(f"prompts must be int64 [{images} images, at least 1 token], got {prompts.dtype} "
-                         f"{list(prompts.shape)}")
-    if prompts.shape[1] >= config.max_length:
-        raise ValueError(f"the prompt has {prompts.shape[1]} tokens with the first one: max_length "
-                         f"({config.max_length}) must be greater")
+    if slots < 1:
+        raise ValueError(f"slots must be at least 1, got {slots}")
+    _check_config(model, config)
+    waiting, held, batch = enumerate(requests), None, None
+    prompt_lengths: dict[int, int] = {}
+    while True:
+        while batch is None or batch.free:
+            held = held or next(waiting, None)
+            if held is None:
+                break
+            place, request = held
+            (kv,), keys = request.image_kv.kv, _room(model, request.image_kv)
+            _check_prompt(request.prompt, config)
+            if batch is None or (batch.idle and batch.keys != keys):
+                batch = ContinuousBatch(model, config, slots, keys, kv)
+            if batch.keys != keys:  # it waits until the others are done: neighbours must not change a text
+                break
+            batch.enter(place, kv, request.prompt, request.seed)
+            prompt_lengths[place], held = len(request.prompt), None
+        if batch is None or batch.idle:
+            return
+        if held is None and batch.free:
+            batch.shrink()
+        for place, token_ids, scores in batch.step():
+            yield place, _texts(token_ids.tolist(), scores.tolist(), prompt_lengths.pop(place), model.config.tokens.sep)
+
+
+def generate(model: BlipModel, image_kv: ImageKV, prompts: Sequence[Sequence[int]], config: GenerationConfig,
+             seeds: Sequence[int] | None = None) -> list[Generated]:
+    """The best text of each image, in their order.
+
+    Args:
+        image_kv: `model.stack("decoder").image_kv(image_embeds)`, or of encoded questions.
+        prompts: token ids of each image's prompt, [DEC] first, without [SEP].
+        seeds: one per image, for sampling.
+
+    Raises:
+        ValueError: as `generate_stream`; not as many prompts or seeds as images; sampling without seeds.
+    """
+    images = len(image_kv.offsets) - 1
+    if len(prompts) != images:
+        raise ValueError(f"prompts must be one per image: {images} images, {len(prompts)} prompts")
+    if config.top_p is not None and (seeds is None or len(seeds) != images):
+        raise ValueError(f"sampling needs one seed per image: {images} images, seeds {seeds}")
+    requests = map(Request, image_kv.split(), prompts, seeds or [0] * images)
+    texts = dict(generate_stream(model, requests, config, max(images, 1)))
+    return [texts[i][0] for i in range(images)]
+
+
+def _texts(ids: list[list[int]], scores: list[float], prompt_length: int, sep_id: int) -> list[Generated]:
+    """Cut texts off behind their [SEP]; those with a score of −∞ are none."""
+    return [Generated(text[: text.index(sep_id, prompt_length) + 1] if sep_id in text[prompt_length:] else text, score)
+            for text, score in zip(ids, scores, strict=True) if score > -torch.inf]
+
+
+def _room(model: BlipModel, image_kv: ImageKV) -> int:
+    """Keys of the slots in which an image stands. Images all have the same number; questions get a multiple of 64, and
+    so all that are of usual length the same."""
+    unit = QUESTION_KEYS if model.config.text_stacks == "untied" else 1
+    return -(-len(image_kv.kv[0]) // unit) * unit
+
+
+def _check_config(model: BlipModel, config: GenerationConfig) -> None:
+    text, sep_id = model.config.text, model.config.tokens.sep
     if config.max_length > text.max_positions:
         raise ValueError(f"max_length is {config.max_length}: this model has {text.max_positions} positions")
     if 2 * config.beams >= text.vocab_size:
         raise ValueError(f"beams is {config.beams}: at most {(text.vocab_size - 1) // 2} with {text.vocab_size} tokens")
-    if config.top_p is not None and (seeds is None or len(seeds) != images):
-        raise ValueError(f"sampling needs one seed per image: {images} images, seeds {seeds}")
+    if config.texts_per_image > MOST_ROWS:
+        raise ValueError(f"{config.texts_per_image} beams or samples of an image: at most {MOST_ROWS}")
+    for sequence in config.banned:
+        if max(sequence) >= text.vocab_size or sequence == (sep_id,):
+            raise ValueError(f"banned holds {list(sequence)}: ids are below {text.vocab_size}, and [SEP] ({sep_id}) "
+                             "alone ends texts")
+
+
+def _check_prompt(prompt: Sequence[int], config: GenerationConfig) -> None:
+    if not 1 <= len(prompt) < config.max_length:
+        raise ValueError(f"the prompt has {len(prompt)} tokens with the first one: it needs one at least, and "
+                         f"max_length ({config.max_length}) must be greater")

@@ -75,6 +75,5 @@ class Answerer(PretrainedTask):
         with evaluating(self.model):
             for batch in image_batches(self.model, [pixels]):
                 question_kv = self.model.question_kv(batch, questions.to(batch.device))
-                prompts = torch.full((len(batch), 1), self.model.config.tokens.bos, device=batch.device)
-                texts += generate(self.model, question_kv, prompts, generation)
+                texts += generate(self.model, question_kv, [[self.model.config.tokens.bos]] * len(batch), generation)
         return [Answer(self.tokenizer.decode(text.token_ids), text.token_ids, text.score) for text in texts]

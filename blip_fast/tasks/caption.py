@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from blip_fast.generate import Generated, GenerationConfig, generate
@@ -66,8 +65,7 @@ class Captioner(PretrainedTask):
         with evaluating(self.model):
             for batch in image_batches(self.model, [pixels]):
                 image_kv = self.model.stack("decoder").image_kv(self.model.encode_images(batch))
-                prompts = torch.tensor([prompt_ids] * len(batch), device=batch.device)
-                texts += generate(self.model, image_kv, prompts, generation, seeds)
+                texts += generate(self.model, image_kv, [prompt_ids] * len(batch), generation, seeds)
         skipped = len(prompt_ids) if strip_prompt else 0
         return [Caption(self.tokenizer.decode(text.token_ids[skipped:]), text.token_ids, text.score) for text in texts]
 
