@@ -100,7 +100,7 @@ class SelfAttention(nn.Module):
                 k, v = linear(x, weight[width:], bias[width:]).view(len(x), 2, self.heads, -1).unbind(1)
                 x = x.index_select(0, first)
                 q = linear(x, weight[:width], bias[:width]).view(len(x), self.heads, -1)
-            else:  # an adapter around it: the weight is not all that it computes with
+            else:  # packed, or an adapter around it: the weight is not all that it computes with
                 q, k, v = self.project(x)
                 x, q = x.index_select(0, first), q.index_select(0, first)
             q_offsets = torch.arange(len(offsets), dtype=torch.int32, device=x.device)
@@ -157,11 +157,12 @@ class FeedForward(nn.Module):
         super().__init__()
         self.dropout = config.dropout
         self.mlp_in = Linear(config.width, config.mlp_width)
+        self.activation = nn.GELU()
         self.mlp_out = Linear(config.mlp_width, config.width)
         self.norm = nn.LayerNorm(config.width, config.norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = behind(F.gelu, self.mlp_out, self.mlp_in(x))
+        hidden = behind(self.activation, self.mlp_out, self.mlp_in(x))
         return self.norm(x + F.dropout(hidden, self.dropout, self.training))
 
 
@@ -343,6 +344,7 @@ class LMHead(nn.Module):
     def __init__(self, config: TextConfig, tied: bool) -> None:
         super().__init__()
         self.dense = Linear(config.width, config.width)
+        self.activation = nn.GELU()
         self.norm = nn.LayerNorm(config.width, config.norm_eps)
         self.projection = None if tied else Linear(config.width, config.vocab_size, bias=False)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
@@ -350,5 +352,8 @@ class LMHead(nn.Module):
     def forward(self, hidden: Tensor, word_embeds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[..., width], the stack's word embeddings [vocab_size, width] → what `F.linear` makes logits of: states
         [..., width], weight [vocab_size, width], bias [vocab_size]."""
-        weight = word_embeds if self.projection is None else self.projection.weight
-        return self.norm(F.gelu(self.dense(hidden))), weight, self.bias
+        return self.norm(self.activation(self.dense(hidden))), self.weight(word_embeds), self.bias
+
+    def weight(self, word_embeds: Tensor) -> Tensor:
+        """The projection's weight [vocab_size, width]."""
+        return word_embeds if self.projection is None else self.projection.weight

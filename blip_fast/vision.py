@@ -59,6 +59,8 @@ class VisionTransformer(nn.Module):
         """[batch, 3, size, size] → [batch, patches, width]. Patches do not overlap, so the convolution is one GEMM."""
         p, grid = self.config.patch_size, self.config.image_size // self.config.patch_size
         patches = pixels.view(-1, 3, grid, p, grid, p).permute(0, 2, 4, 1, 3, 5).reshape(-1, grid * grid, 3 * p * p)
+        if not isinstance(self.patch_embed, nn.Conv2d):  # packed
+            return self.patch_embed(patches)
         return linear(patches, self.patch_embed.weight.flatten(1), self.patch_embed.bias)
 
 
@@ -74,6 +76,7 @@ class VisionBlock(nn.Module):
         self.attention_out = Linear(config.width, config.width)
         self.norm2 = nn.LayerNorm(config.width, config.norm_eps)
         self.mlp_in = Linear(config.width, hidden)
+        self.activation = nn.GELU()
         self.mlp_out = Linear(hidden, config.width)
         self.drop_path = config.drop_path * index / max(config.layers - 1, 1)
 
@@ -88,7 +91,7 @@ class VisionBlock(nn.Module):
         attended = self.attention_out(attention(q, k, v, q_offsets, offsets).flatten(1))
         x = x + self._drop_path(attended, images)
         hidden = behind(self.norm2, self.mlp_in, x)
-        return x + self._drop_path(behind(F.gelu, self.mlp_out, hidden), images)
+        return x + self._drop_path(behind(self.activation, self.mlp_out, hidden), images)
 
     def _drop_path(self, x: Tensor, images: int) -> Tensor:
         """Stochastic depth: the whole branch of an image is dropped, the others are scaled up."""

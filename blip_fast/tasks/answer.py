@@ -10,7 +10,7 @@ from torch import Tensor
 
 from blip_fast.generate import Generated, GenerationConfig, generate
 from blip_fast.images import ImageSource
-from blip_fast.inference import evaluating, image_batches
+from blip_fast.inference import encode_images, evaluating
 from blip_fast.model import BlipModel
 from blip_fast.packing import PackedTexts
 from blip_fast.tasks.loading import PretrainedTask, as_sources, pixel_batches
@@ -73,7 +73,9 @@ class Answerer(PretrainedTask):
         """Answer question i about image i of one batch, float [images, 3, image_size, image_size]."""
         texts: list[Generated] = []
         with evaluating(self.model):
-            for batch in image_batches(self.model, [pixels]):
-                question_kv = self.model.question_kv(batch, questions.to(batch.device))
-                texts += generate(self.model, question_kv, [[self.model.config.tokens.bos]] * len(batch), generation)
+            for image_embeds in encode_images(self.model, [pixels]):
+                device = image_embeds.device
+                question_kv = self.model.question_kv(image_embeds, questions.to(device))
+                prompts = [[self.model.config.tokens.bos]] * len(image_embeds)
+                texts += generate(self.model, question_kv, prompts, generation)
         return [Answer(self.tokenizer.decode(text.token_ids), text.token_ids, text.score) for text in texts]

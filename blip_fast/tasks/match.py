@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from blip_fast.images import ImageSource
-from blip_fast.inference import evaluating, image_batches
+from blip_fast.inference import encode_images, evaluating
 from blip_fast.model import BlipModel
 from blip_fast.packing import PackedTexts
 from blip_fast.tasks.loading import PretrainedTask, as_sources, pixel_batches
@@ -74,8 +74,7 @@ class Matcher(PretrainedTask):
         texts = texts.to(model.vision.cls_token.device)
         itm, itc = torch.empty(0, len(texts)), torch.empty(0, len(texts))
         with evaluating(model):
-            for batch in image_batches(model, [pixels]):
-                image_embeds = model.encode_images(batch)
+            for image_embeds in encode_images(model, [pixels]):
                 text_features = model.text_features(texts.with_first(model.config.tokens.cls))
                 itc = (model.image_features(image_embeds) @ text_features.T).cpu()
                 itm = self._matched(image_embeds, texts).cpu()

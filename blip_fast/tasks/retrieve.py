@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blip_fast.inference import evaluating, image_batches
+from blip_fast.inference import encode_images, evaluating
 from blip_fast.metrics.recall import chance_recalls, recalls
 from blip_fast.model import BlipModel
 from blip_fast.packing import PackedTexts
@@ -87,8 +87,7 @@ def retrieve(model: BlipModel, images: Tensor | Iterable[Tensor], texts: PackedT
     texts = texts.to(model.vision.cls_token.device)
     with evaluating(model):
         features, image_embeds = [], []  # embeds wait in main memory: of COCO's 5,000 images they are 9 GB
-        for batch in image_batches(model, images):
-            embeds = model.encode_images(batch)
+        for embeds in encode_images(model, images):
             features.append(model.image_features(embeds))
             image_embeds += embeds.cpu().unbind()
         if not features or len(texts) == 0:
