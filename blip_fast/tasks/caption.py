@@ -195,9 +195,9 @@ class Captioner(PretrainedTask):
         """Those that could be read, each with its pixels and its keys and values."""
         readable = [(read, read.pixels) for read in reads if isinstance(read.pixels, Tensor)]
         for image_embeds in encode_images(self.model, [torch.stack([p for _, p in readable])] if readable else []):
-            image_kv = self.model.stack("decoder").image_kv(image_embeds)
-            for i, (read, pixels) in enumerate(readable):
-                yield read, pixels, image_kv.select(torch.tensor([i], device=image_embeds.device))
+            image_kvs = self.model.stack("decoder").image_kv(image_embeds).split()
+            for (read, pixels), image_kv in zip(readable, image_kvs, strict=True):
+                yield read, pixels, image_kv
 
     def _caption(self, texts: Sequence[Generated], read: _Read, strip_prompt: bool) -> Caption | ImageError:
         if not texts:
