@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from blip_fast.packed import is_packed
 
 IMAGE_BATCH = 32
 PACKED_TOGETHER = 2  # on a CPU: each weight is read once for both, and their activations still fit the caches
+
+Result = TypeVar("Result")
 
 
 @contextmanager
@@ -26,6 +29,17 @@ def evaluating(model: BlipModel) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def evaluated(model: BlipModel, results: Iterator[Result]) -> Iterator[Result]:
+    """The same results, each computed under `evaluating`; whoever takes them does as they like in between."""
+    while True:
+        with evaluating(model):
+            try:
+                result = next(results)
+            except StopIteration:
+                return
+        yield result
 
 
 def encode_images(model: BlipModel, images: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:

@@ -151,15 +151,17 @@ class BlipModel(nn.Module):
                               stack.image_kv(*image_embeds.unbind(1)))
         return self.reasoning_head(first_rows).float()
 
-    def question_kv(self, image_embeds: Tensor, questions: PackedTexts) -> ImageKV:
+    def question_kv(self, image_embeds: Tensor, questions: PackedTexts, images: Tensor | None = None) -> ImageKV:
         """What VQA's answer decoder looks at: keys and values of the encoded questions' own tokens.
 
         Args:
-            image_embeds: [questions, tokens, vision width], an image for each.
+            image_embeds: [images, tokens, vision width].
             questions: first token [ENC] as trained.
+            images: int64 [questions], which image each is about; question i is about image i unless given.
         """
         encoder = self.stack("encoder")
-        images = torch.arange(len(image_embeds), device=image_embeds.device)
+        if images is None:
+            images = torch.arange(len(image_embeds), device=image_embeds.device)
         (states,) = encoder([TextStream(questions, "encoder", images)], encoder.image_kv(image_embeds))
         return self.stack("decoder").states_kv(states, offsets=questions.offsets)
 

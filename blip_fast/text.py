@@ -20,7 +20,7 @@ from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
-from blip_kernels import attention, linear
+from blip_kernels import attention, cached_attention, linear
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -95,12 +95,12 @@ class SelfAttention(nn.Module):
             q, k, v = self.project(x)
         else:
             first = offsets[:-1].long()
-            if isinstance(self.qkv, nn.Linear):
+            if isinstance(self.qkv, Linear):
                 width, weight, bias = x.shape[1], self.qkv.weight, self.qkv.bias
                 k, v = linear(x, weight[width:], bias[width:]).view(len(x), 2, self.heads, -1).unbind(1)
                 x = x.index_select(0, first)
                 q = linear(x, weight[:width], bias[:width]).view(len(x), self.heads, -1)
-            else:  # packed, or an adapter around it: the weight is not all that it computes with
+            else:  # packed, quantised, or an adapter around it: the weight is not all that it computes with
                 q, k, v = self.project(x)
                 x, q = x.index_select(0, first), q.index_select(0, first)
             q_offsets = torch.arange(len(offsets), dtype=torch.int32, device=x.device)
@@ -286,6 +286,33 @@ class TextStack(nn.Module):
             x = layer.feed_forward(x)
         return x
 
+    def decode_tree(self, token_ids: Tensor, paths: Tensor, depths: Tensor, images: Tensor,
+                    image_kv: ImageKV) -> Tensor:
+        """States of many texts at once that have beginnings in common: a row is a prefix, and reads the keys and values
+        of its own tokens in the rows of its shorter prefixes. Without gradients.
+
+        Args:
+            token_ids: int64 [rows], the last token of each prefix.
+            paths: int64 [rows, longest], the rows of its tokens from the first on, itself at `depths` − 1; what stands
+                behind that is not read.
+            depths: int64 [rows], how many tokens it has.
+            images: int64 [rows], the image that each looks at, never falling; every image has a row.
+            image_kv: of the images.
+
+        Returns:
+            [rows, width].
+        """
+        x, lengths = self._embed(token_ids, depths - 1), depths.int()
+        by_image = RowsByImage(F.pad(images.bincount().cumsum(0), (1, 0)).int(), None, None)
+        for index, module in enumerate(self.layers):
+            layer = cast(TextLayer, module)
+            self_attention = cast(SelfAttention, layer.self_attention["decoder"])
+            assert layer.cross_attention is not None
+            x = self_attention.finish(x, cached_attention(*self_attention.project(x), paths, lengths))
+            x = layer.cross_attention(x, by_image, image_kv, index)
+            x = layer.feed_forward(x)
+        return x
+
     def _embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         return self.norm(self.word_embeds(token_ids) + self.position_embeds(positions))
 
@@ -307,8 +334,8 @@ class RowsByImage:
     """The order in which text rows stand sorted by image, so that each image's rows are one query segment."""
 
     offsets: Tensor  # int32 [images + 1]
-    order: Tensor  # int64 [rows]: sorted position → row
-    inverse: Tensor  # int64 [rows]: row → sorted position
+    order: Tensor | None  # int64 [rows]: sorted position → row; None where rows stand sorted
+    inverse: Tensor | None  # int64 [rows]: row → sorted position
 
     @classmethod
     def of(cls, streams: Sequence[TextStream], images: int, first_rows: Sequence[bool]) -> RowsByImage:
@@ -319,10 +346,10 @@ class RowsByImage:
         return cls(F.pad(counts.cumsum(0), (1, 0)).int(), order, torch.argsort(order))
 
     def sort(self, x: Tensor) -> Tensor:
-        return _Permute.apply(x, self.order, self.inverse)
+        return x if self.order is None else _Permute.apply(x, self.order, self.inverse)
 
     def unsort(self, x: Tensor) -> Tensor:
-        return _Permute.apply(x, self.inverse, self.order)
+        return x if self.order is None else _Permute.apply(x, self.inverse, self.order)
 
 
 class _Permute(torch.autograd.Function):
