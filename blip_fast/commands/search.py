@@ -65,11 +65,12 @@ def _run(args: Namespace) -> int:
 
 
 def _index(args: Namespace) -> int:
+    from blip_fast.search import AddReport
     from blip_fast.search.store import BROKEN
 
     with closing(_opened(args)) as index:
-        with _progress(hidden=not args.images) as progress:
-            report = index.add(args.images, progress=progress)
+        with _progress() as progress:
+            report = index.add(args.images, progress=progress) if args.images else AddReport()
         pruned = index.prune() if args.prune else 0
         missing = sum(1 for _ in index.missing())
         if args.json:
@@ -137,9 +138,9 @@ def _line(rank: int, hit: Hit) -> str:
 
 
 @contextmanager
-def _progress(hidden: bool) -> Iterator[Callable[[AddReport], None] | None]:
+def _progress() -> Iterator[Callable[[AddReport], None] | None]:
     """Counts and images per second on a terminal's error stream."""
-    if hidden or not sys.stderr.isatty():
+    if not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 
 from blip_fast.images import ImageError, ImageSource
 from blip_fast.report import Card, Line, Report
@@ -24,7 +25,9 @@ def contact_sheet(index: Index, hits: Sequence[Hit], text: str | None = None,
     folder = os.path.commonpath([hit.image.path.parent for hit in hits]) if hits else ""
     reranked = sum(hit.itm is not None for hit in hits)
     order = f"matching head for {reranked}, then cosine" if reranked else "cosine"
-    report = Report("Images like this one" if text is None else printable(text), facts={
+    like = Path(image).name if isinstance(image, str | Path) else "this one"
+    query = f"Images like {like}" if text is None else text
+    report = Report(printable(query), facts={
         "images": f"{len(hits)} of {len(index):,}", "order": order, "model": printable(index.model_name),
         **({"folder": printable(folder)} if folder else {})})
     if image is not None:
@@ -35,16 +38,12 @@ def contact_sheet(index: Index, hits: Sequence[Hit], text: str | None = None,
 
 def _card(rank: int, hit: Hit, folder: str) -> Card:
     name = printable(os.path.relpath(hit.image.name, folder))
-    lines = [Line(name, f"{rank}", f"{hit.score:.3f}"), Line(" · ".join(_figures(hit)))]
+    lines = [Line(name, f"{rank}", f"{hit.score:.3f}")]
+    if hit.itm is not None:
+        lines.append(Line("", f"match {100 * hit.itm:.1f} %", f"cosine {hit.itc:.3f}"))
     try:
         picture = hit.image.load()
     except ImageError as error:
         return Card(None, [*lines, Line(printable(str(error)), right=False)])
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
     return Card(picture, lines, hit.image.path.as_uri(), name)
-
-
-def _figures(hit: Hit) -> Iterator[str]:
-    if hit.itm is not None:
-        yield f"match {100 * hit.itm:.1f} %"
-    yield f"cosine {hit.itc:+.3f}"
