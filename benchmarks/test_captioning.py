@@ -47,13 +47,13 @@ def test_captioning(side_by_side, models, dtype):
     for model in (ours, theirs):
         model.to(getattr(torch, dtype))
     pixels = torch.randn(images, 3, 224, 224, dtype=getattr(torch, dtype))
-    prompts, prompts_and_sep = (torch.tensor([ids] * images) for ids in (PROMPT, [*PROMPT, SEP]))
+    prompts_and_sep = torch.tensor([[*PROMPT, SEP]] * images)
     config = GenerationConfig(beams=BEAMS, max_length=MAX_LENGTH, min_length=MIN_LENGTH)
 
     def caption() -> list[list[int]]:
         with torch.inference_mode():
             image_kv = ours.stack("decoder").image_kv(ours.encode_images(pixels))
-        return [text.token_ids for text in generate(ours, image_kv, prompts, config)]
+        return [text.token_ids for text in generate(ours, image_kv, [PROMPT] * images, config)]
 
     def their_caption() -> list[list[int]]:  # their generate drops the [SEP] behind a prompt
         return theirs.generate(pixels, prompts_and_sep, num_beams=BEAMS, max_length=MAX_LENGTH, min_length=MIN_LENGTH,

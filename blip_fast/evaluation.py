@@ -20,7 +20,8 @@ from blip_fast.model import BlipModel
 from blip_fast.packing import PackedTexts
 from blip_fast.tasks.caption import Captioner
 from blip_fast.tasks.loading import read_pixels
-from blip_fast.tasks.retrieve import RetrievalResult, retrieve
+from blip_fast.tasks.ranking import RetrievalResult
+from blip_fast.tasks.retrieve import retrieve
 from blip_fast.tokenizer import Tokenizer, clean_caption
 
 RETRIEVAL_TOKENS = 35  # of a text, as published
@@ -111,7 +112,7 @@ def _prompted(tokenizer: Tokenizer, captions: Sequence[str], prompt: str) -> Pac
 
 
 def _pixel_batches(images: Iterable[AnnotatedImage], model: BlipModel) -> Iterator[Tensor]:
-    pixels = read_pixels((image.load for image in images), model.config.vision.image_size)
+    pixels = read_pixels(images, model.config.vision.image_size)
     while batch := list(islice(pixels, BATCH)):
         for read in batch:
             if isinstance(read, ImageError):  # scores over other images than those asked for would mislead

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from blip_kernels import packed_linear
 from torch import Tensor, nn
 
 from blip_fast.config import BlipConfig
@@ -40,6 +41,7 @@ class BlipModel(nn.Module):
         self.text = nn.ModuleDict({name: TextStack(config.text, read_width.get(name, vision_width), modes)
                                    for name, modes in stacks.items()})
         self.lm_head = LMHead(config.text, config.tied_lm_head) if config.has_decoder else None
+        self.packed_vocabulary: Tensor | None = None  # see pack_linear_layers
         if config.contrastive:
             self.vision_projection = nn.Linear(vision_width, config.embed_dim)
             self.text_projection = nn.Linear(width, config.embed_dim)
@@ -131,11 +133,11 @@ class BlipModel(nn.Module):
         (first_rows,) = self.stack("encoder")([TextStream(texts, "encoder", images, first_row_only=True)], image_kv)
         return self.itm_head(first_rows).float()  # type: ignore[misc]
 
-    def pair_logits(self, pixels: Tensor, sentences: PackedTexts) -> Tensor:
+    def pair_logits(self, image_embeds: Tensor, sentences: PackedTexts) -> Tensor:
         """NLVR2's logits (false, true): is each sentence true of its pair of images?
 
         Args:
-            pixels: [pairs, 2, 3, size, size]; all images pass the vision transformer together.
+            image_embeds: [pairs, 2, tokens, vision width].
             sentences: one about each pair, first token [ENC].
 
         Returns:
@@ -143,23 +145,23 @@ class BlipModel(nn.Module):
         """
         self._require("reasoning")
         stack = self.stack("encoder")
-        embeds = self.encode_images(pixels.flatten(0, 1)).unflatten(0, (-1, 2))
-        pairs = torch.arange(len(pixels), device=pixels.device)
+        pairs = torch.arange(len(image_embeds), device=image_embeds.device)
         (first_rows,) = stack([TextStream(sentences, "encoder", pairs, first_row_only=True)],
-                              stack.image_kv(*embeds.unbind(1)))
+                              stack.image_kv(*image_embeds.unbind(1)))
         return self.reasoning_head(first_rows).float()
 
-    def question_kv(self, pixels: Tensor, questions: PackedTexts) -> ImageKV:
+    def question_kv(self, image_embeds: Tensor, questions: PackedTexts, images: Tensor | None = None) -> ImageKV:
         """What VQA's answer decoder looks at: keys and values of the encoded questions' own tokens.
 
         Args:
-            pixels: [questions, 3, size, size], an image for each.
+            image_embeds: [images, tokens, vision width].
             questions: first token [ENC] as trained.
+            images: int64 [questions], which image each is about; question i is about image i unless given.
         """
         encoder = self.stack("encoder")
-        images = torch.arange(len(pixels), device=pixels.device)
-        image_kv = encoder.image_kv(self.encode_images(pixels))
-        (states,) = encoder([TextStream(questions, "encoder", images)], image_kv)
+        if images is None:
+            images = torch.arange(len(image_embeds), device=image_embeds.device)
+        (states,) = encoder([TextStream(questions, "encoder", images)], encoder.image_kv(image_embeds))
         return self.stack("decoder").states_kv(states, offsets=questions.offsets)
 
     def lm_logits(self, texts: PackedTexts, images: Tensor, image_kv: ImageKV) -> Tensor:
@@ -169,7 +171,10 @@ class BlipModel(nn.Module):
 
     def vocabulary_logits(self, hidden: Tensor) -> Tensor:
         """Decoder states [..., width] → logits [..., vocab_size]."""
-        return F.linear(*self.vocabulary_projection(hidden))
+        states, weight, bias = self.vocabulary_projection(hidden)
+        if self.packed_vocabulary is None:
+            return F.linear(states, weight, bias)
+        return packed_linear(states, self.packed_vocabulary, bias)
 
     def vocabulary_projection(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Decoder states [..., width] → the operands of their logits: transformed states [..., width], weight

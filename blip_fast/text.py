@@ -13,7 +13,7 @@ Cross-attention reads `ImageKV`: keys and values of all layers, projected once p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, cast
@@ -132,7 +132,7 @@ class SelfAttention(nn.Module):
                 k, v = F.linear(x, weight[width:], bias[width:]).view(len(x), 2, self.heads, -1).unbind(1)
                 x = x.index_select(0, first)
                 q = F.linear(x, weight[:width], bias[:width]).view(len(x), self.heads, -1)
-            else:  # an adapter around it: the weight is not all that it computes with
+            else:  # packed, or an adapter around it: the weight is not all that it computes with
                 q, k, v = self.project(x)
                 x, q = x.index_select(0, first), q.index_select(0, first)
             q_offsets = torch.arange(len(offsets), dtype=torch.int32, device=x.device)
@@ -189,11 +189,12 @@ class FeedForward(nn.Module):
         super().__init__()
         self.dropout = config.dropout
         self.mlp_in = nn.Linear(config.width, config.mlp_width)
+        self.activation = nn.GELU()
         self.mlp_out = nn.Linear(config.mlp_width, config.width)
         self.norm = nn.LayerNorm(config.width, config.norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = last_product_alone(lambda hidden: self.mlp_out(F.gelu(hidden)), self.mlp_in(x))
+        hidden = last_product_alone(lambda hidden: self.mlp_out(self.activation(hidden)), self.mlp_in(x))
         return self.norm(x + F.dropout(hidden, self.dropout, self.training))
 
 
@@ -302,17 +303,52 @@ class TextStack(nn.Module):
         images = len(image_kv.offsets) - 1
         each = rows // images * new
         by_image = RowsByImage(torch.arange(images + 1, dtype=torch.int32, device=x.device) * each, None, None, each)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            cache.append(layer, k, v)
+            return attention(q, k, v, by_text, by_text, causal=True) if new > 1 else cache.attend(layer, q)
+
+        return self._decoder_layers(x, by_image, image_kv, attend).unflatten(0, (rows, new))
+
+    def decode_tree(self, token_ids: Tensor, paths: Tensor, depths: Tensor, images: Tensor,
+                    image_kv: ImageKV) -> Tensor:
+        """States of many texts at once that have beginnings in common: a row is a prefix, and reads the keys and values
+        of its own tokens in the rows of its shorter prefixes. Without gradients.
+
+        Args:
+            token_ids: int64 [rows], the last token of each prefix.
+            paths: int64 [rows, longest], the rows of its tokens from the first on, itself at `depths` − 1; what stands
+                behind that is not read.
+            depths: int64 [rows], how many tokens it has.
+            images: int64 [rows], the image that each looks at, never falling; every image has a row.
+            image_kv: of the images.
+
+        Returns:
+            [rows, width].
+        """
+        x = self._embed(token_ids, depths - 1)
+        by_image = RowsByImage(F.pad(images.bincount().cumsum(0), (1, 0)).int(), None, None)
+        levels = [(depths == depth).nonzero().flatten() for depth in range(1, paths.shape[1] + 1)]
+
+        def attend(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            attended = torch.empty_like(q)
+            for depth, rows in enumerate(levels, 1):
+                attended[rows] = cached_attention(q[rows], k, v, paths[rows, :depth])
+            return attended
+
+        return self._decoder_layers(x, by_image, image_kv, attend)
+
+    def _decoder_layers(self, x: Tensor, by_image: RowsByImage, image_kv: ImageKV,
+                        attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        """Rows [rows, width] through all layers, self-attention by `attend(layer, q, k, v)`."""
         for index, module in enumerate(self.layers):
             layer = cast(TextLayer, module)
             self_attention = cast(SelfAttention, layer.self_attention["decoder"])
             assert layer.cross_attention is not None
-            q, k, v = self_attention.project(x)
-            cache.append(index, k, v)
-            attended = attention(q, k, v, by_text, by_text, causal=True) if new > 1 else cache.attend(index, q)
-            x = self_attention.finish(x, attended)
+            x = self_attention.finish(x, attend(index, *self_attention.project(x)))
             x = layer.cross_attention(x, by_image, image_kv, index)
             x = layer.feed_forward(x)
-        return x.unflatten(0, (rows, new))
+        return x
 
     def _embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         x = self.norm(self.word_embeds(token_ids) + self.position_embeds(positions))
@@ -371,6 +407,7 @@ class LMHead(nn.Module):
     def __init__(self, config: TextConfig, tied: bool) -> None:
         super().__init__()
         self.dense = nn.Linear(config.width, config.width)
+        self.activation = nn.GELU()
         self.norm = nn.LayerNorm(config.width, config.norm_eps)
         self.projection = None if tied else nn.Linear(config.width, config.vocab_size, bias=False)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
@@ -378,5 +415,8 @@ class LMHead(nn.Module):
     def forward(self, hidden: Tensor, word_embeds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[..., width], the stack's word embeddings [vocab_size, width] → what `F.linear` makes logits of: states
         [..., width], weight [vocab_size, width], bias [vocab_size]."""
-        weight = word_embeds if self.projection is None else self.projection.weight
-        return self.norm(F.gelu(self.dense(hidden))), weight, self.bias
+        return self.norm(self.activation(self.dense(hidden))), self.weight(word_embeds), self.bias
+
+    def weight(self, word_embeds: Tensor) -> Tensor:
+        """The projection's weight [vocab_size, width]."""
+        return word_embeds if self.projection is None else self.projection.weight
