@@ -5,12 +5,15 @@ from copy import deepcopy
 
 import pytest
 import torch
+from hf_models import save_model, small_tokenizer
 
 from blip_fast.config import BlipConfig, SpecialTokens, TextConfig, VisionConfig
 from blip_fast.inference import encode_images, evaluating
+from blip_fast.int8 import quantise_linear_layers
 from blip_fast.model import BlipModel
 from blip_fast.packed import PackedLinear, pack_linear_layers
 from blip_fast.packing import PackedTexts
+from blip_fast.tasks.loading import load_for_task
 
 SIZE = 64
 
@@ -107,3 +110,42 @@ def test_what_cannot_be_packed_is_left():
     half = make_model().half()
     pack_linear_layers(half)
     assert not any(isinstance(module, PackedLinear) for module in half.modules()) and half.packed_vocabulary is None
+
+
+def test_int8_weights(pixels):
+    """Each weight is within half a step of its output's scale (and bfloat16's rounding), so outputs stay near."""
+    pytest.importorskip("torchao")
+    plain = make_model()
+    quantised = deepcopy(plain).bfloat16()
+    quantise_linear_layers(quantised)
+    layer, weight = quantised.vision.blocks[0].mlp_in.weight, plain.vision.blocks[0].mlp_in.weight
+    assert layer.qdata.dtype == torch.int8
+    step = weight.abs().amax(1, keepdim=True) / 127
+    assert bool(((layer.dequantize().float() - weight).abs() <= 0.55 * step + 2**-7 * weight.abs()).all())
+    assert type(quantised.itm_head.weight) is torch.nn.Parameter
+    for found, wanted in zip(outputs(quantised, pixels.bfloat16()), outputs(plain, pixels), strict=True):
+        assert float((found.float() - wanted).norm() / wanted.norm()) < 0.05
+
+
+def test_types_that_cannot_be_used(monkeypatch):
+    """Told before anything is read: the checkpoint need not even exist."""
+    monkeypatch.setattr("blip_fast.int8.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"blip-fast\[int8\]"):
+        load_for_task("nowhere", dtype="int8")
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: False)
+    with pytest.raises(ValueError, match="choose bfloat16"):
+        load_for_task("nowhere", dtype="float16", device="cpu")
+    with pytest.raises(ValueError, match="threads is 0"):
+        load_for_task("nowhere", threads=0)
+
+
+def test_threads(tmp_path):
+    save_model("BlipForConditionalGeneration", small_tokenizer(), tmp_path)
+    before = torch.get_num_threads()
+    try:
+        load_for_task(tmp_path, threads=before + 1)
+        assert torch.get_num_threads() == before + 1
+        load_for_task(tmp_path)
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)

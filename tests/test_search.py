@@ -79,7 +79,7 @@ def test_scores_are_transformers(checkpoint, index, folder):
     scores = logits[:, 1] + cosines
     order = [*sorted(best[:5].tolist(), key=lambda i: -scores[i]), *best[5:].tolist()]
     hits = index.query(TEXT, top=10, rerank=5)
-    assert [hit.image.path for hit in hits] == [paths[i] for i in order[:10]]
+    assert [hit.image.where for hit in hits] == [paths[i] for i in order[:10]]
     for hit, i in zip(hits, order, strict=False):
         assert hit.itc == pytest.approx(float(cosines[i]), abs=1e-5)
         if hit.itm is None:
@@ -98,7 +98,7 @@ def test_an_image_finds_itself_and_its_copies_first(index, folder):
         shutil.copy(folder / "05.png", folder / name)
         index.add([folder / name])
     hits = index.query(image=folder / "05.png", top=4)
-    assert [hit.image.path.name for hit in hits[:3]] == ["05.png", "z.png", "y.png"]
+    assert [hit.image.where.name for hit in hits[:3]] == ["05.png", "z.png", "y.png"]
     assert [hit.score for hit in hits[:3]] == pytest.approx([1.0] * 3, abs=1e-6)
     assert hits[0].score == hits[2].score and hits[3].score < 0.999
     assert all(hit.itm is None for hit in hits)
@@ -131,7 +131,7 @@ def test_removed_files_are_reported_and_pruned(index, folder):
     index.add([folder])
     assert sorted(index.missing()) == [str(folder / "02.png"), str(folder / "cut.png")]
     (gone,) = [hit for hit in index.query(TEXT, rerank=12) if hit.error]
-    assert gone.image.path.name == "02.png" and "no such file" in gone.error and gone.itm is None
+    assert gone.image.where.name == "02.png" and "no such file" in gone.error and gone.itm is None
     assert index.query(TEXT, rerank=12)[-1] == gone
     before = features(index)
     assert index.prune() == 1 and not [*index.missing()]
@@ -155,7 +155,7 @@ def test_shards_and_odd_names(checkpoint, folder, tmp_path):
     found = features(index)
     for name in names:
         assert np.array_equal(found[str(folder / name)], found[f"{shard}/{name}"])
-        assert index.query(image=folder / name, top=1)[0].image.path == folder / name
+        assert index.query(image=folder / name, top=1)[0].image.where == folder / name
     assert all(hit.itm is not None for hit in index.query(TEXT, top=30))
     lines = [json.loads(line) for line in (tmp_path / "index" / BROKEN).read_text().splitlines()]
     assert sorted(line["image"] for line in lines) == sorted([f"{shard}/cut.png", str(folder / "cut.png")])
@@ -335,6 +335,6 @@ def test_contact_sheet_is_escaped_self_contained_and_linked(checkpoint, folder, 
     sources = [value for name, value in page.attributes if name == "src"]
     assert len(sources) == 12 and all(source.startswith("data:image/") for source in sources)
     links = [value for name, value in page.attributes if name == "href"]
-    assert sorted(links) == sorted(hit.image.path.as_uri() for hit in hits if hit.image.path != evil)
+    assert sorted(links) == sorted(hit.image.where.as_uri() for hit in hits if hit.image.where != evil)
     assert {value for name, value in page.attributes if name == "alt"} == {f"{i:02}.png" for i in range(12)}
     assert "match " in page.text and ":focus-visible" in html and "prefers-color-scheme: dark" in html

@@ -12,7 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blip_fast.commands.inputs import ImageInput, expand
+from blip_fast.commands.inputs import expand
+from blip_fast.data.cache import shard_cache
+from blip_fast.images import StoredImage
 from blip_fast.search import store as store_module
 from blip_fast.search.approximate import graph_of, nearest_rows
 from blip_fast.search.store import BROKEN, DATABASE, Entry, Store, Version, printable
@@ -31,7 +33,7 @@ def blocks_of(rows: np.ndarray, size: int):
 
 
 def entry(name: str, result, mtime_ns: int = 1) -> Entry:
-    return Entry(ImageInput(name, Path(name)), Version(0, 10, mtime_ns), result)
+    return Entry(StoredImage(name, Path(name)), Version(0, 10, mtime_ns), result)
 
 
 def filled(directory: Path, rows: np.ndarray, storage: str = "float32") -> Store:
@@ -111,7 +113,7 @@ def test_a_write_that_fails_changes_nothing(tmp_path):
 @pytest.mark.parametrize("name", ["a\nb.jpg", "Füße 犬 🐕.jpg", os.fsdecode(b"no utf-8 \xff.jpg"), "a'; DROP--.jpg"])
 def test_odd_names(tmp_path, name):
     (tmp_path / name).write_bytes(b"x")
-    (image,) = expand([str(tmp_path / name)])
+    (image,) = expand([str(tmp_path / name)], shard_cache(str(tmp_path), 1))
     store = Store.create(tmp_path / "index", 2, "float32", {})
     with store.writing():
         store.write([Entry(image, Version.of(image), np.ones(2, np.float32))])
@@ -130,8 +132,9 @@ def test_missing_files_and_members_of_a_rewritten_shard(tmp_path):
     store = Store.create(tmp_path / "index", 2, "float32", {})
 
     def index(source: Path) -> None:
+        images = expand([str(source)], shard_cache(str(tmp_path), 1))
         with store.writing():
-            store.write([Entry(image, Version.of(image), np.ones(2, np.float32)) for image in expand([str(source)])])
+            store.write([Entry(image, Version.of(image), np.ones(2, np.float32)) for image in images])
 
     for source in (tmp_path / "a.jpg", tmp_path / "b.jpg", shard):
         index(source)

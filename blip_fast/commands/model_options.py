@@ -10,8 +10,13 @@ from jsonargparse import ArgumentParser, Namespace
 def add_model_options(parser: ArgumentParser, required: bool = True) -> None:
     parser.add_argument("--model", type=str | None, required=required, metavar="DIR_OR_ID",
                         help="checkpoint directory, Hugging Face Hub name, or a published .pth")
-    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
+    parser.add_argument("--dtype", default="float32",
+                        help="float32, bfloat16 (fastest on a CPU), float16 (for GPUs), or int8: weights in 8 bits for "
+                             "less memory, slower than bfloat16 (needs torchao)")
     parser.add_argument("--device", type=str | None, help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--threads", type=int | None,
+                        help="threads that a product on a CPU is shared by (default: one for each physical core, or "
+                             "OMP_NUM_THREADS); fewer leave cores to other processes")
     parser.add_argument("--image-size", type=int | None,
                         help="resize images to this many pixels a side, and the model's position embeddings with them")
     parser.add_argument("--heads", type=int | None, help="attention heads of a .pth whose heads are not 64 wide")
@@ -22,4 +27,4 @@ def add_model_options(parser: ArgumentParser, required: bool = True) -> None:
 def model_options(args: Namespace) -> dict[str, Any]:
     """Keyword arguments of a task's `from_pretrained`, behind its first one."""
     return {"dtype": args.dtype, "device": args.device, "image_size": args.image_size, "heads": args.heads,
-            "tokenizer": args.tokenizer}
+            "tokenizer": args.tokenizer, "threads": args.threads}

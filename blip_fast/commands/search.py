@@ -56,6 +56,7 @@ def _query_arguments(parser: ArgumentParser) -> None:
         help="exact, or with a graph that finds most of the same sooner: faiss or usearch, where installed")
     add("--model", type=str | None, metavar="DIR_OR_ID", help="where the index's model is now, if it was moved")
     add("--device", type=str | None, help="cpu or cuda (default: cuda where there is one)")
+    add("--threads", type=int | None, help="threads that a product on a CPU is shared by")
     add("--json", action="store_true", help="print JSON lines: image, score, itc, itm (null where not re-ranked)")
     add("--html", type=str | None, metavar="PAGE.html", help="write a contact sheet")
 
@@ -96,7 +97,7 @@ def _opened(args: Namespace) -> Index:
         if args.model is None:
             raise ValueError(f"{args.index} holds no index yet: name the model to make one with (--model)")
         return Index.create(args.index, args.model, storage=args.storage or "float32", **options)
-    index = Index.open(args.index, model=args.model, device=args.device)
+    index = Index.open(args.index, model=args.model, device=args.device, threads=args.threads)
     asked = {**options, "dtype": None if args.dtype == "float32" else args.dtype, "storage": args.storage}
     for name, value in index.options.items():
         if asked[name] not in (None, value):
@@ -108,7 +109,7 @@ def _opened(args: Namespace) -> Index:
 def _query(args: Namespace) -> int:
     from blip_fast.search import Index
 
-    with closing(Index.open(args.index, model=args.model, device=args.device)) as index:
+    with closing(Index.open(args.index, model=args.model, device=args.device, threads=args.threads)) as index:
         hits = index.query(args.text, args.image, top=args.top, rerank=args.rerank, first_token=args.first_token,
                            backend=args.backend)
         if args.html is not None:  # before the table, whose reader may go away

@@ -8,11 +8,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 
-from blip_fast.commands.inputs import ImageInput
-from blip_fast.images import ImageError
+from blip_fast.images import ImageError, StoredImage
 from blip_fast.model import BlipModel
 from blip_fast.search.encoding import image_features
 from blip_fast.search.store import Entry, Store, Version
@@ -41,11 +39,11 @@ class Adding:
     def __init__(self, store: Store, model: BlipModel, progress: Callable[[AddReport], None] | None) -> None:
         self.report = AddReport()
         self._store, self._model, self._progress = store, model, progress
-        self._reading: deque[tuple[ImageInput, Version, bool]] = deque()  # in the order of their pixels
+        self._reading: deque[tuple[StoredImage, Version, bool]] = deque()  # in the order of their pixels
         self._encoded: list[Entry] = []
         self._unwritten: set[str] = set()  # names of both
 
-    def run(self, images: Iterable[ImageInput]) -> None:
+    def run(self, images: Iterable[StoredImage]) -> None:
         """Index what is new or changed. What is encoded when the work is interrupted is written all the same."""
         written = time.monotonic()
         try:
@@ -57,7 +55,7 @@ class Adding:
         finally:
             self._write()
 
-    def _wanted(self, images: Iterable[ImageInput]) -> Iterator[Callable[[], Image.Image]]:
+    def _wanted(self, images: Iterable[StoredImage]) -> Iterator[StoredImage]:
         for image in images:
             try:
                 version = Version.of(image)
@@ -70,7 +68,7 @@ class Adding:
             else:
                 self._unwritten.add(image.name)
                 self._reading.append((image, version, known is not None))
-                yield image.load
+                yield image
 
     def _take(self, pixels: Tensor | ImageError) -> None:
         image, version, known = self._reading.popleft()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import islice
 
 import numpy as np
@@ -12,9 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from blip_fast.commands.inputs import ImageInput
-from blip_fast.images import ImageError
-from blip_fast.inference import evaluating, image_batches
+from blip_fast.images import ImageError, StoredImage
+from blip_fast.inference import encode_images, evaluating
 from blip_fast.model import BlipModel
 from blip_fast.packing import PackedTexts
 from blip_fast.tasks.loading import read_pixels
@@ -34,7 +33,7 @@ def fingerprint(model: BlipModel) -> str:
 def image_features(model: BlipModel, pixels: Tensor) -> NDArray[np.float32]:
     """[images, 3, image_size, image_size], at least one → unit vectors [images, embed_dim]."""
     with evaluating(model):
-        features = [model.image_features(image_embeds) for image_embeds in _visual_tokens(model, pixels)]
+        features = [model.image_features(image_embeds) for image_embeds in encode_images(model, pixels)]
     return torch.cat(features).cpu().numpy()
 
 
@@ -44,31 +43,23 @@ def text_feature(model: BlipModel, text: PackedTexts) -> NDArray[np.float32]:
         return model.text_features(text.to(model.vision.cls_token.device))[0].cpu().numpy()
 
 
-def match_logits(model: BlipModel, text: PackedTexts, images: Iterable[ImageInput]) -> list[Tensor | ImageError]:
+def match_logits(model: BlipModel, text: PackedTexts, images: Iterable[StoredImage]) -> list[Tensor | ImageError]:
     """ITM's logits [2] (not matched, matched) of one text with each image, or why the image cannot be read.
 
     Images are read ahead, and only a few are in memory at a time.
     """
     stack, device = model.stack("encoder"), model.vision.cls_token.device
     text = text.to(device)
-    pixels = read_pixels((image.load for image in images), model.config.vision.image_size)
+    pixels = read_pixels(images, model.config.vision.image_size)
     results: list[Tensor | ImageError] = []
     with evaluating(model):
         while batch := list(islice(pixels, 1 if device.type == "cpu" else MAX_IMAGES)):
             readable = [read for read in batch if not isinstance(read, ImageError)]
             logits: list[Tensor] = []
-            for image_embeds in _visual_tokens(model, torch.stack(readable)) if readable else ():
+            for image_embeds in encode_images(model, [torch.stack(readable)] if readable else []):
                 places = torch.arange(len(image_embeds), device=device)
                 texts = text.select(torch.zeros_like(places))
                 logits += model.match_logits(texts, places, stack.image_kv(image_embeds)).cpu()
             left = iter(logits)
             results += [read if isinstance(read, ImageError) else next(left) for read in batch]
     return results
-
-
-def _visual_tokens(model: BlipModel, pixels: Tensor) -> Iterator[Tensor]:
-    """[images, 3, image_size, image_size] → [some images, tokens, width] until all are done; on a CPU one at a time, so
-    that no image's result depends on its neighbours, not by a bit."""
-    together = 1 if model.vision.cls_token.device.type == "cpu" else MAX_IMAGES
-    for some in image_batches(model, pixels.split(together)):
-        yield model.encode_images(some)

@@ -10,8 +10,10 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from blip_fast.commands.inputs import ImageInput, expand
-from blip_fast.images import ImageError, ImageSource
+from blip_fast.commands.inputs import expand
+from blip_fast.data.cache import CACHE, shard_cache
+from blip_fast.data.shards import is_url
+from blip_fast.images import ImageError, ImageSource, StoredImage, local_path
 from blip_fast.packing import PackedTexts
 from blip_fast.search.adding import Adding, AddReport
 from blip_fast.search.approximate import BACKENDS, graph_of, nearest_rows
@@ -31,7 +33,7 @@ class Hit:
     otherwise `score` is `itc`. `error` says why an image that was to be re-ranked could not be read any more.
     """
 
-    image: ImageInput
+    image: StoredImage
     score: float
     itc: float
     itm: float | None = None
@@ -50,20 +52,21 @@ class Index:
     """
 
     def __init__(self, store: Store, *, model: str | None = None, device: str | None = None,
-                 matcher: Matcher | None = None) -> None:
+                 threads: int | None = None, matcher: Matcher | None = None) -> None:
         """Use `create` or `open`."""
-        self._store, self._model, self._device, self._matcher = store, model, device, matcher
+        self._store, self._model, self._matcher = store, model, matcher
+        self._running = {"device": device, "threads": threads}
 
     @classmethod
     def create(cls, directory: str | Path, model: str | Path, *, storage: str = "float32", dtype: str = "float32",
                device: str | None = None, image_size: int | None = None, heads: int | None = None,
-               tokenizer: str | Path | None = None) -> Self:
+               tokenizer: str | Path | None = None, threads: int | None = None) -> Self:
         """Make an empty index.
 
         Args:
             directory: where; it is made.
             model: an image-text retrieval or pre-training checkpoint; it and the options behind `storage` are
-                `load_for_task`'s, and are kept in the index (but `device`).
+                `load_for_task`'s, and are kept in the index (but `device` and `threads`).
             storage: `float32`, or `float16` in half the space, with cosines good to about 0.0003.
 
         Raises:
@@ -71,24 +74,25 @@ class Index:
             ValueError: another storage; whatever `Matcher.from_pretrained` refuses.
         """
         options = {"dtype": dtype, "image_size": image_size, "heads": heads, "tokenizer": _place(tokenizer)}
-        matcher = Matcher.from_pretrained(model, device=device, **options)
+        matcher = Matcher.from_pretrained(model, device=device, threads=threads, **options)
         facts = {"model": _place(model), "options": options, "fingerprint": fingerprint(matcher.model)}
         store = Store.create(directory, matcher.model.config.embed_dim, storage, facts)
-        return cls(store, device=device, matcher=matcher)
+        return cls(store, matcher=matcher)
 
     @classmethod
-    def open(cls, directory: str | Path, *, model: str | Path | None = None, device: str | None = None) -> Self:
+    def open(cls, directory: str | Path, *, model: str | Path | None = None, device: str | None = None,
+             threads: int | None = None) -> Self:
         """Open an index.
 
         Args:
             model: where its model is now, if it is not where it was.
-            device: `cuda` where there is one, else `cpu`, unless given.
+            device, threads: as for `load_for_task`.
 
         Raises:
             FileNotFoundError: there is no index.
             ValueError: it is damaged, or of another format.
         """
-        return cls(Store(directory), model=None if model is None else str(model), device=device)
+        return cls(Store(directory), model=None if model is None else str(model), device=device, threads=threads)
 
     def close(self) -> None:
         self._store.close()
@@ -112,7 +116,7 @@ class Index:
         """The index's model. Raises ValueError where what is loaded is another one."""
         if self._matcher is None:
             source, facts = self._model or self.model_name, self._store.facts
-            matcher = Matcher.from_pretrained(source, device=self._device, **facts["options"])
+            matcher = Matcher.from_pretrained(source, **self._running, **facts["options"])
             if fingerprint(matcher.model) != facts["fingerprint"]:
                 raise ValueError(f"{source} is another model than the one that the index {self._store.directory} was "
                                  f"made with ({self.model_name}): name that one, or index into another directory")
@@ -133,7 +137,7 @@ class Index:
             FileNotFoundError: a source is not there.
             ValueError: a folder or shard without images; another process is adding; not the index's model.
         """
-        images = expand([str(Path(source).resolve()) for source in sources])
+        images = expand([_local(source) for source in sources], shard_cache(CACHE, 0.0))
         adding = Adding(self._store, self.matcher.model, progress)
         with self._store.writing():
             try:
@@ -228,3 +232,10 @@ def _place(source: str | Path | None) -> str | None:
     if source is None:
         return None
     return str(Path(source).resolve()) if Path(source).exists() else str(source)
+
+
+def _local(source: str | Path) -> str:
+    """A source's resolved path. Raises ValueError for URLs of other machines."""
+    if is_url(source) and not str(source).startswith("file:"):
+        raise ValueError(f"{source}: an index holds images of this machine: fetch the shards first")
+    return str(Path(local_path(str(source))).resolve())

@@ -10,7 +10,7 @@ from blip_fast.images import ImageError, ImageSource
 from blip_fast.report import Card, Line, Report
 from blip_fast.report.page import THUMBNAIL
 from blip_fast.search.index import Hit, Index
-from blip_fast.search.store import printable
+from blip_fast.search.store import file_of, printable
 
 
 def contact_sheet(index: Index, hits: Sequence[Hit], text: str | None = None,
@@ -22,7 +22,7 @@ def contact_sheet(index: Index, hits: Sequence[Hit], text: str | None = None,
 
     Raises ImageError where the query's image cannot be read.
     """
-    folder = os.path.commonpath([hit.image.path.parent for hit in hits]) if hits else ""
+    folder = os.path.commonpath([file_of(hit.image).parent for hit in hits]) if hits else ""
     reranked = sum(hit.itm is not None for hit in hits)
     order = f"matching head for {reranked}, then cosine" if reranked else "cosine"
     like = Path(image).name if isinstance(image, str | Path) else "this one"
@@ -46,4 +46,4 @@ def _card(rank: int, hit: Hit, folder: str) -> Card:
     except ImageError as error:
         return Card(None, [*lines, Line(printable(str(error)), right=False)])
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    return Card(picture, lines, hit.image.path.as_uri(), name)
+    return Card(picture, lines, file_of(hit.image).as_uri(), name)

@@ -25,7 +25,8 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from blip_fast.checkpoint.files import whole_file
-from blip_fast.commands.inputs import ImageInput
+from blip_fast.data.tars import LocalTar
+from blip_fast.images import StoredImage
 
 DATABASE = "index.sqlite"
 BROKEN = "broken.jsonl"
@@ -51,17 +52,17 @@ class Version:
     mtime_ns: int
 
     @classmethod
-    def of(cls, image: ImageInput) -> Version:
+    def of(cls, image: StoredImage) -> Version:
         """Raises OSError where the file is not there."""
-        status = image.path.stat()
-        return cls(image.start, status.st_size if image.size is None else image.size, status.st_mtime_ns)
+        status = file_of(image).stat()
+        return cls(image.start, image.size if is_member(image) else status.st_size, status.st_mtime_ns)
 
 
 @dataclass(frozen=True, eq=False)
 class Entry:
     """An image to be stored: its features, float32 [width], or why there are none."""
 
-    image: ImageInput
+    image: StoredImage
     version: Version
     result: NDArray[np.float32] | str
 
@@ -144,11 +145,11 @@ class Store:
         """Rows that no image has, sorted."""
         return np.fromiter((row for row, in self._database.execute("SELECT row FROM holes ORDER BY row")), np.int64)
 
-    def images(self, rows: Iterable[int]) -> list[ImageInput]:
+    def images(self, rows: Iterable[int]) -> list[StoredImage]:
         """The image of each row. No row may be a hole."""
         found = (self._database.execute("SELECT name, path, start, length FROM images WHERE row = ?",
                                         [int(row)]).fetchone() for row in rows)
-        return [ImageInput(os.fsdecode(name), Path(os.fsdecode(path)), start, length)
+        return [_stored(os.fsdecode(name), Path(os.fsdecode(path)), start, length)
                 for name, path, start, length in found]
 
     def blocks(self, first: int = 0) -> Iterator[tuple[int, NDArray]]:
@@ -176,8 +177,9 @@ class Store:
                 image, version = entry.image, entry.version
                 self._database.execute(
                     "INSERT INTO images VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                    [os.fsencode(image.name), os.fsencode(image.path), image.start, image.size, version.bytes,
-                     version.mtime_ns, None if broken else rows, printable(str(entry.result)) if broken else None])
+                    [os.fsencode(image.name), os.fsencode(file_of(image)), image.start,
+                     image.size if is_member(image) else None, version.bytes, version.mtime_ns,
+                     None if broken else rows, printable(str(entry.result)) if broken else None])
                 rows += not broken
             self._set("rows", rows)
 
@@ -289,9 +291,25 @@ class Store:
                 self._database.execute("ROLLBACK")
 
 
+def is_member(image: StoredImage) -> bool:
+    """Whether it lies in a tar file."""
+    return isinstance(image.where, LocalTar)
+
+
+def file_of(image: StoredImage) -> Path:
+    """The file that it is, or lies in; where nothing can be read, what stands for it."""
+    if isinstance(image.where, LocalTar):
+        return image.where.path
+    return image.where if isinstance(image.where, Path) else Path(image.name)
+
+
 def printable(text: str) -> str:
     """Text as one line that any terminal and file can hold: control characters and bytes that are no text, escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _stored(name: str, path: Path, start: int, length: int | None) -> StoredImage:
+    return StoredImage(name, path) if length is None else StoredImage(name, LocalTar(path), start, length)
 
 
 def _changed(path: bytes) -> int | None:

@@ -13,42 +13,64 @@ from torch import Tensor
 
 from blip_fast.checkpoint import load_model
 from blip_fast.images import ImageError, ImageSource, StoredImage, image_pixels
+from blip_fast.int8 import quantise_linear_layers, require_torchao
 from blip_fast.model import BlipModel
 from blip_fast.packed import pack_linear_layers
 from blip_fast.stream import read_ahead
 from blip_fast.tokenizer import Tokenizer
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+          "int8": torch.bfloat16}  # of what is no int8 weight
 
 
 def load_for_task(source: str | Path, *, dtype: str = "float32", device: str | None = None,
                   image_size: int | None = None, heads: int | None = None,
-                  tokenizer: str | Path | None = None) -> tuple[BlipModel, Tokenizer]:
-    """Load a model and its tokenizer.
+                  tokenizer: str | Path | None = None,
+                  threads: int | None = None) -> tuple[BlipModel, Tokenizer]:
+    """Load a model and its tokenizer, for inference alone: on a CPU its linear layers are packed (`packed.py`).
 
     Args:
         source: a checkpoint directory, a Hub model or a published `.pth`, as for `load_model`.
-        dtype: `float32`, `bfloat16` or `float16`.
+        dtype: `float32`, `bfloat16`, `float16` (on a GPU, or a CPU with products of it), or `int8`: the weights of the
+            blocks in 8 bits and the rest in bfloat16, which takes less memory and more time than bfloat16.
         device: `cuda` where there is one, else `cpu`, unless given.
         image_size: resize the position embeddings for images of this size.
         heads: attention heads of a `.pth` whose heads are not 64 wide.
         tokenizer: a directory or Hub model with `tokenizer.json` or `vocab.txt`, or a `vocab.txt`; needed where the
             checkpoint brings none.
+        threads: of every product on a CPU, in this whole process; as torch finds best (a thread for each physical
+            core, or OMP_NUM_THREADS) unless given.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_model`; an unknown dtype; a device that is not there; no tokenizer, or
-            one with more tokens than the model has embeddings.
+        FileNotFoundError, ValueError: as `load_model`; a dtype that is unknown or cannot be used here; a device that is
+            not there; fewer than 1 thread; no tokenizer, or one with more tokens than the model has embeddings.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     target = _device(device)
+    _check_dtype(dtype, target)
+    if threads is not None:
+        if threads < 1:
+            raise ValueError(f"threads is {threads}: products need 1 thread at least")
+        torch.set_num_threads(threads)
     given = None if tokenizer is None else Tokenizer.from_pretrained(tokenizer)
     model, fitting = load_model(source, tokenizer=given, image_size=image_size, heads=heads, dtype=DTYPES[dtype])
     if fitting is None:
         raise ValueError(f"{source} brings no tokenizer: name a directory with vocab.txt (--tokenizer)")
     model = model.to(target)
-    pack_linear_layers(model)
+    if dtype == "int8":
+        quantise_linear_layers(model)
+    else:
+        pack_linear_layers(model)
     return model, fitting
+
+
+def _check_dtype(dtype: str, device: torch.device) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if dtype == "int8":
+        require_torchao()
+    if dtype == "float16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        raise ValueError("dtype float16 is slower than float32 on this CPU, which has no products of it: choose "
+                         "bfloat16 or float32")
 
 
 class PretrainedTask:
@@ -60,10 +82,10 @@ class PretrainedTask:
     @classmethod
     def from_pretrained(cls, source: str | Path, *, dtype: str = "float32", device: str | None = None,
                         image_size: int | None = None, heads: int | None = None,
-                        tokenizer: str | Path | None = None) -> Self:
+                        tokenizer: str | Path | None = None, threads: int | None = None) -> Self:
         """Load a checkpoint directory, a Hub model or a published `.pth`; the options are `load_for_task`'s."""
         return cls(*load_for_task(source, dtype=dtype, device=device, image_size=image_size, heads=heads,
-                                  tokenizer=tokenizer))
+                                  tokenizer=tokenizer, threads=threads))
 
 
 def as_sources(images: ImageSource | Iterable[ImageSource]) -> list[ImageSource]:

@@ -1,0 +1,30 @@
+"""Weights of linear layers in 8 bits, through torchao: half of bfloat16's memory, not its speed (docs/decisions.md)."""
+
+from __future__ import annotations
+
+import logging
+from importlib.util import find_spec
+
+from torch import nn
+
+from blip_fast.model import BlipModel
+
+
+def require_torchao() -> None:
+    """Raises ValueError where torchao is not installed."""
+    if find_spec("torchao") is None:
+        raise ValueError("dtype int8 needs torchao, which is not installed: pip install 'blip-fast[int8]'")
+
+
+def quantise_linear_layers(model: BlipModel) -> None:
+    """Hold the weights of all blocks and of the projection to keys and values in int8, in place, with a scale for each
+    output; products stay in the model's dtype. Embeddings and heads are left as they are."""
+    require_torchao()
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of libraries for GPUs that are not here
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_  # pyright: ignore[reportMissingImports]
+
+    quantize_(model, Int8WeightOnlyConfig(version=2), filter_fn=_is_quantised)
+
+
+def _is_quantised(module: nn.Module, name: str) -> bool:
+    return type(module) is nn.Linear and name.startswith(("vision.blocks.", "text."))
