@@ -16,6 +16,8 @@ from importlib.resources import files
 from pathlib import Path
 from statistics import median
 
+from PIL import Image
+
 from blip_fast.images import ImageSource, load_image
 from blip_fast.report.plot import Plot
 
@@ -59,10 +61,13 @@ class Line:
 
 @dataclass(frozen=True)
 class Card:
-    """A picture with its texts."""
+    """A picture with its texts; without a picture, an empty frame. `link` is where the picture leads to, `alt` what is
+    said in its place."""
 
-    image: ImageSource
+    image: ImageSource | None
     lines: Sequence[Line]
+    link: str | None = None
+    alt: str = ""
 
 
 class Report:
@@ -169,12 +174,19 @@ def _cell(cell: str | float) -> str:
 
 
 def _cards(cards: Sequence[Card]) -> list[str]:
-    pictures = [load_image(card.image) for card in cards]
-    aspect = median(p.width / p.height for p in pictures) if pictures else 1.0
-    style = f"--aspect:{min(max(aspect, 0.75), 1.5):.3f}"
-    return [f'<article class="card" style="{style}"><img alt="" loading="lazy" src="{_data_uri(picture)}">'
+    pictures = [None if card.image is None else _thumbnail(load_image(card.image)) for card in cards]
+    aspects = [picture.width / picture.height for picture in pictures if picture is not None]
+    style = f"--aspect:{min(max(median(aspects) if aspects else 1.0, 0.75), 1.5):.3f}"
+    return [f'<article class="card" style="{style}">{_framed(picture, card)}'
             f"<ul>{''.join(map(_line, card.lines))}</ul></article>"
             for card, picture in zip(cards, pictures, strict=True)]
+
+
+def _framed(picture: Image.Image | None, card: Card) -> str:
+    shown = '<div class="empty"></div>'
+    if picture is not None:
+        shown = f'<img alt="{escape(card.alt)}" loading="lazy" src="{_data_uri(picture)}">'
+    return shown if card.link is None else f'<a href="{escape(card.link)}">{shown}</a>'
 
 
 def _line(line: Line) -> str:
@@ -186,9 +198,13 @@ def _line(line: Line) -> str:
     return f"<li>{label}{mark}{text}</li>"
 
 
-def _data_uri(picture) -> str:
-    kind, options = ("png", {}) if max(picture.size) <= LOSSLESS else ("jpeg", {"quality": 82, "optimize": True})
+def _thumbnail(picture: Image.Image) -> Image.Image:
     picture.thumbnail((THUMBNAIL, THUMBNAIL))  # in place, never larger than it was
+    return picture
+
+
+def _data_uri(picture: Image.Image) -> str:
+    kind, options = ("png", {}) if max(picture.size) <= LOSSLESS else ("jpeg", {"quality": 82, "optimize": True})
     encoded = io.BytesIO()
     picture.save(encoded, kind, **options)
     return f"data:image/{kind};base64,{base64.b64encode(encoded.getvalue()).decode()}"
