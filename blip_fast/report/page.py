@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 
 from blip_fast.images import ImageSource, load_image
-from blip_fast.report.plot import Plot
+from blip_fast.report.plot import Bars, Plot
 
 THUMBNAIL = 360  # longest side of a picture in the page
 LOSSLESS = 160  # pictures up to this size are kept as they are
@@ -99,8 +99,8 @@ class Report:
         return self._add(f'<div class="scroll"><table>{title}<thead><tr>{head}</tr></thead>'
                          f"<tbody>{body}</tbody></table></div>")
 
-    def plots(self, plots: Sequence[Plot]) -> Report:
-        """Line plots, side by side where there is room."""
+    def plots(self, plots: Sequence[Plot | Bars]) -> Report:
+        """Line plots and bars, side by side where there is room."""
         return self._add("".join(plot.html() for plot in plots), "plots")
 
     def cards(self, cards: Sequence[Card]) -> Report:
