@@ -96,8 +96,8 @@ def _print(found: dict[str, Any]) -> None:
     from rich.console import Console
 
     console, about = Console(), found["machine"]
-    console.print(f"[bold]{found['task']}[/bold]: {found['model']}, {found['image_size']} px, {found['rounds']} rounds\n"
-                  f"{about['cpu']}, {about['threads']} threads, {about['capability']}, torch {about['torch']}")
+    console.print(f"[bold]{found['task']}[/bold]: {found['model']}, {found['image_size']} px, {found['rounds']} rounds")
+    console.print(f"{about['cpu']}, {about['threads']} threads, {about['capability']}, torch {about['torch']}")
     for case in found["cases"]:
         console.print(*_tables(case), sep="")
         if agreement := "; ".join(f"{name} {value:.3g}" for name, value in case["agreement"].items()):

@@ -16,7 +16,7 @@ from blip_bench.models import DTYPES, have_transformers, load_transformers, pict
 from blip_bench.timing import Call, Case, Comparison, require
 from blip_fast.checkpoint import load_model
 from blip_fast.config import VisionConfig
-from blip_fast.inference import evaluating, image_batches
+from blip_fast.inference import encode_images, evaluating
 from blip_fast.model import BlipModel
 
 SHARE = 0.75  # of the products' speed, wanted in bfloat16
@@ -45,7 +45,7 @@ def cases(directory: Path, images: int) -> Iterator[Case]:
 
 def encode(model: BlipModel, pixels: Tensor) -> Tensor:
     with evaluating(model):
-        return torch.cat([model.encode_images(batch) for batch in image_batches(model, pixels)])
+        return torch.cat(list(encode_images(model, pixels)))
 
 
 @torch.no_grad()
