@@ -20,7 +20,8 @@ from blip_fast.model import BlipModel
 from blip_fast.packing import PackedTexts
 from blip_fast.tasks.caption import Captioner
 from blip_fast.tasks.loading import read_pixels
-from blip_fast.tasks.retrieve import RetrievalResult, retrieve
+from blip_fast.tasks.ranking import RetrievalResult
+from blip_fast.tasks.retrieve import retrieve
 from blip_fast.tokenizer import Tokenizer, clean_caption
 
 RETRIEVAL_TOKENS = 35  # of a text, as published

@@ -1,4 +1,4 @@
-"""What every evaluation over a `BlipModel` needs: eval mode without gradients, and images in batches on its device."""
+"""What every evaluation over a `BlipModel` needs: eval mode without gradients, and the images' visual tokens."""
 
 from __future__ import annotations
 
@@ -26,9 +26,22 @@ def evaluating(model: BlipModel) -> Iterator[None]:
             module.training = mode
 
 
-def image_batches(model: BlipModel, images: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
-    """Images [N, 3, size, size], or batches of them of any lengths, on the model's device and in its dtype."""
+def encode_images(model: BlipModel, images: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
+    """Visual tokens of images, batch by batch, on the model's device and in its dtype.
+
+    On a CPU the images of a batch are encoded one at a time: what an image computes then fits the caches, and its
+    visual tokens do not depend on the others of its batch, not by a bit.
+
+    Args:
+        images: [N, 3, image_size, image_size], which is cut into batches, or batches of any lengths; empty ones are
+            left out.
+
+    Yields:
+        [batch, tokens, vision width].
+    """
     like = model.vision.cls_token
     for batch in images.split(IMAGE_BATCH) if isinstance(images, Tensor) else images:
         if len(batch):
-            yield batch.to(like.device, like.dtype)
+            together = 1 if like.device.type == "cpu" else len(batch)
+            pixels = batch.to(like.device, like.dtype)
+            yield torch.cat([model.encode_images(some) for some in pixels.split(together)])

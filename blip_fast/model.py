@@ -131,11 +131,11 @@ class BlipModel(nn.Module):
         (first_rows,) = self.stack("encoder")([TextStream(texts, "encoder", images, first_row_only=True)], image_kv)
         return self.itm_head(first_rows).float()  # type: ignore[misc]
 
-    def pair_logits(self, pixels: Tensor, sentences: PackedTexts) -> Tensor:
+    def pair_logits(self, image_embeds: Tensor, sentences: PackedTexts) -> Tensor:
         """NLVR2's logits (false, true): is each sentence true of its pair of images?
 
         Args:
-            pixels: [pairs, 2, 3, size, size]; all images pass the vision transformer together.
+            image_embeds: [pairs, 2, tokens, vision width].
             sentences: one about each pair, first token [ENC].
 
         Returns:
@@ -143,23 +143,23 @@ class BlipModel(nn.Module):
         """
         self._require("reasoning")
         stack = self.stack("encoder")
-        embeds = self.encode_images(pixels.flatten(0, 1)).unflatten(0, (-1, 2))
-        pairs = torch.arange(len(pixels), device=pixels.device)
+        pairs = torch.arange(len(image_embeds), device=image_embeds.device)
         (first_rows,) = stack([TextStream(sentences, "encoder", pairs, first_row_only=True)],
-                              stack.image_kv(*embeds.unbind(1)))
+                              stack.image_kv(*image_embeds.unbind(1)))
         return self.reasoning_head(first_rows).float()
 
-    def question_kv(self, pixels: Tensor, questions: PackedTexts) -> ImageKV:
+    def question_kv(self, image_embeds: Tensor, questions: PackedTexts, images: Tensor | None = None) -> ImageKV:
         """What VQA's answer decoder looks at: keys and values of the encoded questions' own tokens.
 
         Args:
-            pixels: [questions, 3, size, size], an image for each.
+            image_embeds: [images, tokens, vision width].
             questions: first token [ENC] as trained.
+            images: int64 [questions], which image each is about; question i is about image i unless given.
         """
         encoder = self.stack("encoder")
-        images = torch.arange(len(pixels), device=pixels.device)
-        image_kv = encoder.image_kv(self.encode_images(pixels))
-        (states,) = encoder([TextStream(questions, "encoder", images)], image_kv)
+        if images is None:
+            images = torch.arange(len(image_embeds), device=image_embeds.device)
+        (states,) = encoder([TextStream(questions, "encoder", images)], encoder.image_kv(image_embeds))
         return self.stack("decoder").states_kv(states, offsets=questions.offsets)
 
     def lm_logits(self, texts: PackedTexts, images: Tensor, image_kv: ImageKV) -> Tensor:

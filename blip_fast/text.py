@@ -13,7 +13,7 @@ Cross-attention reads `ImageKV`: keys and values of all layers, projected once p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, cast
@@ -302,17 +302,52 @@ class TextStack(nn.Module):
         images = len(image_kv.offsets) - 1
         each = rows // images * new
         by_image = RowsByImage(torch.arange(images + 1, dtype=torch.int32, device=x.device) * each, None, None, each)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            cache.append(layer, k, v)
+            return attention(q, k, v, by_text, by_text, causal=True) if new > 1 else cache.attend(layer, q)
+
+        return self._decoder_layers(x, by_image, image_kv, attend).unflatten(0, (rows, new))
+
+    def decode_tree(self, token_ids: Tensor, paths: Tensor, depths: Tensor, images: Tensor,
+                    image_kv: ImageKV) -> Tensor:
+        """States of many texts at once that have beginnings in common: a row is a prefix, and reads the keys and values
+        of its own tokens in the rows of its shorter prefixes. Without gradients.
+
+        Args:
+            token_ids: int64 [rows], the last token of each prefix.
+            paths: int64 [rows, longest], the rows of its tokens from the first on, itself at `depths` − 1; what stands
+                behind that is not read.
+            depths: int64 [rows], how many tokens it has.
+            images: int64 [rows], the image that each looks at, never falling; every image has a row.
+            image_kv: of the images.
+
+        Returns:
+            [rows, width].
+        """
+        x = self._embed(token_ids, depths - 1)
+        by_image = RowsByImage(F.pad(images.bincount().cumsum(0), (1, 0)).int(), None, None)
+        levels = [(depths == depth).nonzero().flatten() for depth in range(1, paths.shape[1] + 1)]
+
+        def attend(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            attended = torch.empty_like(q)
+            for depth, rows in enumerate(levels, 1):
+                attended[rows] = cached_attention(q[rows], k, v, paths[rows, :depth])
+            return attended
+
+        return self._decoder_layers(x, by_image, image_kv, attend)
+
+    def _decoder_layers(self, x: Tensor, by_image: RowsByImage, image_kv: ImageKV,
+                        attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        """Rows [rows, width] through all layers, self-attention by `attend(layer, q, k, v)`."""
         for index, module in enumerate(self.layers):
             layer = cast(TextLayer, module)
             self_attention = cast(SelfAttention, layer.self_attention["decoder"])
             assert layer.cross_attention is not None
-            q, k, v = self_attention.project(x)
-            cache.append(index, k, v)
-            attended = attention(q, k, v, by_text, by_text, causal=True) if new > 1 else cache.attend(index, q)
-            x = self_attention.finish(x, attended)
+            x = self_attention.finish(x, attend(index, *self_attention.project(x)))
             x = layer.cross_attention(x, by_image, image_kv, index)
             x = layer.feed_forward(x)
-        return x.unflatten(0, (rows, new))
+        return x
 
     def _embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         x = self.norm(self.word_embeds(token_ids) + self.position_embeds(positions))

@@ -14,8 +14,10 @@ from blip_fast.metrics.language import caption_loss, target_tokens, unigram_cros
 from blip_fast.metrics.recall import chance_recalls, recalls, right_ranks
 from blip_fast.model import BlipModel
 from blip_fast.packing import PackedTexts
+from blip_fast.tasks import match
 from blip_fast.tasks import retrieve as retrieve_module
-from blip_fast.tasks.retrieve import NOT_CANDIDATE, RetrievalResult, retrieve
+from blip_fast.tasks.ranking import NOT_CANDIDATE, Ranking, RetrievalResult
+from blip_fast.tasks.retrieve import retrieve
 
 CONFIG = BlipConfig(
     vision=VisionConfig(image_size=16, patch_size=8, width=32, layers=1, heads=2),
@@ -71,29 +73,28 @@ def pair_by_pair(pixels, packed, top_k, first_token=39):
     return similarities, i2t, t2i
 
 
-@pytest.mark.parametrize("max_pairs, max_images", [(512, 16), (512, 2), (7, 16), (2, 1), (1, 1)])
+@pytest.mark.parametrize("max_pairs, max_images, block",
+                         [(512, 16, 256), (512, 2, 1), (7, 16, 2), (2, 1, 4), (1, 1, 1)])
 @pytest.mark.parametrize("top_k", [1, 3, 100])
-def test_scores_equal_the_published_evaluation(top_k, max_pairs, max_images, monkeypatch):
-    monkeypatch.setattr(retrieve_module, "MAX_PAIRS", max_pairs)
-    monkeypatch.setattr(retrieve_module, "MAX_IMAGES", max_images)
-    monkeypatch.setattr(retrieve_module, "TEXT_BATCH", 4)
+def test_scores_equal_the_published_evaluation(top_k, max_pairs, max_images, block, monkeypatch):
+    monkeypatch.setattr(match, "CPU_TEXTS", max_pairs)
+    monkeypatch.setattr(match, "MAX_IMAGES", max_images)
+    monkeypatch.setattr(retrieve_module, "BLOCK_IMAGES", block)
     pixels, packed = images(5), texts(11)
-    cosines, i2t, t2i = pair_by_pair(pixels, packed, top_k)
-    result = retrieve(model(), pixels, packed, top_k)
-    torch.testing.assert_close(result.cosines, cosines, atol=2e-6, rtol=1e-5)
-    torch.testing.assert_close(result.image_to_text, i2t, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(result.text_to_image, t2i, atol=1e-5, rtol=1e-5)
+    _, i2t, t2i = pair_by_pair(pixels, packed, top_k)
+    result = retrieve(model(), pixels.split(2), packed, top_k)
+    for ranking, expected in ((result.image_to_text, i2t), (result.text_to_image, t2i)):
+        torch.testing.assert_close(ranking.dense(), expected, atol=1e-5, rtol=1e-5)
+        assert (ranking.scores.diff(dim=1) <= 0).all()  # best first
+        assert ranking.items.shape == (len(expected), min(top_k, expected.shape[1]))
     assert result.pairs == int(((i2t > -100) | (t2i.T > -100)).sum())
-
-
-def test_every_candidate_stands_above_every_other_pair():
-    result = retrieve(model(), images(6), texts(9), top_k=2)
-    for scores in (result.image_to_text, result.text_to_image):
-        assert (scores > NOT_CANDIDATE).sum(dim=1).eq(2).all()
+    stream = retrieve(model(), iter(pixels.split(1)), packed, top_k, directions="text_to_image")
+    torch.testing.assert_close(stream.text_to_image.dense(), t2i, atol=1e-5, rtol=1e-5)
+    assert stream.image_to_text is None and stream.pairs == int((t2i > -100).sum())
 
 
 def test_an_image_is_projected_once_however_many_texts_it_meets(monkeypatch):
-    monkeypatch.setattr(retrieve_module, "MAX_PAIRS", 3)
+    monkeypatch.setattr(match, "CPU_TEXTS", 3)
     stack, projected = model().stack("encoder"), []
     project = type(stack).image_kv
     monkeypatch.setattr(type(stack), "image_kv",
@@ -106,34 +107,34 @@ def test_an_image_is_projected_once_however_many_texts_it_meets(monkeypatch):
 def test_batches_of_images_and_one_tensor_give_the_same_scores():
     pixels, packed = images(7), texts(5)
     whole, parts = retrieve(model(), pixels, packed, 3), retrieve(model(), iter(pixels.split([1, 4, 2])), packed, 3)
-    torch.testing.assert_close(parts.image_to_text, whole.image_to_text, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(parts.text_to_image, whole.text_to_image, atol=1e-5, rtol=1e-5)
+    for one, other in ((parts.image_to_text, whole.image_to_text), (parts.text_to_image, whole.text_to_image)):
+        torch.testing.assert_close(one.dense(), other.dense(), atol=1e-5, rtol=1e-5)
 
 
 def test_the_first_token_of_the_texts_does_not_matter_and_that_of_matching_is_explicit():
     pixels, packed = images(3), texts(4)
     expected = retrieve(model(), pixels, packed, 4)
     with_enc = retrieve(model(), pixels, packed.with_first(39), 4)
-    torch.testing.assert_close(with_enc.image_to_text, expected.image_to_text)
-    with_cls = retrieve(model(), pixels, packed, 4, first_token="[CLS]")
-    torch.testing.assert_close(with_cls.image_to_text, pair_by_pair(pixels, packed, 4, first_token=1)[1],
-                               atol=1e-5, rtol=1e-5)
-    assert (with_cls.image_to_text - expected.image_to_text).abs().max() > 1e-3
+    torch.testing.assert_close(with_enc.image_to_text.dense(), expected.image_to_text.dense())
+    with_cls = retrieve(model(), pixels, packed, 4, first_token="[CLS]").image_to_text.dense()
+    torch.testing.assert_close(with_cls, pair_by_pair(pixels, packed, 4, first_token=1)[1], atol=1e-5, rtol=1e-5)
+    assert (with_cls - expected.image_to_text.dense()).abs().max() > 1e-3
 
 
 def test_without_re_ranking_the_scores_are_the_cosines():
-    result = retrieve(model(), images(3), texts(4), top_k=0)
+    pixels, packed = images(3), texts(4)
+    result, cosines = retrieve(model(), pixels, packed, top_k=0), pair_by_pair(pixels, packed, 0)[0]
     assert result.pairs == 0
-    assert torch.equal(result.image_to_text, result.cosines)
-    assert torch.equal(result.text_to_image, result.cosines.T)
+    torch.testing.assert_close(result.image_to_text.dense(), cosines, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(result.text_to_image.dense(), cosines.T, atol=2e-6, rtol=1e-5)
 
 
 def test_dropout_is_off_and_every_module_keeps_its_mode():
     blip = model().train()
     blip.vision.eval()  # a frozen vision transformer, say
     first, second = (retrieve(blip, images(3), texts(4), 2) for _ in range(2))
-    assert torch.equal(first.image_to_text, second.image_to_text)
-    assert not first.image_to_text.requires_grad
+    assert torch.equal(first.image_to_text.scores, second.image_to_text.scores)
+    assert not first.image_to_text.scores.requires_grad
     assert blip.training and not blip.vision.training
     assert all(module.training for module in blip.text.modules())
 
@@ -148,17 +149,24 @@ def test_bad_input_is_named(pixels, packed, top_k, said):
         retrieve(model(), pixels, packed, top_k)
 
 
-def test_another_first_token_is_named():
+def test_another_first_token_or_direction_is_named():
     with pytest.raises(ValueError, match=r"first_token is '\[DEC\]'"):
         retrieve(model(), images(2), texts(3), 1, first_token="[DEC]")
+    with pytest.raises(ValueError, match="directions is 'image_to_text'"):
+        retrieve(model(), images(2), texts(3), 1, directions="image_to_text")
 
 
 # ---------------------------------------------------------------- recalls
 
 
+def dense_recalls(scores, right):
+    return recalls(right_ranks(scores, right, right.sum(1), scores.shape[1], NOT_CANDIDATE))
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), queries=st.integers(1, 6), candidates=st.integers(1, 25))
 def test_ranks_equal_counting_with_the_right_one_last_among_equals(data, queries, candidates):
+    """Of all scores, and of the best k alone, where no rank but those behind the k-th score is known."""
     scores = torch.tensor(data.draw(st.lists(
         st.lists(st.integers(-2, 2), min_size=candidates, max_size=candidates), min_size=queries, max_size=queries)))
     right = torch.zeros(queries, candidates, dtype=torch.bool)
@@ -168,21 +176,29 @@ def test_ranks_equal_counting_with_the_right_one_last_among_equals(data, queries
     for row, marks in zip(scores.tolist(), right.tolist(), strict=True):
         order = sorted(range(candidates), key=lambda j: (-row[j], marks[j]))
         expected.append(next(place for place, j in enumerate(order) if marks[j]))
-    assert right_ranks(scores.float(), right).tolist() == expected
-    for k, value in recalls(scores.float(), right).items():
+    for k, value in dense_recalls(scores.float(), right).items():
         assert value == pytest.approx(sum(rank < k for rank in expected) / queries)
+    k = data.draw(st.integers(1, candidates))
+    best, items = scores.float().topk(k)
+    ranks = right_ranks(best, right.gather(1, items), right.sum(1), candidates, best[:, -1])
+    for rank, truth, row, marks in zip(ranks.tolist(), expected, scores.float(), right, strict=True):
+        known = k == candidates or row[marks].max() > row.topk(k).values[-1]
+        assert rank == truth if known else rank >= truth
+    chosen = torch.zeros_like(right).scatter_(1, items, True)  # the published evaluation: −100 for all others
+    assert right_ranks(best, right.gather(1, items), right.sum(1), candidates, NOT_CANDIDATE).tolist() == right_ranks(
+        scores.float().masked_fill(~chosen, NOT_CANDIDATE), right, right.sum(1), candidates, 0).tolist()
 
 
 @pytest.mark.parametrize("value", [0.0, -100.0, math.nan, -math.inf])
 def test_a_model_that_cannot_tell_candidates_apart_has_no_recall(value):
     right = torch.eye(30, dtype=torch.bool)
-    assert recalls(torch.full((30, 30), value), right) == {1: 0, 5: 0, 10: 0}
+    assert dense_recalls(torch.full((30, 30), value), right) == {1: 0, 5: 0, 10: 0}
 
 
 def test_one_nan_among_good_scores_is_a_miss():
     scores = torch.eye(12)
     scores[3, 5] = math.nan
-    assert recalls(scores, torch.eye(12, dtype=torch.bool))[1] == pytest.approx(11 / 12)
+    assert dense_recalls(scores, torch.eye(12, dtype=torch.bool))[1] == pytest.approx(11 / 12)
 
 
 def test_chance_equals_the_mean_over_many_random_orders():
@@ -191,22 +207,32 @@ def test_chance_equals_the_mean_over_many_random_orders():
     right[0, :5], right[1, 7], right[2, 4:6] = True, True, True
     mean = {1: 0.0, 5: 0.0, 10: 0.0}
     for _ in range(4000):
-        for k, value in recalls(torch.rand(3, 20, generator=generator), right).items():
+        for k, value in dense_recalls(torch.rand(3, 20, generator=generator), right).items():
             mean[k] += value / 4000
-    assert chance_recalls(right) == pytest.approx(mean, abs=0.02)
-    assert chance_recalls(torch.ones(2, 3, dtype=torch.bool)) == {1: 1, 5: 1, 10: 1}
+    assert chance_recalls(right.sum(1), 20) == pytest.approx(mean, abs=0.02)
+    assert chance_recalls(torch.tensor([3, 3]), 3) == {1: 1, 5: 1, 10: 1}
+
+
+def ranking(scores):
+    best, items = scores.sort(dim=1, descending=True)
+    return Ranking(items, best, scores.shape[1], best[:, -1])
 
 
 def test_several_captions_of_one_image():
     image_of_text = torch.tensor([0, 0, 1, 1])
     image_to_text = torch.tensor([[0.1, 0.9, 0.5, 0.0], [0.8, 0.7, 0.1, 0.2]])  # hit by its second text; two ahead
-    result = RetrievalResult(image_to_text, image_to_text, image_to_text.T, 0)
+    result = RetrievalResult(ranking(image_to_text), ranking(image_to_text.T), 0)
     found = result.recalls(image_of_text)
     assert found == {"i2t_r1": 0.5, "i2t_r5": 1, "i2t_r10": 1, "t2i_r1": 0.5, "t2i_r5": 1, "t2i_r10": 1}
     chances = result.chances(image_of_text)
     assert chances["i2t_r1"] == pytest.approx(0.5) and chances["t2i_r1"] == pytest.approx(0.5)
     with pytest.raises(ValueError, match="query 1 has no right candidate"):
         result.recalls(torch.tensor([0, 0, 0, 0]))
+    one_way = RetrievalResult(None, result.text_to_image, 0)
+    assert one_way.recalls(image_of_text) == {name: value for name, value in found.items() if name[0] == "t"}
+    assert set(one_way.chances(image_of_text)) == {"t2i_r1", "t2i_r5", "t2i_r10"}
+    with pytest.raises(ValueError, match="runs from 0 to 7, but there are 2 images"):
+        result.recalls(torch.tensor([0, 0, 1, 7]))
     with pytest.raises(ValueError, match="names 3 images for 4 texts"):
         result.recalls(torch.tensor([0, 0, 1]))
 

@@ -36,7 +36,7 @@ def images() -> list[Image.Image]:
 @pytest.mark.parametrize("pairs", [512, 3])
 def test_transformers(checkpoint, matcher, images, monkeypatch, pairs):
     """Matching probabilities and cosines of every pair, in whatever portions they are computed."""
-    monkeypatch.setattr(match, "MAX_PAIRS", pairs)
+    monkeypatch.setattr(match, "CPU_TEXTS", pairs)
     _, theirs = checkpoint
     pixels = evaluation_transform(images, IMAGE_SIZE)
     scores = matcher.score(images, TEXTS, batch_size=2)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from blip_fast.generate import GenerationConfig
-from blip_fast.inference import evaluating, image_batches
+from blip_fast.inference import encode_images, evaluating
 from blip_fast.tasks.caption import PROMPT, Captioner
 from blip_fast.tasks.match import MAX_TOKENS, Matcher
 from blip_fast.tokenizer import clean_caption
@@ -127,8 +127,8 @@ def match_probabilities(matcher: Matcher, pixels: Tensor, texts: Sequence[Sequen
     images = torch.tensor([image for image, mine in enumerate(texts) for _ in mine])
     model = matcher.model
     with evaluating(model):
-        for batch in image_batches(model, [pixels]):  # one, or none where there is no image
-            image_kv = model.stack("encoder").image_kv(model.encode_images(batch))
-            logits = model.match_logits(packed.to(batch.device), images.to(batch.device), image_kv)
+        for embeds in encode_images(model, [pixels]):  # one batch, or none where there is no image
+            image_kv = model.stack("encoder").image_kv(embeds)
+            logits = model.match_logits(packed.to(embeds.device), images.to(embeds.device), image_kv)
             return logits.softmax(-1)[:, 1].tolist()
     return []

@@ -26,7 +26,7 @@ class Beams:
 
 
 def beam_search(decoder: Decoder, prompts: Tensor, config: GenerationConfig, sep_id: int) -> tuple[Tensor, Tensor]:
-    """The best text of each image.
+    """The `n_best` texts of each image, best first.
 
     At each step the 2 × beams best continuations of all running texts are ranked: those that end with [SEP] among the
     first `beams` are finished, the best `beams` others run on.
@@ -35,18 +35,20 @@ def beam_search(decoder: Decoder, prompts: Tensor, config: GenerationConfig, sep
         prompts: int64 [images, prompt length].
 
     Returns:
-        Token ids int64 [images, max_length], to be read up to the first [SEP] behind the prompt, and scores [images].
+        Token ids int64 [images, n_best, max_length], to be read up to the first [SEP] behind the prompt, and scores
+        [images, n_best], −∞ where fewer texts were finished.
     """
     images, prompt_length = prompts.shape
-    result_ids = prompts.new_empty(images, config.max_length)
-    result_scores = torch.empty(images, device=prompts.device)
+    result_ids = prompts.new_empty(images, config.n_best, config.max_length)
+    result_scores = torch.empty(images, config.n_best, device=prompts.device)
     beams = _start(prompts, config, sep_id)
     logits = decoder.prefill(prompts)
     for length in range(prompt_length + 1, config.max_length + 1):
         beams = _advance(beams, logits, prompt_length, config, sep_id)
         going_on = unfinished_if_few(beams.done)
         if going_on is not None or length == config.max_length:
-            result_ids[beams.images], result_scores[beams.images] = beams.finished[:, 0], beams.scores[:, 0]
+            best = slice(config.n_best)
+            result_ids[beams.images], result_scores[beams.images] = beams.finished[:, best], beams.scores[:, best]
         if length == config.max_length or (going_on is not None and len(going_on) == 0):
             break
         if going_on is not None:

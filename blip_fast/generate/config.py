@@ -12,6 +12,9 @@ BeamRule = Literal["transformers5", "authors"]
 class GenerationConfig:
     """Greedy with one beam, beam search with more, nucleus sampling where `top_p` is given.
 
+    `n_best` texts are returned for each image: of a beam search the best finished ones, of sampling that many samples,
+    the likeliest first.
+
     Two rules say how finished beams are scored and when the search may stop; `transformers5` is what today's
     transformers does, `authors` what the published code does (it runs on transformers 4.15):
 
@@ -31,6 +34,8 @@ class GenerationConfig:
     top_k: int = 50  # … and are among the k likeliest, as in transformers and in the published CapFilt
     temperature: float = 1.0
     seed: int = 0  # of sampling
+    n_best: int = 1
+    banned: tuple[tuple[int, ...], ...] = ()  # sequences of tokens that no text may contain, its prompt apart
 
     def __post_init__(self) -> None:
         if self.beams < 1:
@@ -53,6 +58,10 @@ class GenerationConfig:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must lie in 0 … 2⁶³ − 1, got {self.seed}")
+        if self.n_best < 1 or (self.top_p is None and self.n_best > self.beams):
+            raise ValueError(f"n_best is {self.n_best}: it must lie in 1 … beams ({self.beams}) unless top_p samples")
+        if not all(self.banned) or any(token < 0 for sequence in self.banned for token in sequence):
+            raise ValueError(f"banned must hold sequences of at least one token id, got {self.banned}")
 
     def score_divisor(self, length: int, prompt_length: int, ended: bool) -> float:
         """By what Σ log p of a text of `length` tokens is divided; `ended` if the last of them is [SEP]."""

@@ -46,13 +46,19 @@ class Decoder:
 
 def adjust(scores: Tensor, token_ids: Tensor, config: GenerationConfig, sep_id: int) -> Tensor:
     """Scores [rows, vocab_size] after the texts token_ids [rows, length]: repeated tokens made less likely (negative
-    scores times `repetition_penalty`, positive ones divided by it), [SEP] impossible before `min_length`."""
+    scores times `repetition_penalty`, positive ones divided by it), [SEP] impossible before `min_length`, and so is
+    what would end a banned sequence. May write into `scores`."""
     if config.repetition_penalty != 1.0:
         seen = scores.gather(1, token_ids)
         seen = torch.where(seen < 0, seen * config.repetition_penalty, seen / config.repetition_penalty)
         scores = scores.scatter(1, token_ids, seen)
     if token_ids.shape[1] < config.min_length:
         scores = scores.index_fill(1, torch.tensor([sep_id], device=scores.device), -torch.inf)
+    for *before, last in config.banned:
+        tail = token_ids[:, token_ids.shape[1] - len(before) :]
+        if len(before) <= token_ids.shape[1]:
+            follows = (tail == torch.tensor(before, dtype=torch.int64, device=scores.device)).all(1)
+            scores[follows, last] = -torch.inf
     return scores
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blip_fast.inference import evaluating, image_batches
+from blip_fast.inference import encode_images, evaluating
 from blip_fast.model import BlipModel
 from blip_fast.packing import PackedTexts
 from blip_fast.text import TextStream
@@ -36,14 +36,14 @@ def caption_loss(model: BlipModel, images: Tensor | Iterable[Tensor], texts: Pac
     image_of_text = image_of_text.to(device)
     total, count, first = 0.0, 0, 0
     with evaluating(model):
-        for batch in image_batches(model, images):
-            mine = ((image_of_text >= first) & (image_of_text < first + len(batch))).nonzero()[:, 0]
+        for embeds in encode_images(model, images):
+            mine = ((image_of_text >= first) & (image_of_text < first + len(embeds))).nonzero()[:, 0]
             if len(mine):
                 stream = TextStream(texts.select(mine).without_last(), "decoder", image_of_text[mine] - first)
-                (hidden,) = decoder([stream], decoder.image_kv(model.encode_images(batch)))
+                (hidden,) = decoder([stream], decoder.image_kv(embeds))
                 losses = _token_losses(model, hidden, texts.select(mine), prompt_tokens)
                 total, count = total + float(losses.sum()), count + len(losses)
-            first += len(batch)
+            first += len(embeds)
     _check_images(image_of_text, first)
     if count == 0:
         raise ValueError(f"no token carries a loss: there are {len(texts)} captions with {prompt_tokens} prompt tokens")

@@ -6,12 +6,11 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from blip_fast.generate import Generated, GenerationConfig, generate
 from blip_fast.images import ImageSource
-from blip_fast.inference import evaluating, image_batches
+from blip_fast.inference import encode_images, evaluating
 from blip_fast.model import BlipModel
 from blip_fast.tasks.loading import PretrainedTask, as_sources, pixel_batches
 from blip_fast.tokenizer import Tokenizer
@@ -64,10 +63,9 @@ class Captioner(PretrainedTask):
         seeds = [_seed(image, generation.seed) for image in pixels] if generation.top_p is not None else None
         texts: list[Generated] = []
         with evaluating(self.model):
-            for batch in image_batches(self.model, [pixels]):
-                image_kv = self.model.stack("decoder").image_kv(self.model.encode_images(batch))
-                prompts = torch.tensor([prompt_ids] * len(batch), device=batch.device)
-                texts += generate(self.model, image_kv, prompts, generation, seeds)
+            for image_embeds in encode_images(self.model, [pixels]):
+                image_kv = self.model.stack("decoder").image_kv(image_embeds)
+                texts += generate(self.model, image_kv, [prompt_ids] * len(image_embeds), generation, seeds)
         skipped = len(prompt_ids) if strip_prompt else 0
         return [Caption(self.tokenizer.decode(text.token_ids[skipped:]), text.token_ids, text.score) for text in texts]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from blip_fast.images import ImageSource
-from blip_fast.inference import evaluating
+from blip_fast.inference import encode_images, evaluating
 from blip_fast.model import BlipModel
 from blip_fast.packing import PackedTexts
 from blip_fast.tasks.loading import PretrainedTask, pixel_batches
@@ -52,7 +52,9 @@ class Reasoner(PretrainedTask):
     def judge_pixels(self, pixels: Tensor, sentences: PackedTexts) -> Tensor:
         """As above, of one batch [pairs, 2, 3, image_size, image_size] after the evaluation transform; sentences start
         with [ENC]."""
-        like = self.model.vision.cls_token
+        found = torch.empty(0)
         with evaluating(self.model):
-            logits = self.model.pair_logits(pixels.to(like.device, like.dtype), sentences.to(like.device))
-        return logits.softmax(dim=1)[:, 1].cpu()
+            for image_embeds in encode_images(self.model, [pixels.flatten(0, 1)]):
+                logits = self.model.pair_logits(image_embeds.unflatten(0, (-1, 2)), sentences.to(image_embeds.device))
+                found = logits.softmax(dim=1)[:, 1].cpu()
+        return found

@@ -3,146 +3,174 @@
 The published evaluation re-ranks direction by direction and encodes an image's keys and values again for every text.
 Here the candidates of both directions are united and walked image by image: an image's keys and values are projected
 once and all its candidate texts, packed, read them together.
+
+Memory holds features, k candidates of each query and one block of cosines, never images × texts; embeds of candidate
+images wait in a file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from blip_fast.inference import evaluating, image_batches
-from blip_fast.metrics.recall import chance_recalls, recalls
+from blip_fast.images import ImageSource
+from blip_fast.inference import encode_images, evaluating
 from blip_fast.model import BlipModel
 from blip_fast.packing import PackedTexts
+from blip_fast.tasks.candidates import EmbedsFile, RunningTopK
+from blip_fast.tasks.loading import PretrainedTask, as_sources, pixel_batches
+from blip_fast.tasks.match import Matcher, match_pairs, text_features
+from blip_fast.tasks.ranking import NOT_CANDIDATE, Ranking, RetrievalResult
+from blip_fast.tokenizer import Tokenizer
 
-NOT_CANDIDATE = -100.0  # the published score of pairs that were not re-ranked
-TEXT_BATCH = 256
-MAX_PAIRS = 512  # texts that pass the stack together
-MAX_IMAGES = 16  # images whose keys and values exist at a time (base, 384 px, float32: 42 MB each)
-
-
-@dataclass(frozen=True, eq=False)
-class RetrievalResult:
-    """Scores of every image with every text, on the model's device, float32.
-
-    `cosines` [images, texts] are ITC's. `image_to_text` [images, texts] and `text_to_image` [texts, images] are ITM's
-    'matched' logit + cosine where the pair was a candidate of that direction, −100 elsewhere; without re-ranking they
-    are the cosines. `pairs` is how many pairs the matching head has seen.
-    """
-
-    cosines: Tensor
-    image_to_text: Tensor
-    text_to_image: Tensor
-    pairs: int
-
-    def recalls(self, image_of_text: Tensor) -> dict[str, float]:
-        """`i2t_r1`, `i2t_r5`, `i2t_r10`, `t2i_r1`, …, 0 to 1, ties counted against the model.
-
-        image_of_text: int64 [texts], the image that each text describes. Every image needs a text.
-        """
-        right = self._right(image_of_text)
-        return _both_ways(recalls(self.image_to_text, right), recalls(self.text_to_image, right.T))
-
-    def chances(self, image_of_text: Tensor) -> dict[str, float]:
-        """The recalls of a random order, under the names of `recalls`."""
-        right = self._right(image_of_text)
-        return _both_ways(chance_recalls(right), chance_recalls(right.T))
-
-    def _right(self, image_of_text: Tensor) -> Tensor:
-        images, texts = self.cosines.shape
-        if len(image_of_text) != texts:
-            raise ValueError(f"image_of_text names {len(image_of_text)} images for {texts} texts: one each is needed")
-        return torch.arange(images, device=self.cosines.device)[:, None] == image_of_text.to(self.cosines.device)
-
-
-def _both_ways(image_to_text: dict[int, float], text_to_image: dict[int, float]) -> dict[str, float]:
-    return {f"i2t_r{k}": v for k, v in image_to_text.items()} | {f"t2i_r{k}": v for k, v in text_to_image.items()}
+Directions = Literal["both", "text_to_image"]
+KEPT_COSINES = 256  # candidates of each query where nothing is re-ranked
+BLOCK_IMAGES = 256  # images whose cosines with all texts exist at a time …
+BLOCK_PAIRS = 1 << 24  # … or as many as have so many of them (64 MB)
 
 
 def retrieve(model: BlipModel, images: Tensor | Iterable[Tensor], texts: PackedTexts, top_k: int = 256, *,
-             first_token: str = "[ENC]", progress: Callable[[int, int], None] | None = None) -> RetrievalResult:
-    """Score every image with every text.
+             first_token: str = "[ENC]", directions: Directions = "both",
+             progress: Callable[[int, int], None] | None = None) -> RetrievalResult:
+    """Find the best texts of every image and the best images of every text.
 
     Args:
         model: one with a text encoder, the projections and, for `top_k` > 0, the matching head.
-        images: float [images, 3, size, size], or batches of them in order.
+        images: float [images, 3, size, size], or batches of them in order, read once.
         texts: the texts; their first tokens are replaced: [CLS] for cosines, `first_token` for matching.
         top_k: how many candidates the matching head re-ranks, of each image and of each text, all where there are
-            fewer (published: 256 for COCO, 128 for Flickr30k). 0 leaves the cosines as they are.
+            fewer (published: 256 for COCO, 128 for Flickr30k). 0 leaves them in the order of their cosines.
         first_token: what a text starts with before the matching head: `[ENC]` as in training and in the published
             retrieval evaluation, `[CLS]` as in the published inference code.
+        directions: `text_to_image` leaves texts for images out: then only images among the candidates so far are
+            kept, and a stream of any length takes no more memory or disk.
         progress: told, while re-ranking, how many pairs are done and how many there are.
 
     Raises:
-        ValueError: there is no image or no text, `top_k` is negative, another first token, or the model lacks a head.
+        ValueError: there is no image or no text, `top_k` is negative, another first token or direction, or the model
+            lacks a head.
+        OSError: the disk has no room for the candidates' embeds.
     """
     if top_k < 0:
         raise ValueError(f"top_k is {top_k}: give the number of candidates to re-rank, or 0 for cosines alone")
     token_ids = {"[CLS]": model.config.tokens.cls, "[ENC]": model.config.tokens.enc}
     if first_token not in token_ids:
         raise ValueError(f"first_token is {first_token!r}: the matching head reads one of {', '.join(token_ids)}")
+    if directions not in ("both", "text_to_image"):
+        raise ValueError(f"directions is {directions!r}: choose both or text_to_image")
     texts = texts.to(model.vision.cls_token.device)
-    with evaluating(model):
-        features, image_embeds = [], []  # embeds wait in main memory: of COCO's 5,000 images they are 9 GB
-        for batch in image_batches(model, images):
-            embeds = model.encode_images(batch)
-            features.append(model.image_features(embeds))
-            image_embeds += embeds.cpu().unbind()
-        if not features or len(texts) == 0:
-            raise ValueError(f"retrieval needs images and texts, got {len(image_embeds)} and {len(texts)}")
-        cosines = torch.cat(features) @ _text_features(model, texts).T
+    with evaluating(model), closing(EmbedsFile()) as embeds:
+        found = _Candidates(text_features(model, texts), top_k or KEPT_COSINES, directions == "both",
+                            embeds if top_k else None)
+        for batch in encode_images(model, images):
+            found.add(model.image_features(batch), batch)
+        found.close_block()
+        if found.images == 0 or len(texts) == 0:
+            raise ValueError(f"retrieval needs images and texts, got {found.images} and {len(texts)}")
         if top_k == 0:
-            return RetrievalResult(cosines, cosines, cosines.T, 0)
-        of_image, of_text = _candidates(cosines, top_k, dim=1), _candidates(cosines, top_k, dim=0)
-        pairs = (of_image | of_text).nonzero()
-        scores = torch.full_like(cosines, NOT_CANDIDATE)
-        texts = texts.with_first(token_ids[first_token])
-        scores[pairs[:, 0], pairs[:, 1]] = _matched_logits(model, image_embeds, texts, pairs, progress)
-    scores = scores + cosines
-    return RetrievalResult(cosines, scores.masked_fill(~of_image, NOT_CANDIDATE),
-                           scores.masked_fill(~of_text, NOT_CANDIDATE).T, len(pairs))
+            return found.by_cosine()
+        pairs, of_candidate = found.pairs().unique(return_inverse=True)
+        pairs = torch.stack([pairs // len(texts), pairs % len(texts)], dim=1)
+        logits = match_pairs(model, embeds.read, texts.with_first(token_ids[first_token]), pairs, progress)
+    return found.by_matching(logits[:, 1][of_candidate], len(pairs))
 
 
-def _text_features(model: BlipModel, texts: PackedTexts) -> Tensor:
-    texts = texts.with_first(model.config.tokens.cls)
-    every = torch.arange(len(texts), device=texts.device)
-    return torch.cat([model.text_features(texts.select(some)) for some in every.split(TEXT_BATCH)])
+class _Candidates:
+    """What the first walk leaves: candidates by cosine, and their images' embeds in a file where they are wanted."""
+
+    def __init__(self, features: Tensor, k: int, both: bool, embeds: EmbedsFile | None) -> None:
+        self.features, self.k, self.embeds = features, k, embeds
+        self.images = 0
+        self._waiting: list[Tensor] = []  # features of the block's images
+        self._block = max(1, min(BLOCK_IMAGES, BLOCK_PAIRS // max(len(features), 1)))
+        self._of_text = RunningTopK(len(features), k, features.device)
+        self._of_image: list[tuple[Tensor, Tensor]] | None = [] if both else None  # (cosines, texts) of each block
+
+    def add(self, features: Tensor, embeds: Tensor) -> None:
+        """The next images' contrastive features [n, embed_dim] and embeds [n, tokens, width]."""
+        if self.embeds is not None:
+            for image, own in enumerate(embeds, self.images):
+                self.embeds.write(image, own)
+        self._waiting.append(features)
+        self.images += len(features)
+        if sum(map(len, self._waiting)) >= self._block:
+            self.close_block()
+
+    def close_block(self) -> None:
+        """Hold the images that wait against all texts."""
+        if not self._waiting or len(self.features) == 0:
+            return
+        block = torch.cat(self._waiting)
+        self._waiting = []
+        cosines = block @ self.features.T
+        self._of_text.add(cosines.T, torch.arange(self.images - len(block), self.images, device=block.device))
+        if self._of_image is not None:
+            self._of_image.append(cosines.topk(min(self.k, cosines.shape[1]), dim=1))
+        elif self.embeds is not None:
+            self.embeds.keep(self._of_text.items.unique().tolist())
+
+    def pairs(self) -> Tensor:
+        """image × texts + text of every candidate, those of images first, int64."""
+        texts = len(self.features)
+        every_text = torch.arange(texts, device=self.features.device)[:, None]
+        of_text = self._of_text.items * texts + every_text
+        if self._of_image is None:
+            return of_text.flatten()
+        of_image = torch.cat([items for _, items in self._of_image])
+        every_image = torch.arange(self.images, device=self.features.device)[:, None]
+        return torch.cat([(every_image * texts + of_image).flatten(), of_text.flatten()])
+
+    def by_cosine(self) -> RetrievalResult:
+        of_image = None
+        if self._of_image is not None:
+            cosines, items = (torch.cat(parts) for parts in zip(*self._of_image, strict=True))
+            of_image = Ranking(items.cpu(), cosines.cpu(), len(self.features), cosines[:, -1].cpu())
+        cosines = self._of_text.scores.cpu()
+        return RetrievalResult(of_image, Ranking(self._of_text.items.cpu(), cosines, self.images, cosines[:, -1]), 0)
+
+    def by_matching(self, logits: Tensor, pairs: int) -> RetrievalResult:
+        """With the matching head's logits of the candidates in the order of `pairs`."""
+        of_image = None
+        if self._of_image is not None:
+            cosines, items = (torch.cat(parts) for parts in zip(*self._of_image, strict=True))
+            of_image = _reranked(items, cosines + logits[: items.numel()].view_as(items), len(self.features))
+            logits = logits[items.numel() :]
+        items = self._of_text.items
+        return RetrievalResult(of_image, _reranked(items, self._of_text.scores + logits.view_as(items), self.images),
+                               pairs)
 
 
-def _candidates(cosines: Tensor, top_k: int, dim: int) -> Tensor:
-    """bool [images, texts], True at the `top_k` best along `dim`."""
-    best = cosines.topk(min(top_k, cosines.shape[dim]), dim=dim).indices
-    return torch.zeros_like(cosines, dtype=torch.bool).scatter_(dim, best, True)
+def _reranked(items: Tensor, scores: Tensor, gallery: int) -> Ranking:
+    scores, order = scores.sort(dim=1, descending=True, stable=True)
+    return Ranking(items.gather(1, order).cpu(), scores.cpu(), gallery, torch.full((len(items),), NOT_CANDIDATE))
 
 
-def _matched_logits(model: BlipModel, image_embeds: list[Tensor], texts: PackedTexts, pairs: Tensor,
-                    progress: Callable[[int, int], None] | None) -> Tensor:
-    """ITM's 'matched' logit [pairs] of (image, text) rows [pairs, 2] that stand sorted by image.
+class Retriever(PretrainedTask):
+    """Finds texts for images and images for texts.
 
-    image_embeds: of each image [tokens, vision width].
+    `Retriever.from_pretrained("Salesforce/blip-itm-base-coco")(["a.jpg", "b.jpg"], ["a dog"], top_k=16)`.
     """
-    stack = model.stack("encoder")
-    logits = []
-    for first, last, rows in _image_groups(pairs[:, 0].bincount(minlength=len(image_embeds)).tolist()):
-        image_kv = stack.image_kv(torch.stack(image_embeds[first:last]).to(pairs.device))
-        for image, text in (chunk.unbind(1) for chunk in pairs[rows].split(MAX_PAIRS)):
-            logits.append(model.match_logits(texts.select(text), image - first, image_kv)[:, 1])
-        if progress is not None:
-            progress(rows.stop, len(pairs))
-    return torch.cat(logits)
 
+    def __init__(self, model: BlipModel, tokenizer: Tokenizer) -> None:
+        """Raises ValueError where the model lacks the matching head or the contrastive projections."""
+        super().__init__(model, tokenizer)
+        self._matcher = Matcher(model, tokenizer)
 
-def _image_groups(pairs_of_image: list[int]) -> Iterator[tuple[int, int, slice]]:
-    """(first image, end image, their rows of the pairs): as many images as stay below both bounds, one at least."""
-    first = row = 0
-    while first < len(pairs_of_image):
-        last, rows = first + 1, pairs_of_image[first]
-        while (last < len(pairs_of_image) and last - first < MAX_IMAGES
-               and rows + pairs_of_image[last] <= MAX_PAIRS):
-            rows += pairs_of_image[last]
-            last += 1
-        yield first, last, slice(row, row + rows)
-        first, row = last, row + rows
+    def __call__(self, images: ImageSource | Iterable[ImageSource], texts: str | Iterable[str], top_k: int = 256, *,
+                 first_token: str = "[ENC]", directions: Directions = "both", batch_size: int = 16,
+                 progress: Callable[[int, int], None] | None = None) -> RetrievalResult:
+        """As `retrieve`, of images in any form that `load_image` takes, one or a stream of them, and of texts as they
+        are (the published evaluation cleans them: `clean_caption`), at most 35 tokens of each.
+
+        Raises:
+            ImageError: for the first image that cannot be read.
+            ValueError, OSError: as `retrieve`; a text has no token.
+        """
+        packed = self._matcher.pack([texts] if isinstance(texts, str) else list(texts))
+        batches = pixel_batches(as_sources(images), self.model.config.vision.image_size, batch_size)
+        return retrieve(self.model, batches, packed, top_k, first_token=first_token, directions=directions,
+                        progress=progress)

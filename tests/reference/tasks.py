@@ -118,13 +118,20 @@ class QuestionAnswerer(nn.Module):
         answer_ids = with_first_token(answer_ids, DEC)
         best = []
         for state, mask in zip(states, question_mask, strict=True):
-            first = self.text_decoder(torch.tensor([[DEC]]), torch.tensor([[1]]), state[None], mask[None])[0, 0]
-            chosen = first.softmax(dim=0)[answer_ids[:, 1]].topk(shortlist).indices
-            many_states, many_masks = state.expand(shortlist, -1, -1), mask.expand(shortlist, -1)
-            logits = self.text_decoder(answer_ids[chosen], answer_mask[chosen], many_states, many_masks)
-            scores = -token_losses(logits, targets_of(answer_ids[chosen])).sum(dim=1)
-            best.append(chosen[scores.argmax()])
+            chosen = self.first_token_probabilities(state, mask, answer_ids).topk(shortlist).indices
+            best.append(chosen[self.answer_scores(state, mask, answer_ids[chosen], answer_mask[chosen]).argmax()])
         return torch.stack(best)
+
+    def first_token_probabilities(self, state: Tensor, mask: Tensor, answer_ids: Tensor) -> Tensor:
+        """Of one question, states [L, D] and mask [L]: the probability [A] of each answer's first token."""
+        first = self.text_decoder(torch.tensor([[DEC]]), torch.tensor([[1]]), state[None], mask[None])[0, 0]
+        return first.softmax(dim=0)[answer_ids[:, 1]]
+
+    def answer_scores(self, state: Tensor, mask: Tensor, answer_ids: Tensor, answer_mask: Tensor) -> Tensor:
+        """Of one question: minus the smoothed loss [A] of answers [A, L] that begin with [DEC]."""
+        count = len(answer_ids)
+        logits = self.text_decoder(answer_ids, answer_mask, state.expand(count, -1, -1), mask.expand(count, -1))
+        return -token_losses(logits, targets_of(answer_ids)).sum(dim=1)
 
 
 class PairReasoner(nn.Module):

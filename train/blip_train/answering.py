@@ -88,7 +88,7 @@ class Answering(TrainingStep):
         self.model, self.loss = model, _AnswerLoss(label_smoothing)
 
     def forward(self, batch: QuestionBatch, *_: Any) -> StepOutput:
-        question_kv = self.model.question_kv(batch.images, batch.questions)
+        question_kv = self.model.question_kv(self.model.encode_images(batch.images), batch.questions)
         texts, targets = batch.answers.without_last(), batch.answers.without_first()
         (hidden,) = self.model.stack("decoder")([TextStream(texts, "decoder", batch.question_of)], question_kv)
         total = self.loss(self.model, hidden, targets.token_ids, batch.weights[targets.text_of_row()])

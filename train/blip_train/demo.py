@@ -23,7 +23,7 @@ from blip_fast.generate import GenerationConfig
 from blip_fast.images import evaluation_transform
 from blip_fast.tasks.caption import Captioner
 from blip_fast.tasks.match import Matcher
-from blip_fast.tasks.retrieve import RetrievalResult
+from blip_fast.tasks.ranking import RetrievalResult
 from blip_train.launch import carry_out
 from blip_train.prepare import source_folder
 from blip_train.recipe import Recipe, load_recipe

@@ -50,5 +50,6 @@ class Reasoning(TrainingStep):
         self.model = model
 
     def forward(self, batch: PairBatch, *_: Any) -> StepOutput:
-        logits = self.model.pair_logits(batch.images, batch.sentences)
+        embeds = self.model.encode_images(batch.images.flatten(0, 1)).unflatten(0, (-1, 2))
+        logits = self.model.pair_logits(embeds, batch.sentences)
         return StepOutput({"reasoning": F.cross_entropy(logits, batch.labels)})
