@@ -112,7 +112,7 @@ def _prompted(tokenizer: Tokenizer, captions: Sequence[str], prompt: str) -> Pac
 
 
 def _pixel_batches(images: Iterable[AnnotatedImage], model: BlipModel) -> Iterator[Tensor]:
-    pixels = read_pixels((image.load for image in images), model.config.vision.image_size)
+    pixels = read_pixels(images, model.config.vision.image_size)
     while batch := list(islice(pixels, BATCH)):
         for read in batch:
             if isinstance(read, ImageError):  # scores over other images than those asked for would mislead

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch import Tensor
 from blip_fast.model import BlipModel
 
 IMAGE_BATCH = 32
+
+Result = TypeVar("Result")
 
 
 @contextmanager
@@ -24,6 +27,17 @@ def evaluating(model: BlipModel) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def evaluated(model: BlipModel, results: Iterator[Result]) -> Iterator[Result]:
+    """The same results, each computed under `evaluating`; whoever takes them does as they like in between."""
+    while True:
+        with evaluating(model):
+            try:
+                result = next(results)
+            except StopIteration:
+                return
+        yield result
 
 
 def encode_images(model: BlipModel, images: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:

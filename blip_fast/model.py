@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from blip_kernels import packed_linear
 from torch import Tensor, nn
 
 from blip_fast.config import BlipConfig
@@ -40,6 +41,7 @@ class BlipModel(nn.Module):
         self.text = nn.ModuleDict({name: TextStack(config.text, read_width.get(name, vision_width), modes)
                                    for name, modes in stacks.items()})
         self.lm_head = LMHead(config.text, config.tied_lm_head) if config.has_decoder else None
+        self.packed_vocabulary: Tensor | None = None  # see pack_linear_layers
         if config.contrastive:
             self.vision_projection = nn.Linear(vision_width, config.embed_dim)
             self.text_projection = nn.Linear(width, config.embed_dim)
@@ -169,7 +171,10 @@ class BlipModel(nn.Module):
 
     def vocabulary_logits(self, hidden: Tensor) -> Tensor:
         """Decoder states [..., width] → logits [..., vocab_size]."""
-        return F.linear(*self.vocabulary_projection(hidden))
+        states, weight, bias = self.vocabulary_projection(hidden)
+        if self.packed_vocabulary is None:
+            return F.linear(states, weight, bias)
+        return packed_linear(states, self.packed_vocabulary, bias)
 
     def vocabulary_projection(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Decoder states [..., width] → the operands of their logits: transformed states [..., width], weight

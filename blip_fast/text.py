@@ -13,23 +13,27 @@ Cross-attention reads `ImageKV`: keys and values of all layers, projected once p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
-from blip_kernels import attention, cached_attention, decode_attention
-from blip_kernels.decode_attention import MOST_ROWS
+from blip_kernels import attention, cached_attention
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from blip_fast.cache import ImagePool, SelfCache
 from blip_fast.config import TextConfig
 from blip_fast.packing import PackedTexts
 from blip_fast.recompute import last_product_alone
 
 Mode = Literal["encoder", "decoder"]
+
+# float32 products of a multiple of this many rows give a row the same bits whatever their number; with fewer than four
+# rows in a thread's share the library changes to another kernel (docs/decisions.md).
+ROWS_TOGETHER = 4
 
 
 @dataclass(frozen=True)
@@ -66,48 +70,11 @@ class ImageKV:
         """(k, v) [image rows, heads, head_dim] of one layer, per eye."""
         return [layers[index] for layers in self._layers]
 
-    def select(self, images: Tensor) -> ImageKV:
-        """The given images (int64 [n]) alone, in that order."""
-        offsets = F.pad(self.offsets.diff()[images].cumsum(0), (1, 0)).int()
-        shift = (self.offsets[images] - offsets[:-1]).repeat_interleave(offsets.diff())
-        rows = torch.arange(len(shift), device=shift.device) + shift
-        return ImageKV(tuple(kv.index_select(0, rows) for kv in self.kv), offsets)
-
-
-class SelfCache:
-    """Self-attention keys and values of the tokens decoded so far, in slots that are written once and never moved.
-
-    `slots` [rows, max_tokens] says where each row's tokens lie: beams share the slots of their common history, and a
-    new order of beams is a new order of that table alone.
-    """
-
-    def __init__(self, config: TextConfig, rows: int, max_rows: int, max_tokens: int, like: Tensor) -> None:
-        """Room for `max_tokens` tokens of `rows` texts at first (the prompts) and up to `max_rows` texts later."""
-        shape = (config.layers, 2, max_rows * max_tokens, config.heads, config.width // config.heads)
-        self.kv = torch.empty(shape, dtype=like.dtype, device=like.device)
-        self.own_slots = torch.arange(max_rows * max_tokens, device=like.device).view(max_rows, max_tokens)
-        self.slots = self.own_slots[:rows]
-        self.length = 0
-
-    def advance(self, tokens: int) -> None:
-        """Make the next `tokens` positions of every row current: `append` fills them, layer by layer."""
-        end = self.length + tokens
-        self._written = self.slots[:, self.length : end].flatten()
-        self.length = end
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Store k, v [rows × current tokens, heads, head_dim]."""
-        self.kv[layer, 0].index_copy_(0, self._written, k)
-        self.kv[layer, 1].index_copy_(0, self._written, v)
-
-    def attend(self, layer: int, q: Tensor) -> Tensor:
-        """q [rows, heads, head_dim], one token a row, over all of the row's tokens so far, read where they lie."""
-        return cached_attention(q, self.kv[layer, 0], self.kv[layer, 1], self.slots[:, : self.length])
-
-    def select(self, rows: Tensor) -> None:
-        """Go on from the given rows, in that order (beams that survive, or a prompt's row once per beam)."""
-        # Tokens to come get slots of their own: a row's own slots from here on hold nothing that others still read.
-        self.slots = torch.cat([self.slots[rows, : self.length], self.own_slots[: len(rows), self.length :]], dim=1)
+    def split(self) -> list[ImageKV]:
+        """Each image by itself, a view."""
+        lengths = self.offsets.diff().tolist()
+        return [ImageKV(tuple(parts), self.offsets.new_tensor([0, length]))
+                for length, *parts in zip(lengths, *(kv.split(lengths) for kv in self.kv), strict=True)]
 
 
 class SelfAttention(nn.Module):
@@ -132,7 +99,7 @@ class SelfAttention(nn.Module):
                 k, v = F.linear(x, weight[width:], bias[width:]).view(len(x), 2, self.heads, -1).unbind(1)
                 x = x.index_select(0, first)
                 q = F.linear(x, weight[:width], bias[:width]).view(len(x), self.heads, -1)
-            else:  # an adapter around it: the weight is not all that it computes with
+            else:  # packed, or an adapter around it: the weight is not all that it computes with
                 q, k, v = self.project(x)
                 x, q = x.index_select(0, first), q.index_select(0, first)
             q_offsets = torch.arange(len(offsets), dtype=torch.int32, device=x.device)
@@ -168,10 +135,7 @@ class CrossAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         for query, out, (k, v) in zip(self.query, self.out, image_kv.layer(layer), strict=True):
             q = rows.sort(query(x)).view(len(x), self.heads, -1)
-            if rows.each is not None and rows.each <= MOST_ROWS:
-                attended = decode_attention(q, k, v, image_kv.offsets)
-            else:
-                attended = attention(q, k, v, rows.offsets, image_kv.offsets, dropout=dropout)
+            attended = attention(q, k, v, rows.offsets, image_kv.offsets, dropout=dropout)
             seen.append(out(rows.unsort(attended.flatten(1))))
         if len(seen) == 1:
             merged = seen[0]
@@ -179,7 +143,10 @@ class CrossAttention(nn.Module):
             merged = self.merge(torch.cat(seen, dim=-1))
         else:
             merged = (seen[0] + seen[1]) / 2
-        return self.norm(x + F.dropout(merged, self.dropout, self.training))
+        return self.finish(x, merged)
+
+    def finish(self, x: Tensor, seen: Tensor) -> Tensor:
+        return self.norm(x + F.dropout(seen, self.dropout, self.training))
 
 
 class FeedForward(nn.Module):
@@ -189,11 +156,12 @@ class FeedForward(nn.Module):
         super().__init__()
         self.dropout = config.dropout
         self.mlp_in = nn.Linear(config.width, config.mlp_width)
+        self.activation = nn.GELU()
         self.mlp_out = nn.Linear(config.mlp_width, config.width)
         self.norm = nn.LayerNorm(config.width, config.norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = last_product_alone(lambda hidden: self.mlp_out(F.gelu(hidden)), self.mlp_in(x))
+        hidden = last_product_alone(lambda hidden: self.mlp_out(self.activation(hidden)), self.mlp_in(x))
         return self.norm(x + F.dropout(hidden, self.dropout, self.training))
 
 
@@ -280,34 +248,39 @@ class TextStack(nn.Module):
                    for project, rows in zip(self.image_to_kv, states, strict=True))
         return ImageKV(kv, offsets)
 
-    def decode(self, token_ids: Tensor, cache: SelfCache, image_kv: ImageKV) -> Tensor:
-        """Next tokens of texts in generation, with the decoder's self-attention over a cache. Without gradients.
+    def decode(self, token_ids: Tensor, positions: Tensor, cache: SelfCache, images: ImagePool) -> Tensor:
+        """One step of generation: a token of each row, with the decoder's self-attention over a cache. Without
+        gradients.
+
+        A row's result has the same bits whatever the other rows are and however many: see `ROWS_TOGETHER`.
 
         Args:
-            token_ids: int64 [rows, new tokens], one each, or the prompts on an empty cache; every image owns the same
-                number of consecutive rows.
-            cache: of the tokens before these; the new ones are added.
-            image_kv: of the images.
+            token_ids: int64 [rows], the same number of consecutive rows for each slot of `images` and `cache`.
+            positions: int64 [rows], of these tokens in their texts.
+            cache: of the tokens before these; these are added.
 
         Returns:
-            [rows, new tokens, width].
+            [rows, width], and behind them what fills their number up to a multiple of `ROWS_TOGETHER`.
         """
-        rows, new = token_ids.shape
-        if new > 1 and cache.length:
-            raise ValueError(f"{new} tokens on a cache of {cache.length}: a prompt starts an empty cache")
-        cache.advance(new)
-        positions = torch.arange(cache.length - new, cache.length, device=token_ids.device).repeat(rows)
-        x = self._embed(token_ids.flatten(), positions)
-        by_text = torch.arange(rows + 1, dtype=torch.int32, device=x.device) * new
-        images = len(image_kv.offsets) - 1
-        each = rows // images * new
-        by_image = RowsByImage(torch.arange(images + 1, dtype=torch.int32, device=x.device) * each, None, None, each)
+        rows, fill = len(token_ids), -len(token_ids) % ROWS_TOGETHER
+        cache.place(positions)
+        x = self._embed(F.pad(token_ids, (0, fill)), F.pad(positions, (0, fill)))
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            cache.append(layer, k, v)
-            return attention(q, k, v, by_text, by_text, causal=True) if new > 1 else cache.attend(layer, q)
+        def filled(attended: Tensor) -> Tensor:
+            return F.pad(attended.flatten(1), (0, 0, 0, fill)) if fill else attended.flatten(1)
 
-        return self._decoder_layers(x, by_image, image_kv, attend).unflatten(0, (rows, new))
+        for index, module in enumerate(self.layers):
+            layer = cast(TextLayer, module)
+            self_attention = cast(SelfAttention, layer.self_attention["decoder"])
+            cross_attention = layer.cross_attention
+            assert cross_attention is not None
+            q, k, v = (part[:rows] for part in self_attention.project(x))
+            cache.append(index, k, v)
+            x = self_attention.finish(x, filled(cache.attend(index, q)))
+            q = cross_attention.query[0](x).view(len(x), cross_attention.heads, -1)[:rows]
+            x = cross_attention.finish(x, cross_attention.out[0](filled(images.attend(index, q))))
+            x = layer.feed_forward(x)
+        return x
 
     def decode_tree(self, token_ids: Tensor, paths: Tensor, depths: Tensor, images: Tensor,
                     image_kv: ImageKV) -> Tensor:
@@ -325,26 +298,13 @@ class TextStack(nn.Module):
         Returns:
             [rows, width].
         """
-        x = self._embed(token_ids, depths - 1)
+        x, lengths = self._embed(token_ids, depths - 1), depths.int()
         by_image = RowsByImage(F.pad(images.bincount().cumsum(0), (1, 0)).int(), None, None)
-        levels = [(depths == depth).nonzero().flatten() for depth in range(1, paths.shape[1] + 1)]
-
-        def attend(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            attended = torch.empty_like(q)
-            for depth, rows in enumerate(levels, 1):
-                attended[rows] = cached_attention(q[rows], k, v, paths[rows, :depth])
-            return attended
-
-        return self._decoder_layers(x, by_image, image_kv, attend)
-
-    def _decoder_layers(self, x: Tensor, by_image: RowsByImage, image_kv: ImageKV,
-                        attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-        """Rows [rows, width] through all layers, self-attention by `attend(layer, q, k, v)`."""
         for index, module in enumerate(self.layers):
             layer = cast(TextLayer, module)
             self_attention = cast(SelfAttention, layer.self_attention["decoder"])
             assert layer.cross_attention is not None
-            x = self_attention.finish(x, attend(index, *self_attention.project(x)))
+            x = self_attention.finish(x, cached_attention(*self_attention.project(x), paths, lengths))
             x = layer.cross_attention(x, by_image, image_kv, index)
             x = layer.feed_forward(x)
         return x
@@ -370,7 +330,6 @@ class RowsByImage:
     offsets: Tensor  # int32 [images + 1]
     order: Tensor | None  # int64 [rows]: sorted position → row; None where rows stand sorted
     inverse: Tensor | None  # int64 [rows]: row → sorted position
-    each: int | None = None  # in generation: how many rows every image has
 
     @classmethod
     def of(cls, streams: Sequence[TextStream], images: int, first_rows: Sequence[bool]) -> RowsByImage:
@@ -406,6 +365,7 @@ class LMHead(nn.Module):
     def __init__(self, config: TextConfig, tied: bool) -> None:
         super().__init__()
         self.dense = nn.Linear(config.width, config.width)
+        self.activation = nn.GELU()
         self.norm = nn.LayerNorm(config.width, config.norm_eps)
         self.projection = None if tied else nn.Linear(config.width, config.vocab_size, bias=False)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
@@ -413,5 +373,8 @@ class LMHead(nn.Module):
     def forward(self, hidden: Tensor, word_embeds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[..., width], the stack's word embeddings [vocab_size, width] → what `F.linear` makes logits of: states
         [..., width], weight [vocab_size, width], bias [vocab_size]."""
-        weight = word_embeds if self.projection is None else self.projection.weight
-        return self.norm(F.gelu(self.dense(hidden))), weight, self.bias
+        return self.norm(self.activation(self.dense(hidden))), self.weight(word_embeds), self.bias
+
+    def weight(self, word_embeds: Tensor) -> Tensor:
+        """The projection's weight [vocab_size, width]."""
+        return word_embeds if self.projection is None else self.projection.weight

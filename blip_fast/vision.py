@@ -74,6 +74,7 @@ class VisionBlock(nn.Module):
         self.attention_out = nn.Linear(config.width, config.width)
         self.norm2 = nn.LayerNorm(config.width, config.norm_eps)
         self.mlp_in = nn.Linear(config.width, hidden)
+        self.activation = nn.GELU()
         self.mlp_out = nn.Linear(hidden, config.width)
         self.drop_path = config.drop_path * index / max(config.layers - 1, 1)
 
@@ -88,7 +89,8 @@ class VisionBlock(nn.Module):
         attended = self.attention_out(attention(q, k, v, q_offsets, offsets).flatten(1))
         x = x + self._drop_path(attended, images)
         hidden = last_product_alone(lambda x: self.mlp_in(self.norm2(x)), x)
-        return x + self._drop_path(last_product_alone(lambda hidden: self.mlp_out(F.gelu(hidden)), hidden), images)
+        return x + self._drop_path(last_product_alone(lambda hidden: self.mlp_out(self.activation(hidden)), hidden),
+                                   images)
 
     def _drop_path(self, x: Tensor, images: int) -> Tensor:
         """Stochastic depth: the whole branch of an image is dropped, the others are scaled up."""

@@ -62,8 +62,8 @@ def test_first_token_matters(answerer):
 
 
 def test_wrong_calls(answerer, tmp_path):
-    with pytest.raises(ValueError, match="1 images but 2 questions"):
-        answerer([b""], ["a", "b"])
+    with pytest.raises(ValueError, match="2 images but 3 questions"):
+        answerer([b"", b""], ["a", "b", "c"])
     save_model("BlipForConditionalGeneration", small_tokenizer(), tmp_path)
     with pytest.raises(ValueError, match="VQA"):
         Answerer(*_parts(Captioner.from_pretrained(tmp_path)))

@@ -51,12 +51,14 @@ def test_attention(causal):
 
 
 def test_generation():
-    k = torch.randn(10, HEADS, WIDTH)
-    found = counted(lambda: decode_attention(torch.randn(6, HEADS, WIDTH), k, k, offsets([4, 6]), backend="reference"))
+    k, lengths = torch.randn(10, HEADS, WIDTH), torch.tensor([4, 6], dtype=torch.int32)
+    images = torch.randn(2, 7, HEADS, WIDTH)
+    found = counted(lambda: decode_attention(torch.randn(6, HEADS, WIDTH), images, images, lengths,
+                                             backend="reference"))
     assert found == 2 * 2 * 3 * 10 * HEADS * WIDTH  # three rows an image over ten keys in all
-    slots = torch.arange(8).view(2, 4)
-    found = counted(lambda: cached_attention(torch.randn(2, HEADS, WIDTH), k, k, slots, backend="reference"))
-    assert found == 2 * 2 * 2 * 4 * HEADS * WIDTH
+    slots = torch.arange(12).view(2, 6) % 10
+    found = counted(lambda: cached_attention(torch.randn(2, HEADS, WIDTH), k, k, slots, lengths, backend="reference"))
+    assert found == 2 * 2 * (4 + 6) * HEADS * WIDTH
 
 
 def test_losses():

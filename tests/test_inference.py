@@ -1,21 +1,31 @@
-"""Images for inference: one at a time on a CPU, so that an image's visual tokens are its own to the last bit."""
+"""Models and images for inference on a CPU: linear layers packed, and one image at a time, so that its visual tokens
+are its own to the last bit."""
+
+from copy import deepcopy
 
 import pytest
 import torch
 
-from blip_fast.config import BlipConfig, TextConfig, VisionConfig
+from blip_fast.config import BlipConfig, SpecialTokens, TextConfig, VisionConfig
 from blip_fast.inference import encode_images, evaluating
 from blip_fast.model import BlipModel
+from blip_fast.packed import PackedLinear, pack_linear_layers
+from blip_fast.packing import PackedTexts
 
 SIZE = 64
 
 
-@pytest.fixture(scope="module")
-def model():
+def make_model(**changes):
     torch.manual_seed(0)
     vision = VisionConfig(image_size=SIZE, patch_size=16, width=48, layers=3, heads=3)
     text = TextConfig(vocab_size=120, width=48, layers=2, heads=3, mlp_width=96, max_positions=32)
-    return BlipModel(BlipConfig(vision, text, text_stacks="decoder", contrastive=False, matching=False))
+    tokens = SpecialTokens(pad=0, cls=1, sep=2, bos=3, enc=4)
+    return BlipModel(BlipConfig(vision, text, tokens, **changes)).eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model(text_stacks="decoder", contrastive=False, matching=False)
 
 
 @pytest.fixture(scope="module")
@@ -46,3 +56,54 @@ def test_pixels_are_cast(model, pixels):
     low = BlipModel(model.config).to(torch.bfloat16)
     with evaluating(low):
         assert next(encode_images(low, pixels)).dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def outputs(model, pixels):
+    """Everything that a tied model computes: ITC features, ITM logits and LM logits."""
+    image_embeds = model.encode_images(pixels)
+    lengths, images = torch.tensor([4, 1, 7, 3, 5]), torch.tensor([3, 0, 0, 4, 1])
+    token_ids = torch.randint(5, 120, (20,), generator=torch.Generator().manual_seed(2))
+    texts = PackedTexts.from_lists([part.tolist() for part in token_ids.split(lengths.tolist())])
+    image_kv = model.stack("encoder").image_kv(image_embeds)
+    return (image_embeds, model.image_features(image_embeds), model.text_features(texts.with_first(1)),
+            model.match_logits(texts.with_first(4), images, image_kv),
+            model.lm_logits(texts.with_first(3), images, image_kv))
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied head", "own head"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 4e-2)], ids=str)
+def test_a_packed_model_computes_the_same(pixels, tied, dtype, tolerance):
+    """Held to the plain model, in bfloat16 to the plain one in float32: packing adds no error of its own."""
+    plain = make_model(tied_lm_head=tied).to(dtype)
+    packed = deepcopy(plain)
+    pack_linear_layers(packed)
+    assert not any(type(module) is torch.nn.Linear for name, module in packed.named_modules()
+                   if name != "lm_head.projection")
+    exact = outputs(plain.float(), pixels)
+    for found, wanted in zip(outputs(packed, pixels.to(dtype)), exact, strict=True):
+        torch.testing.assert_close(found.float(), wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max()))
+
+
+def test_a_packed_model_holds_its_weights_once():
+    plain = make_model()
+    packed = deepcopy(plain)
+    pack_linear_layers(packed)
+    before, after = plain.state_dict(), packed.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    layers = [module for module in packed.modules() if isinstance(module, PackedLinear)]
+    assert layers and all(name == "bias" for layer in layers for name, _ in layer.named_parameters())
+
+
+def test_a_packed_model_stays_where_it_is():
+    packed = make_model()
+    pack_linear_layers(packed)
+    for move in (packed.double, packed.half, lambda: packed.to("meta")):
+        with pytest.raises(ValueError, match="load it anew"):
+            move()
+
+
+def test_what_cannot_be_packed_is_left():
+    half = make_model().half()
+    pack_linear_layers(half)
+    assert not any(isinstance(module, PackedLinear) for module in half.modules()) and half.packed_vocabulary is None

@@ -10,6 +10,7 @@ from PIL import Image
 
 from blip_fast.cli import main
 from blip_fast.images import evaluation_transform
+from blip_fast.model import BlipModel
 from blip_fast.tasks import match
 from blip_fast.tasks.match import Matcher
 
@@ -112,3 +113,94 @@ def test_command_refuses(checkpoint, images, tmp_path, capsys):
         assert main(["score", "--model", str(checkpoint[0]), *map(str, arguments)]) == 2, named
         out, err = capsys.readouterr()
         assert not out and named in err and err.count("\n") == 1, err
+
+
+# ---------------------------------------------------------------- files of pairs
+
+
+@pytest.fixture
+def pairs(images, tmp_path):
+    """Six rows about three pictures, one of which is broken; `more` is a key of the user's own."""
+    names = [str(tmp_path / f"{i}.png") for i in range(2)]
+    for name, image in zip(names, images, strict=False):
+        image.save(name)
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    rows = [{"image": names[0], "text": TEXTS[0]}, {"image": names[0], "text": TEXTS[1], "more": 7},
+            {"image": str(tmp_path / "broken.png"), "text": TEXTS[0]}, {"image": names[1], "text": TEXTS[3]},
+            {"image": names[0], "text": TEXTS[2]}]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path, rows
+
+
+@pytest.mark.parametrize("batch_size", [1, 16])
+def test_pairs(checkpoint, matcher, pairs, capsys, batch_size):
+    """Each row with its scores, in order; a broken image costs its own rows alone, and the status says so."""
+    path, rows = pairs
+    arguments = ["score", "--model", str(checkpoint[0]), "--pairs", str(path), "--batch-size", str(batch_size)]
+    assert main(arguments) == 1
+    out, err = capsys.readouterr()
+    found = [json.loads(line) for line in out.splitlines()]
+    assert "broken.png" in err and err.count("\n") == 1
+    for row, scored in zip(rows, found, strict=True):
+        assert {key: scored[key] for key in row} == row
+        if "broken" in row["image"]:
+            assert "broken.png" in scored["error"] and "itm" not in scored
+        else:
+            expected = matcher.score(row["image"], row["text"])
+            assert scored["itm"] == pytest.approx(expected.itm.item(), abs=1e-6)
+            assert scored["itc"] == pytest.approx(expected.itc.item(), abs=1e-6)
+
+
+def test_an_image_of_many_pairs_is_encoded_once(checkpoint, pairs, monkeypatch, capsys):
+    encoded, encode = [], BlipModel.encode_images
+    monkeypatch.setattr(BlipModel, "encode_images",
+                        lambda self, pixels: encoded.append(len(pixels)) or encode(self, pixels))
+    path, rows = pairs
+    path = path.with_suffix(".tsv")
+    path.write_text("".join(f"{rows[0]['image']}\t{text}\n" for text in TEXTS * 3))
+    assert main(["score", "--model", str(checkpoint[0]), "--pairs", str(path)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 12 and sum(encoded) == 1
+
+
+@pytest.mark.parametrize("left", [0, 1, 3, 5])
+def test_resume(checkpoint, pairs, tmp_path, capsys, left):
+    """A file that was cut short anywhere, even within a line, ends as the whole one, without scoring anything twice."""
+    path, rows = pairs
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    arguments = ["score", "--model", str(checkpoint[0]), "--pairs", str(path), "--output"]
+    assert main([*arguments, str(whole)]) == 1
+    lines = whole.read_text().splitlines(keepends=True)
+    assert len(lines) == len(rows)
+    cut.write_text("".join(lines[:left]) + "".join(lines[left : left + 1])[:9])
+    status = main([*arguments, str(cut), "--resume"])
+    assert status == (1 if left < 3 else 0)
+    for row, expected in zip(cut.read_text().splitlines(), lines, strict=True):
+        assert json.loads(row) == pytest.approx(json.loads(expected), abs=1e-6)
+
+
+def test_files_of_pairs_that_are_refused(checkpoint, pairs, tmp_path, capsys):
+    _, rows = pairs
+    (tmp_path / "bad.jsonl").write_text(json.dumps(rows[0]) + '\n{"image": "a.png"}\n')
+    (tmp_path / "bad.tsv").write_text("a.png a dog\n")
+    (tmp_path / "empty.tsv").write_text("\n")
+    (tmp_path / "pairs.csv").write_text("")
+    (tmp_path / "others.jsonl").write_text("no row\n")
+    for said, arguments in {
+        'bad.jsonl, line 2 has no "text"': ["--pairs", "bad.jsonl"],
+        "bad.tsv, line 1 is not an image, a tab and a text": ["--pairs", "bad.tsv"],
+        "empty.tsv holds no line": ["--pairs", "empty.tsv"],
+        "must be a .jsonl file": ["--pairs", "pairs.csv"],
+        "others.jsonl, line 1 is no JSON object": ["--pairs", "pairs.jsonl", "--output", "others.jsonl", "--resume"],
+        "others.jsonl exists": ["--pairs", "pairs.jsonl", "--output", "others.jsonl"],
+        "--resume needs --output": ["--pairs", "pairs.jsonl", "--resume"],
+        "--batch-size must be at least 1": ["--pairs", "pairs.jsonl", "--batch-size", "0"],
+        "first token '[DOG]'": ["--pairs", "pairs.jsonl", "--first-token", "[DOG]"],
+        "are for --pairs": ["0.png", "a dog", "--output", "new.jsonl"],
+        "no text to hold": ["0.png"],
+        "name an image and its texts": [],
+    }.items():
+        arguments = [str(tmp_path / a) if "." in a else a for a in arguments]
+        assert main(["score", "--model", str(checkpoint[0]), *arguments]) == 2, said
+        out, err = capsys.readouterr()
+        assert not out and said in err and err.count("\n") == 1, err

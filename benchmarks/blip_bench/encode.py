@@ -14,10 +14,10 @@ from torch import Tensor
 
 from blip_bench.models import DTYPES, have_transformers, load_transformers, pictures
 from blip_bench.timing import Call, Case, Comparison, require
-from blip_fast.checkpoint import load_model
 from blip_fast.config import VisionConfig
 from blip_fast.inference import encode_images, evaluating
 from blip_fast.model import BlipModel
+from blip_fast.tasks.loading import load_for_task
 
 SHARE = 0.75  # of the products' speed, wanted in bfloat16
 SHAPES = [(4096, 4096, 4096), (2308, 768, 3072), (2308, 3072, 768), (2308, 768, 2304)]  # rows, in, out; four images'
@@ -27,7 +27,7 @@ TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2}  # of the relative error
 
 def cases(directory: Path, images: int) -> Iterator[Case]:
     """`images` random pictures, by the model in `directory`."""
-    ours = {dtype: load_model(directory, dtype=getattr(torch, dtype))[0] for dtype in DTYPES}
+    ours = {dtype: load_for_task(directory, dtype=dtype, device="cpu")[0] for dtype in DTYPES}
     theirs = {dtype: load_transformers(directory, dtype).vision_model for dtype in DTYPES if have_transformers()}
     config = ours["float32"].config.vision
     pixels = pictures(images, config.image_size)

@@ -11,36 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from blip_fast.data.shards import INDEX, SECOND, read_index
-from blip_fast.images import ImageError, load_image
+from blip_fast.data.tars import LocalTar
+from blip_fast.images import StoredImage
 
 ANNOTATIONS = "annotations.jsonl"
 
 
-@dataclass(frozen=True)
-class AnnotatedImage:
-    """One image, its captions and its whole row or record. In a shard it is `size` bytes from `start` on."""
+@dataclass(frozen=True, kw_only=True)
+class AnnotatedImage(StoredImage):
+    """One image, its captions and its whole row or record."""
 
-    name: str
     captions: list[str]
     row: dict[str, Any]
-    path: Path
-    start: int = 0
-    size: int | None = None
-
-    def load(self) -> Image.Image:
-        """Raises ImageError for an image that cannot be read."""
-        if self.size is None:
-            return load_image(self.path)
-        try:
-            with self.path.open("rb") as shard:
-                shard.seek(self.start)
-                content = shard.read(self.size)
-        except OSError as error:
-            raise ImageError(f"{self.name}: {error}") from error
-        return load_image(content, self.name)
 
 
 def annotated_images(data: str | Path, split: str | None) -> list[AnnotatedImage]:
@@ -135,7 +118,7 @@ def _has_answers(row: dict[str, Any]) -> bool:
 
 def _of_folder(folder: Path) -> Iterator[AnnotatedImage]:
     for row in read_annotations(folder / ANNOTATIONS):
-        yield AnnotatedImage(row["image"], row["captions"], row, folder / row["image"])
+        yield AnnotatedImage(row["image"], folder / row["image"], captions=row["captions"], row=row)
 
 
 def _of_shards(directory: Path) -> Iterator[AnnotatedImage]:
@@ -153,4 +136,4 @@ def _of_shards(directory: Path) -> Iterator[AnnotatedImage]:
                     images[key] = (member.offset_data, member.size)
         for key, content in records.items():
             record = _row(content, f"{path}, sample {key}")
-            yield AnnotatedImage(record["image"], record["captions"], record, path, *images[key])
+            yield AnnotatedImage(record["image"], LocalTar(path), *images[key], captions=record["captions"], row=record)

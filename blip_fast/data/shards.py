@@ -168,6 +168,9 @@ class OpenShard:
         read = [os.pread(self._stream.fileno(), *members[name]) for name in ("", *[SECOND] * pair, "json")]
         return read[:-1], read[-1]
 
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
     def close(self) -> None:
         self._stream.close()
 

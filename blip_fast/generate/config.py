@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 BeamRule = Literal["transformers5", "authors"]
 
 
@@ -63,7 +66,13 @@ class GenerationConfig:
         if not all(self.banned) or any(token < 0 for sequence in self.banned for token in sequence):
             raise ValueError(f"banned must hold sequences of at least one token id, got {self.banned}")
 
-    def score_divisor(self, length: int, prompt_length: int, ended: bool) -> float:
-        """By what Σ log p of a text of `length` tokens is divided; `ended` if the last of them is [SEP]."""
-        counted = length - ended if self.beam_rule == "authors" else length - prompt_length
-        return counted**self.length_penalty
+    @property
+    def texts_per_image(self) -> int:
+        """How many texts of an image are written at a time: beams, or samples."""
+        return self.beams if self.top_p is None else self.n_best
+
+    def score_divisors(self, lengths: Tensor, prompt_lengths: Tensor, ended: bool) -> Tensor:
+        """By what Σ log p of texts of `lengths` tokens is divided, float32; `ended` if the last of them is [SEP]."""
+        counted = lengths - int(ended) if self.beam_rule == "authors" else lengths - prompt_lengths
+        powers = torch.tensor([1.0, *(n**self.length_penalty for n in range(1, self.max_length + 1))])
+        return powers.to(lengths.device)[counted]

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from blip_kernels.decode_attention import MOST_ROWS
 
-from blip_fast.generate.beam import beam_search
+from blip_fast.generate.batch import ContinuousBatch
 from blip_fast.generate.config import GenerationConfig
-from blip_fast.generate.decoder import Decoder
-from blip_fast.generate.sample import sample
 from blip_fast.model import BlipModel
 from blip_fast.text import ImageKV
+
+QUESTION_KEYS = 64  # rooms for encoded questions are multiples of this
 
 
 @dataclass(frozen=True)
@@ -60,14 +57,33 @@ def generate_stream(model: BlipModel, requests: Iterable[Request], config: Gener
     Raises:
         ValueError: the model is in training mode, no slots; a prompt that leaves no room below `max_length`.
     """
-    places = enumerate(requests)
-    while group := list(islice(places, slots)):
-        by_length = defaultdict(list)
-        for place, request in group:
-            by_length[len(request.prompt)].append((place, request))
-        for same in by_length.values():
-            yield from zip([place for place, _ in same],
-                           _generate_together(model, [request for _, request in same], config), strict=True)
+    if model.training:
+        raise ValueError("the model is in training mode, dropout would change the texts: call model.eval() first")
+    if slots < 1:
+        raise ValueError(f"slots must be at least 1, got {slots}")
+    _check_config(model, config)
+    waiting, held, batch = enumerate(requests), None, None
+    prompt_lengths: dict[int, int] = {}
+    while True:
+        while batch is None or batch.free:
+            held = held or next(waiting, None)
+            if held is None:
+                break
+            place, request = held
+            (kv,), keys = request.image_kv.kv, _room(model, request.image_kv)
+            _check_prompt(request.prompt, config)
+            if batch is None or (batch.idle and batch.keys != keys):
+                batch = ContinuousBatch(model, config, slots, keys, kv)
+            if batch.keys != keys:  # it waits until the others are done: neighbours must not change a text
+                break
+            batch.enter(place, kv, request.prompt, request.seed)
+            prompt_lengths[place], held = len(request.prompt), None
+        if batch is None or batch.idle:
+            return
+        if held is None and batch.free:
+            batch.shrink()
+        for place, token_ids, scores in batch.step():
+            yield place, _texts(token_ids.tolist(), scores.tolist(), prompt_lengths.pop(place), model.config.tokens.sep)
 
 
 def generate(model: BlipModel, image_kv: ImageKV, prompts: Sequence[Sequence[int]], config: GenerationConfig,
@@ -87,57 +103,39 @@ def generate(model: BlipModel, image_kv: ImageKV, prompts: Sequence[Sequence[int
         raise ValueError(f"prompts must be one per image: {images} images, {len(prompts)} prompts")
     if config.top_p is not None and (seeds is None or len(seeds) != images):
         raise ValueError(f"sampling needs one seed per image: {images} images, seeds {seeds}")
-    requests = [Request(image_kv.select(torch.tensor([i])), prompt, seed)
-                for i, (prompt, seed) in enumerate(zip(prompts, seeds or [0] * images, strict=True))]
+    requests = map(Request, image_kv.split(), prompts, seeds or [0] * images)
     texts = dict(generate_stream(model, requests, config, max(images, 1)))
     return [texts[i][0] for i in range(images)]
 
 
-def _generate_together(model: BlipModel, requests: Sequence[Request],
-                       config: GenerationConfig) -> list[list[Generated]]:
-    """Requests with prompts of one length."""
-    device = requests[0].image_kv.offsets.device
-    prompts = torch.tensor([request.prompt for request in requests], device=device)
-    _check(model, prompts, config)
-    sep_id, prompt_length = model.config.tokens.sep, prompts.shape[1]
-    if config.beams > 1:
-        decoder = Decoder(model, _packed([request.image_kv for request in requests]), config)
-        token_ids, scores = beam_search(decoder, prompts, config, sep_id)
-    else:
-        drawn = 1 if config.top_p is None else config.n_best
-        kv = _packed([request.image_kv for request in requests for _ in range(drawn)])
-        uniforms = torch.cat([_uniforms(request.seed, drawn, config.max_length) for request in requests])
-        token_ids, scores = sample(Decoder(model, kv, config), prompts.repeat_interleave(drawn, 0), config, sep_id,
-                                   uniforms.to(device))
-        scores, order = scores.unflatten(0, (-1, drawn)).sort(dim=1, descending=True, stable=True)
-        token_ids = token_ids.unflatten(0, (-1, drawn)).take_along_dim(order[..., None], 1)
-    return [[Generated(_until(ids, sep_id, prompt_length), score) for ids, score in zip(*best, strict=True)
-             if score > -torch.inf] for best in zip(token_ids.tolist(), scores.tolist(), strict=True)]
+def _texts(ids: list[list[int]], scores: list[float], prompt_length: int, sep_id: int) -> list[Generated]:
+    """Cut texts off behind their [SEP]; those with a score of −∞ are none."""
+    return [Generated(text[: text.index(sep_id, prompt_length) + 1] if sep_id in text[prompt_length:] else text, score)
+            for text, score in zip(ids, scores, strict=True) if score > -torch.inf]
 
 
-def _until(ids: list[int], sep_id: int, prompt_length: int) -> list[int]:
-    return ids[: ids.index(sep_id, prompt_length) + 1] if sep_id in ids[prompt_length:] else ids
+def _room(model: BlipModel, image_kv: ImageKV) -> int:
+    """Keys of the slots in which an image stands. Images all have the same number; questions get a multiple of 64, and
+    so all that are of usual length the same."""
+    unit = QUESTION_KEYS if model.config.text_stacks == "untied" else 1
+    return -(-len(image_kv.kv[0]) // unit) * unit
 
 
-def _packed(parts: Sequence[ImageKV]) -> ImageKV:
-    lengths = torch.cat([part.offsets.diff() for part in parts])
-    return ImageKV(tuple(map(torch.cat, zip(*(part.kv for part in parts), strict=True))),
-                   F.pad(lengths.cumsum(0), (1, 0)).int())
-
-
-def _uniforms(seed: int, samples: int, steps: int) -> Tensor:
-    """[samples, steps] from [0, 1): sample i takes the i-th `steps` numbers of the seed's generator, on any device."""
-    return torch.rand(samples, steps, generator=torch.Generator().manual_seed(seed))
-
-
-def _check(model: BlipModel, prompts: Tensor, config: GenerationConfig) -> None:
-    text = model.config.text
-    if model.training:
-        raise ValueError("the model is in training mode, dropout would change the texts: call model.eval() first")
-    if prompts.shape[1] >= config.max_length:
-        raise ValueError(f"the prompt has {prompts.shape[1]} tokens with the first one: max_length "
-                         f"({config.max_length}) must be greater")
+def _check_config(model: BlipModel, config: GenerationConfig) -> None:
+    text, sep_id = model.config.text, model.config.tokens.sep
     if config.max_length > text.max_positions:
         raise ValueError(f"max_length is {config.max_length}: this model has {text.max_positions} positions")
     if 2 * config.beams >= text.vocab_size:
         raise ValueError(f"beams is {config.beams}: at most {(text.vocab_size - 1) // 2} with {text.vocab_size} tokens")
+    if config.texts_per_image > MOST_ROWS:
+        raise ValueError(f"{config.texts_per_image} beams or samples of an image: at most {MOST_ROWS}")
+    for sequence in config.banned:
+        if max(sequence) >= text.vocab_size or sequence == (sep_id,):
+            raise ValueError(f"banned holds {list(sequence)}: ids are below {text.vocab_size}, and [SEP] ({sep_id}) "
+                             "alone ends texts")
+
+
+def _check_prompt(prompt: Sequence[int], config: GenerationConfig) -> None:
+    if not 1 <= len(prompt) < config.max_length:
+        raise ValueError(f"the prompt has {len(prompt)} tokens with the first one: it needs one at least, and "
+                         f"max_length ({config.max_length}) must be greater")

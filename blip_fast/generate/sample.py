@@ -1,78 +1,73 @@
-"""Greedy search and nucleus sampling (Holtzman et al., 2020): one text per image."""
+"""Greedy search and nucleus sampling (Holtzman et al., 2020), over slots of images: one text, or several samples."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from blip_fast.generate.config import GenerationConfig
-from blip_fast.generate.decoder import Decoder, adjust, narrow, unfinished_if_few
+from blip_fast.generate.texts import Texts, adjust, enter, no_texts
 
 
 @dataclass(frozen=True)
-class Texts:
-    """One unfinished text per image, all of one length; finished ones wait until they are dropped."""
+class Samples(Texts):
+    """Texts that go on each by itself; one that has ended waits for the others of its image."""
 
-    images: Tensor  # int64 [images]: which of the caller's images
-    token_ids: Tensor  # int64 [images, length]
-    sums: Tensor  # [images]: Σ log p of the generated tokens
-    scores: Tensor  # [images]: the same over the length, by the config's rule
-    uniforms: Tensor  # [images, max_length]: the random number of each step
-    done: Tensor  # bool [images]
+    scores: Tensor  # [slots, each]: `sums` over the length at the text's end, by the config's rule
+    uniforms: Tensor  # [slots, each, max_length]: the random number of each step
+    ended: Tensor  # bool [slots, each]
 
 
-def sample(decoder: Decoder, prompts: Tensor, config: GenerationConfig, sep_id: int,
-           uniforms: Tensor) -> tuple[Tensor, Tensor]:
+class Sampling:
     """The likeliest next token, or with `top_p` a random one of the nucleus, until [SEP] or `max_length`.
 
-    Args:
-        prompts: int64 [images, prompt length].
-        uniforms: [images, max_length], from [0, 1): what each draw uses.
-
-    Returns:
-        Token ids int64 [images, max_length], to be read up to the first [SEP] behind the prompt, and scores [images]
-        from the model's own probabilities (before penalties, temperature and nucleus).
+    Sample *i* of an image draws with the *i*-th `max_length` numbers of a generator with the image's seed.
     """
-    images, prompt_length = prompts.shape
-    device = prompts.device
-    result_ids = prompts.new_full((images, config.max_length), sep_id)
-    result_scores = torch.zeros(images, device=device)
-    texts = Texts(
-        images=torch.arange(images, device=device),
-        token_ids=prompts,
-        sums=torch.zeros(images, device=device),
-        scores=torch.zeros(images, device=device),
-        uniforms=uniforms,
-        done=torch.zeros(images, dtype=torch.bool, device=device),
-    )
-    logits = decoder.prefill(prompts)
-    for length in range(prompt_length + 1, config.max_length + 1):
-        texts = _advance(texts, logits, prompt_length, config, sep_id)
-        result_ids[texts.images, :length], result_scores[texts.images] = texts.token_ids, texts.scores
-        going_on = unfinished_if_few(texts.done)
-        if length == config.max_length or (going_on is not None and len(going_on) == 0):
-            break
-        rows = torch.arange(len(texts.images), device=device)
-        if going_on is not None:
-            texts, rows = narrow(texts, going_on), going_on
-            decoder.keep_images(going_on)
-        logits = decoder.step(rows, texts.token_ids[:, -1])
-    return result_ids, result_scores
 
+    def __init__(self, config: GenerationConfig, sep_id: int) -> None:
+        self.config, self.sep_id = config, sep_id
 
-def _advance(texts: Texts, logits: Tensor, prompt_length: int, config: GenerationConfig, sep_id: int) -> Texts:
-    """One step: choose each text's next token by `logits` [images, vocab_size]. Scores of finished texts stay."""
-    scores = adjust(logits, texts.token_ids, config, sep_id)
-    length = texts.token_ids.shape[1] + 1
-    tokens = scores.argmax(-1) if config.top_p is None else draw(scores, texts.uniforms[:, length - 1], config)
-    sums = texts.sums + logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
-    ended = tokens == sep_id
-    score = torch.where(ended, sums / config.score_divisor(length, prompt_length, ended=True),
-                        sums / config.score_divisor(length, prompt_length, ended=False))
-    return replace(texts, token_ids=torch.cat([texts.token_ids, tokens[:, None]], dim=1), sums=sums,
-                   scores=torch.where(texts.done, texts.scores, score), done=texts.done | ended)
+    def empty(self, slots: int, device: torch.device) -> Samples:
+        texts = no_texts(slots, self.config, device)
+        uniforms = torch.zeros(texts["token_ids"].shape, device=device)
+        return Samples(**texts, scores=texts["sums"].clone(), uniforms=uniforms, ended=texts["sums"].bool())
+
+    def enter(self, samples: Samples, slot: int, prompt: Sequence[int], seed: int) -> None:
+        enter(samples, slot, prompt)
+        samples.scores[slot], samples.ended[slot] = 0.0, False
+        if self.config.top_p is not None:  # drawn on the CPU: the same on any device
+            numbers = torch.rand(samples.uniforms.shape[1:], generator=torch.Generator().manual_seed(seed))
+            samples.uniforms[slot] = numbers.to(samples.uniforms.device)
+
+    def advance(self, samples: Samples, logits: Tensor) -> Samples:
+        """One step by next-token `logits`, float32 [slots, each, vocab_size], which may be written into.
+        Scores of ended texts stay."""
+        config, lengths = self.config, samples.lengths + 1
+        log_norms = logits.logsumexp(-1)
+        scores = adjust(logits, samples, config, self.sep_id)
+        end = samples.lengths[:, None, None].expand(*samples.sums.shape, 1)
+        if config.top_p is None:
+            tokens = scores.argmax(-1)
+        else:
+            tokens = draw(scores.flatten(0, 1), samples.uniforms.gather(2, end).flatten(), config).view_as(samples.sums)
+        sums = samples.sums + logits.gather(2, tokens[..., None]).squeeze(2) - log_norms
+        ends = tokens == self.sep_id
+        whole, without_sep = (sums / config.score_divisors(lengths, samples.prompt_lengths, ended)[:, None]
+                              for ended in (True, False))
+        ended = samples.ended | ends
+        return replace(
+            samples, token_ids=samples.token_ids.scatter(2, end, tokens[..., None]), lengths=lengths, sums=sums,
+            scores=torch.where(samples.ended, samples.scores, torch.where(ends, whole, without_sep)), ended=ended,
+            done=ended.all(1) | (lengths == config.max_length))
+
+    def results(self, samples: Samples, slot: int) -> tuple[Tensor, Tensor]:
+        """The texts of a slot, likeliest first: ids int64 [each, max_length], to be read up to the first [SEP] behind
+        the prompt, and scores [each] from the model's own probabilities (before penalties, temperature, nucleus)."""
+        scores, order = samples.scores[slot].sort(descending=True, stable=True)
+        return samples.token_ids[slot, order], scores
 
 
 def draw(scores: Tensor, uniforms: Tensor, config: GenerationConfig) -> Tensor:

@@ -141,9 +141,10 @@ class Answerer(PretrainedTask):
                 raise ValueError(f"{name} is {value}: give the number of answers, 1 at least")
         ranked = []
         for question_kv in self._question_kvs(pixels, questions, images):
-            chosen, scores = (x[:, :n_best].tolist() for x in rank_answers(self.model, question_kv, answers, top_k))
-            ranked += [[Answer(answers.texts[i], answers.token_ids(i), score) for i, score in zip(*both, strict=True)]
-                       for both in zip(chosen, scores, strict=True)]
+            chosen, scores = rank_answers(self.model, question_kv, answers, top_k)
+            for places, values in zip(chosen[:, :n_best].tolist(), scores[:, :n_best].tolist(), strict=True):
+                ranked.append([Answer(answers.texts[int(place)], answers.token_ids(place), score)
+                               for place, score in zip(places, values, strict=True)])
         return ranked
 
     def _question_kvs(self, pixels: Tensor, questions: PackedTexts, images: Tensor | None) -> Iterator[ImageKV]:
@@ -162,8 +163,8 @@ class Answerer(PretrainedTask):
         questions = [questions] if isinstance(questions, str) else questions
         packed = self.pack(questions, first_token)
         sources = as_sources(images)
-        if sources is not images:
-            sources = [*sources] * len(questions)
+        if len(sources) == 1:
+            sources = sources * len(questions)
         if len(questions) != len(sources):
             raise ValueError(f"{len(sources)} images but {len(questions)} questions: pass one question per image")
         about = _runs(sources)

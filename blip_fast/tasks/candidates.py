@@ -22,8 +22,8 @@ class RunningTopK:
 
     def add(self, scores: Tensor, items: Tensor) -> None:
         """scores [queries, new] of the items int64 [new]."""
-        scores = torch.cat([self.scores, scores], dim=1)
-        items = torch.cat([self.items, items.expand(len(scores), -1)], dim=1)
+        scores, best = scores.topk(min(self.k, scores.shape[1]), dim=1)
+        scores, items = torch.cat([self.scores, scores], dim=1), torch.cat([self.items, items[best]], dim=1)
         self.scores, best = scores.topk(min(self.k, scores.shape[1]), dim=1)
         self.items = items.gather(1, best)
 
@@ -46,10 +46,9 @@ class EmbedsFile:
         """Keep embeds [tokens, width] of an image. Raises OSError where the disk is full."""
         self._shape, self._dtype = embeds.shape, embeds.dtype
         slot = self._free.pop() if self._free else len(self._slots)
-        content = embeds.cpu().contiguous().view(torch.uint8).numpy()
-        self._file.seek(slot * content.nbytes)
+        rest = _bytes(embeds.cpu().contiguous())
+        self._file.seek(slot * len(rest))
         try:
-            rest = memoryview(content).cast("B")
             while rest:
                 rest = rest[self._file.write(rest):]
         except OSError as error:
@@ -68,7 +67,7 @@ class EmbedsFile:
         assert self._shape is not None
         embeds = torch.empty(len(images), *self._shape, dtype=self._dtype)
         for image, row in zip(images.tolist(), embeds, strict=True):
-            rest = memoryview(row.view(torch.uint8).numpy()).cast("B")
+            rest = _bytes(row)
             self._file.seek(self._slots[image] * len(rest))
             while rest:
                 rest = rest[self._file.readinto(rest):]
@@ -76,3 +75,8 @@ class EmbedsFile:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _bytes(x: Tensor) -> memoryview:
+    """A contiguous tensor's memory on the CPU, byte by byte."""
+    return x.view(torch.uint8).numpy().data.cast("B")

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Self, cast
+from typing import Self
 
 import numpy as np
 import torch
@@ -16,12 +12,13 @@ from PIL import Image
 from torch import Tensor
 
 from blip_fast.checkpoint import load_model
-from blip_fast.images import ImageError, ImageSource, evaluation_transform, load_image
+from blip_fast.images import ImageError, ImageSource, StoredImage, image_pixels
 from blip_fast.model import BlipModel
+from blip_fast.packed import pack_linear_layers
+from blip_fast.stream import read_ahead
 from blip_fast.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-READ_AHEAD = 4  # images per thread
 
 
 def load_for_task(source: str | Path, *, dtype: str = "float32", device: str | None = None,
@@ -49,7 +46,9 @@ def load_for_task(source: str | Path, *, dtype: str = "float32", device: str | N
     model, fitting = load_model(source, tokenizer=given, image_size=image_size, heads=heads, dtype=DTYPES[dtype])
     if fitting is None:
         raise ValueError(f"{source} brings no tokenizer: name a directory with vocab.txt (--tokenizer)")
-    return model.to(target), fitting
+    model = model.to(target)
+    pack_linear_layers(model)
+    return model, fitting
 
 
 class PretrainedTask:
@@ -67,37 +66,35 @@ class PretrainedTask:
                                   tokenizer=tokenizer))
 
 
-def as_sources(images: ImageSource | Sequence[ImageSource]) -> Sequence[ImageSource]:
-    """One image or many → many."""
-    if isinstance(images, str | Path | bytes | Image.Image | np.ndarray):
-        return [images]
-    return cast(Sequence[ImageSource], images)
+def as_sources(images: ImageSource | Iterable[ImageSource]) -> list[ImageSource]:
+    """One image or many → many; an array or tensor with a dimension more than an image has is many."""
+    if isinstance(images, np.ndarray | Tensor):
+        return [*images] if images.ndim == 4 else [images]
+    return [images] if isinstance(images, str | Path | bytes | Image.Image | StoredImage) else [*images]
 
 
-def read_pixels(images: Iterable[Callable[[], Image.Image]], image_size: int) -> Iterator[Tensor | ImageError]:
+def read_pixels(images: Iterable[ImageSource], image_size: int) -> Iterator[Tensor | ImageError]:
     """Read and transform images in threads, ahead of who takes them.
-
-    Args:
-        images: a function for each that reads it.
 
     Yields:
         In order, float32 [3, image_size, image_size], or the error where an image could not be read.
     """
-    threads = min(8, os.cpu_count() or 1)
-    with ThreadPoolExecutor(threads) as pool:
-        pending: deque[Future[Tensor | ImageError]] = deque()
-        for image in images:
-            pending.append(pool.submit(_read, image, image_size))
-            if len(pending) > READ_AHEAD * threads:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+    for _, pixels in read_ahead(images, lambda image: pixels_or_error(image, image_size)):
+        yield pixels
 
 
-def pixel_batches(images: Sequence[ImageSource], image_size: int, batch_size: int) -> Iterator[Tensor]:
+def pixels_or_error(image: ImageSource, image_size: int, name: str | None = None) -> Tensor | ImageError:
+    """`image_pixels`, its error given back."""
+    try:
+        return image_pixels(image, image_size, name)
+    except ImageError as error:
+        return error
+
+
+def pixel_batches(images: Iterable[ImageSource], image_size: int, batch_size: int) -> Iterator[Tensor]:
     """Batches [at most batch_size, 3, image_size, image_size]. Raises ImageError for the first image that is broken."""
     batch: list[Tensor] = []
-    for pixels in read_pixels((partial(load_image, image) for image in images), image_size):
+    for pixels in read_pixels(images, image_size):
         if isinstance(pixels, ImageError):
             raise pixels
         batch.append(pixels)
@@ -106,13 +103,6 @@ def pixel_batches(images: Sequence[ImageSource], image_size: int, batch_size: in
             batch = []
     if batch:
         yield torch.stack(batch)
-
-
-def _read(image: Callable[[], Image.Image], image_size: int) -> Tensor | ImageError:
-    try:
-        return evaluation_transform([image()], image_size)[0]
-    except ImageError as error:
-        return error
 
 
 def _device(name: str | None) -> torch.device:

@@ -10,7 +10,7 @@ images wait in a file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from typing import Literal
 
@@ -171,6 +171,7 @@ class Retriever(PretrainedTask):
             ValueError, OSError: as `retrieve`; a text has no token.
         """
         packed = self._matcher.pack([texts] if isinstance(texts, str) else list(texts))
-        batches = pixel_batches(as_sources(images), self.model.config.vision.image_size, batch_size)
+        sources = images if isinstance(images, Iterator) else as_sources(images)  # a stream is never held whole
+        batches = pixel_batches(sources, self.model.config.vision.image_size, batch_size)
         return retrieve(self.model, batches, packed, top_k, first_token=first_token, directions=directions,
                         progress=progress)

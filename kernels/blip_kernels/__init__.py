@@ -5,6 +5,7 @@ from blip_kernels.contrastive import contrastive
 from blip_kernels.decode_attention import cached_attention, decode_attention
 from blip_kernels.hard_negatives import hard_negatives
 from blip_kernels.linear_cross_entropy import linear_cross_entropy
+from blip_kernels.packed_linear import pack_weight, packed_linear, packing_cannot
 
 __all__ = ["attention", "cached_attention", "contrastive", "decode_attention", "hard_negatives",
-           "linear_cross_entropy"]
+           "linear_cross_entropy", "pack_weight", "packed_linear", "packing_cannot"]

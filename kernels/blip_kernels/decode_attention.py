@@ -2,11 +2,14 @@
 
 `decode_attention`: the few query rows of a segment (the beams of an image) over the segment's keys.
 
-    out[r] = softmax(scale · q[r] kᵀ[segment r // n]) v[segment r // n],      n = query rows / segments
+    out[r] = softmax(scale · q[r] k[s, :lengths[s]]ᵀ) v[s, :lengths[s]],      s = r // n,  n = query rows / segments
 
 `cached_attention`: one new token per row over a cache whose entries lie anywhere, named by a table of slots.
 
-    out[r] = softmax(scale · q[r] k[slots[r]]ᵀ) v[slots[r]]
+    out[r] = softmax(scale · q[r] k[slots[r, :lengths[r]]]ᵀ) v[slots[r, :lengths[r]]]
+
+Segments and rows have room for the same number of keys, and each uses as much of it as it needs: shapes do not change
+from step to step, whatever the texts do.
 
 Both are bound by reading keys and values: 2 · keys · head_dim elements a head for 4 FLOPs an element and query row.
 So the kernel of the first lets all beams of a segment share one tile, and each key is read once a step for all of
@@ -17,75 +20,83 @@ are split over programs, whose partial sums a second kernel merges:
 
 The second form reads through the table, so reordering beams moves indices, not caches, and beams with a common history
 meet its entries in the cache of the GPU.
+
+On a CPU both are two batched products over heads. They read keys in place where a head's keys lie together ([segments,
+heads, keys, head_dim] in memory): otherwise PyTorch copies them first, which takes many times as long.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from blip_kernels.attention import check_shapes
 from blip_kernels.backends import op_backend
 
 HEAD_DIMS = (32, 64, 128)  # of the kernels; the twins take any
-MOST_ROWS = 16  # query rows of a segment: the height of a tensor-core tile
+MOST_ROWS = 64  # query rows of a segment: one tile holds them
 
 
 # --------------------------------------------------------------------------------------------------- the eager twins
 
 
-def _decode_reference(q: Tensor, k: Tensor, v: Tensor, kv_offsets: Tensor, scale: float) -> Tensor:
-    """Segments as a batch, padded where their lengths differ."""
-    segments, lengths = len(kv_offsets) - 1, kv_offsets.diff()
-    longest = int(lengths.max())
-    if longest == 0 or q.numel() == 0:
+def _decode_reference(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -> Tensor:
+    """Segments as a batch."""
+    if k.numel() == 0 or q.numel() == 0:
         return torch.zeros_like(q, memory_format=torch.contiguous_format)
-    queries = q.reshape(segments, -1, *q.shape[1:]).transpose(1, 2)
-    if longest * segments == len(k):
-        keys, values = (x.unflatten(0, (segments, longest)).transpose(1, 2) for x in (k, v))
-        out = F.scaled_dot_product_attention(queries, keys, values, scale=scale)
-        return out.transpose(1, 2).reshape(q.shape)
-    mask = torch.arange(longest, device=q.device) < lengths[:, None]
-    place = (kv_offsets[:-1, None] + torch.arange(longest, device=q.device)).clamp(max=len(k) - 1)
-    keys, values = (x[place].transpose(1, 2) for x in (k, v))
-    out = F.scaled_dot_product_attention(queries, keys, values, mask[:, None, None], scale=scale)
-    out = out.masked_fill((lengths == 0)[:, None, None, None], 0.0)
-    return out.transpose(1, 2).reshape(q.shape)
+    queries = q.reshape(len(k), -1, *q.shape[1:]).transpose(1, 2)  # [segments, heads, rows, head_dim]
+    return _masked(queries, k.transpose(1, 2), v.transpose(1, 2), lengths, scale).transpose(1, 2).reshape(q.shape)
 
 
-def _cached_reference(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, scale: float) -> Tensor:
-    """The entries gathered, then two small products a row."""
+def _cached_reference(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, lengths: Tensor, scale: float) -> Tensor:
+    """The entries gathered, heads first, then two products a row and head."""
+    if q.numel() == 0:
+        return torch.empty_like(q, memory_format=torch.contiguous_format)
+    keys, values = (x.transpose(0, 1).index_select(1, slots.flatten()).unflatten(1, slots.shape).transpose(0, 1)
+                    for x in (k, v))  # [rows, heads, length, head_dim], heads first in memory
+    return _masked(q[:, :, None], keys, values, lengths, scale).squeeze(2)
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -> Tensor:
+    """q [batch, heads, rows, head_dim] over the first `lengths` [batch] of keys [batch, heads, keys, head_dim]."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    keys, values = (x.index_select(0, slots.flatten()).unflatten(0, slots.shape).transpose(1, 2) for x in (k, v))
-    logits = (q[:, :, None] @ keys.transpose(-1, -2)).to(wide) * scale
-    return (torch.softmax(logits, -1).to(q.dtype) @ values).squeeze(2)
+    logits = _product(q, k.transpose(-1, -2)).to(wide) * scale
+    keys = torch.arange(k.shape[2], device=q.device)
+    logits.masked_fill_((keys >= lengths[:, None])[:, None, None], -torch.inf)
+    out = _product(torch.softmax(logits, -1).to(q.dtype), v)
+    return out.masked_fill_((lengths == 0)[:, None, None, None], 0.0)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Batched product over two leading dimensions, in the order in which `b` has them in memory."""
+    if b.stride(0) < b.stride(1):
+        return (a.transpose(0, 1) @ b.transpose(0, 1)).transpose(0, 1)
+    return a @ b
 
 
 # ------------------------------------------------------------------------------------------------------ registration
 
 
 @torch.library.custom_op("blip_kernels::decode_attention", mutates_args=())
-def _decode(q: Tensor, k: Tensor, v: Tensor, kv_offsets: Tensor, scale: float, backend: str) -> Tensor:
+def _decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float, backend: str) -> Tensor:
     if backend == "reference":
-        return _decode_reference(q, k, v, kv_offsets, scale).contiguous()
+        return _decode_reference(q, k, v, lengths, scale).contiguous()
     from blip_kernels.gpu.decode_attention import decode
 
-    return decode(q, k, v, kv_offsets, scale)
+    return decode(q, k, v, lengths, scale)
 
 
 @torch.library.custom_op("blip_kernels::cached_attention", mutates_args=())
-def _cached(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, scale: float, backend: str) -> Tensor:
+def _cached(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, lengths: Tensor, scale: float, backend: str) -> Tensor:
     if backend == "reference":
-        return _cached_reference(q, k, v, slots, scale).contiguous()
+        return _cached_reference(q, k, v, slots, lengths, scale).contiguous()
     from blip_kernels.gpu.decode_attention import cached
 
-    return cached(q, k, v, slots, scale)
+    return cached(q, k, v, slots, lengths, scale)
 
 
 @_decode.register_fake
 @_cached.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, where: Tensor, scale: float, backend: str) -> Tensor:
+def _(q: Tensor, *_: object) -> Tensor:
     return q.new_empty(q.shape)
 
 
@@ -96,19 +107,19 @@ def decode_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    kv_offsets: Tensor,
+    lengths: Tensor,
     *,
     scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Attention in which every segment of keys is read by the same number of consecutive query rows, 1 to 16.
+    """Attention in which every segment of keys is read by the same number of consecutive query rows, 1 to 64.
 
     Args:
         q: [query rows, heads, head_dim], float32, bfloat16 or float16; row r reads segment r // (rows / segments).
-        k: [key rows, heads, head_dim], same dtype and device. A view such as `kv[:, layer, 0]` is read in place: any
-            strides, but head_dim contiguous (else it is copied).
+        k: [segments, keys, heads, head_dim], same dtype and device. A view is read in place: any strides, but head_dim
+            contiguous (else it is copied). What lies behind a segment's length must be finite.
         v: as `k`, with strides of its own.
-        kv_offsets: int32 [segments + 1], from 0 to the number of key rows, never falling.
+        lengths: int32 [segments]: how many of its keys each segment uses, 0 to all.
         scale: factor of the logits; 1/√head_dim unless given.
         backend: `auto` (default), `triton` or `reference`, see `blip_kernels.backends.op_backend`. Kernels take
             head_dim 32, 64 and 128; `auto` leaves others to the twin.
@@ -117,23 +128,16 @@ def decode_attention(
         [query rows, heads, head_dim] in `q`'s dtype, contiguous. Queries of an empty segment get zeros.
 
     Raises:
-        ValueError: shapes, dtypes, devices or offsets do not fit (the message names the argument), or an argument
+        ValueError: shapes, dtypes, devices or lengths do not fit (the message names the argument), or an argument
             requires grad while gradients are recorded: use `attention`, or `torch.no_grad()`.
     """
-    _check(q, k, v)
-    segments = len(kv_offsets) - 1
-    if kv_offsets.dtype != torch.int32 or kv_offsets.ndim != 1 or segments < 1:
-        raise ValueError(f"kv_offsets must be int32 [segments + 1], got {kv_offsets.dtype} {tuple(kv_offsets.shape)}")
-    if len(q) % segments or len(q) // segments > MOST_ROWS:
+    _check(q, k, v, "[segments, keys, heads, head_dim]")
+    segments, keys = k.shape[:2]
+    if segments < 1 or len(q) % segments or len(q) // segments > MOST_ROWS:
         raise ValueError(f"q must have the same number of rows, at most {MOST_ROWS}, for each of the {segments} "
-                         f"segments of kv_offsets, got {len(q)} rows: `attention` takes any number")
-    _check_place(kv_offsets, "kv_offsets", q)
-    # Values on a GPU would have to be waited for; there the shapes alone are checked.
-    if kv_offsets.device.type == "cpu" and not torch.compiler.is_compiling():
-        first, last, falls = int(kv_offsets[0]), int(kv_offsets[-1]), bool((kv_offsets.diff() < 0).any())
-        if first != 0 or last != len(k) or falls:
-            raise ValueError(f"kv_offsets must rise from 0 to {len(k)}, the number of key rows; got {first} to {last}")
-    return _decode(q, k, v, kv_offsets, *_how(q, scale, backend))
+                         f"segments of k, got {len(q)} rows: `attention` takes any number")
+    _check_lengths(lengths, segments, 0, keys, q)
+    return _decode(q, k, v, lengths, *_how(q, scale, backend))
 
 
 def cached_attention(
@@ -141,6 +145,7 @@ def cached_attention(
     k: Tensor,
     v: Tensor,
     slots: Tensor,
+    lengths: Tensor,
     *,
     scale: float | None = None,
     backend: str | None = None,
@@ -149,11 +154,13 @@ def cached_attention(
 
     Args:
         q: [rows, heads, head_dim], float32, bfloat16 or float16.
-        k: [entries, heads, head_dim], the cache, same dtype and device; strides as in `decode_attention`.
+        k: [entries, heads, head_dim], the cache, same dtype and device; strides as in `decode_attention`. All entries
+            must be finite.
         v: as `k`.
         slots: int64 [rows, length ≥ 1]: where each row's tokens lie in the cache, 0 to entries − 1, in any order and
             shared at will; a view of a longer table is read in place. Values outside are an error on a CPU and
             undefined on a GPU.
+        lengths: int32 [rows]: how many of its slots each row uses, 1 to all.
         scale, backend: as in `decode_attention`.
 
     Returns:
@@ -162,16 +169,17 @@ def cached_attention(
     Raises:
         ValueError: as `decode_attention`.
     """
-    _check(q, k, v)
+    _check(q, k, v, "[entries, heads, head_dim]")
     if slots.dtype != torch.int64 or slots.ndim != 2 or len(slots) != len(q) or slots.shape[1] == 0:
         raise ValueError(f"slots must be int64 [{len(q)}, length] as q's rows, of a length of 1 at least, got "
                          f"{slots.dtype} {tuple(slots.shape)}")
     _check_place(slots, "slots", q)
-    if slots.device.type == "cpu" and slots.numel() and not torch.compiler.is_compiling():
+    if _readable(slots):
         low, high = (int(x) for x in slots.aminmax())
         if low < 0 or high >= len(k):
             raise ValueError(f"slots must lie in 0 to {len(k) - 1}, the rows of k, got {low} to {high}")
-    return _cached(q, k, v, slots, *_how(q, scale, backend))
+    _check_lengths(lengths, len(q), 1, slots.shape[1], q)
+    return _cached(q, k, v, slots, lengths, *_how(q, scale, backend))
 
 
 def _how(q: Tensor, scale: float | None, backend: str | None) -> tuple[float, str]:
@@ -185,13 +193,34 @@ def _how(q: Tensor, scale: float | None, backend: str | None) -> tuple[float, st
     return (head_dim**-0.5 if scale is None else float(scale)), chosen
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
-    check_shapes(q, k, v)
+def _check(q: Tensor, k: Tensor, v: Tensor, wanted: str) -> None:
+    if q.ndim != 3:
+        raise ValueError(f"q must be [rows, heads, head_dim], got shape {tuple(q.shape)}")
+    if k.shape != v.shape or k.ndim != wanted.count(",") + 1 or k.shape[-2:] != q.shape[1:]:
+        raise ValueError(f"k and v must be {wanted} with q's heads {tuple(q.shape[1:])}, got {tuple(k.shape)} and "
+                         f"{tuple(v.shape)}")
+    if not q.dtype == k.dtype == v.dtype or not q.dtype.is_floating_point:
+        raise ValueError(f"q, k and v must share one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     _check_place(k, "k", q)
     _check_place(v, "v", q)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise ValueError("q, k or v requires grad, but a step of generation has no gradient: call it under "
                          "torch.no_grad(), or take `attention`")
+
+
+def _check_lengths(lengths: Tensor, count: int, least: int, most: int, q: Tensor) -> None:
+    if lengths.dtype != torch.int32 or lengths.shape != (count,):
+        raise ValueError(f"lengths must be int32 [{count}], got {lengths.dtype} {tuple(lengths.shape)}")
+    _check_place(lengths, "lengths", q)
+    if _readable(lengths):
+        low, high = (int(x) for x in lengths.aminmax())
+        if low < least or high > most:
+            raise ValueError(f"lengths must lie in {least} to {most}, got {low} to {high}")
+
+
+def _readable(x: Tensor) -> bool:
+    """Values on a GPU would have to be waited for, and a compiler has none; there the shapes alone are checked."""
+    return x.device.type == "cpu" and x.numel() > 0 and not torch.compiler.is_compiling()
 
 
 def _check_place(x: Tensor, name: str, q: Tensor) -> None:

@@ -43,14 +43,14 @@ def _attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tens
 
 
 @register_flop_formula(_ops.decode_attention, get_raw=True)
-def _decode_attention(q: Tensor, k: Tensor, v: Tensor, kv_offsets: Tensor, *_: object, **__: object) -> int:
-    rows = len(q) // (len(kv_offsets) - 1)
-    return 2 * 2 * rows * k.numel()
+def _decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, *_: object, **__: object) -> int:
+    return 2 * 2 * len(q) // len(k) * q[0].numel() * int(lengths.sum())
 
 
 @register_flop_formula(_ops.cached_attention, get_raw=True)
-def _cached_attention(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, *_: object, **__: object) -> int:
-    return 2 * 2 * q.numel() * slots.shape[1]
+def _cached_attention(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, lengths: Tensor, *_: object,
+                      **__: object) -> int:
+    return 2 * 2 * q[0].numel() * int(lengths.sum())
 
 
 @register_flop_formula(_ops.contrastive, get_raw=True)

@@ -4,8 +4,10 @@ In 16-bit types PyTorch's fused CPU attention is slow, its backward above all; m
 weights stay in the cache are several times faster. The backward recomputes the weights, so nothing of size
 queries × keys outlives a slice.
 
-    weights = softmax(scale · q kᵀ),  out = dropout(weights) v
-    d logits = weights · (d weights − Σ weights · d weights),  dq = scale · d logits k,  dk = scale · d logitsᵀ q
+    weights = softmax((scale · q) kᵀ),  out = dropout(weights) v
+    d logits = weights · (d weights − Σ weights · d weights),  dq = scale · d logits k,  dk = d logitsᵀ (scale · q)
+
+The scale meets the queries, never the logits: they are as many times larger as there are keys for each of head_dim.
 """
 
 from __future__ import annotations
@@ -30,10 +32,10 @@ class SlicedAttention(torch.autograd.Function):
         seed = int(torch.randint(2**62, ())) if dropout else 0
         ctx.save_for_backward(q, k, v, mask)
         ctx.dropout, ctx.scale, ctx.seed = dropout, scale, seed
-        q, k, v = (x.contiguous() for x in (q, k, v))  # once, where each slice's product would copy its own
-        out = torch.empty(q.shape, dtype=q.dtype)
+        q, k, v = _scaled(q, scale), k.contiguous(), v.contiguous()
+        out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)  # rows first
         for number, part in enumerate(_slices(q, k)):
-            weights = _weights(q[part], k[part], mask, part, scale)
+            weights = _weights(q[part], k[part], mask, part)
             if dropout:
                 weights = weights * _kept(weights, dropout, seed + number)
             out[part] = weights @ v[part]
@@ -42,18 +44,19 @@ class SlicedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         *saved, mask = ctx.saved_tensors
-        q, k, v, grad = (x.contiguous() for x in (*saved, grad))
+        q, k, v = saved
+        q, k, v, grad = _scaled(q, ctx.scale), k.contiguous(), v.contiguous(), grad.contiguous()
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
         for number, part in enumerate(_slices(q, k)):
-            weights = _weights(q[part], k[part], mask, part, ctx.scale)
+            weights = _weights(q[part], k[part], mask, part)
             d_weights = grad[part] @ v[part].transpose(-1, -2)
             dropped = weights
             if ctx.dropout:
                 kept = _kept(weights, ctx.dropout, ctx.seed + number)
                 dropped, d_weights = weights * kept, d_weights * kept
             dv[part] = dropped.transpose(-1, -2) @ grad[part]
-            d_logits = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype).mul_(ctx.scale)
-            dq[part] = d_logits @ k[part]
+            d_logits = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+            dq[part] = (d_logits @ k[part]).mul_(ctx.scale)
             dk[part] = d_logits.transpose(-1, -2) @ q[part]
         return dq, dk, dv, None, None, None
 
@@ -69,9 +72,14 @@ def _slices(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
             yield slice(segment, segment + per_segments), slice(head, head + per_heads)
 
 
-def _weights(q: Tensor, k: Tensor, mask: Tensor | None, part: tuple[slice, slice], scale: float) -> Tensor:
-    """Attention weights of one slice [segments, heads, queries, keys]."""
-    logits = (q @ k.transpose(-1, -2)).mul_(scale)
+def _scaled(q: Tensor, scale: float) -> Tensor:
+    """Contiguous, as k and v are: copied once, where each slice's product would copy its own."""
+    return q.contiguous().mul(scale)
+
+
+def _weights(q: Tensor, k: Tensor, mask: Tensor | None, part: tuple[slice, slice]) -> Tensor:
+    """Attention weights of one slice [segments, heads, queries, keys]; q is scaled."""
+    logits = q @ k.transpose(-1, -2)
     if mask is not None:
         # The smallest number, not −∞: a row that may look nowhere gets no NaN (its output is set to 0 outside).
         logits.masked_fill_(~mask[part[0]], torch.finfo(logits.dtype).min)

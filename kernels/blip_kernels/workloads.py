@@ -48,14 +48,15 @@ def _decode_attention(dtype: torch.dtype, device: torch.device) -> Iterator[Work
     for head_dim in (32, 64, 128):
         heads = 768 // head_dim
         q = _random(images * beams, heads, head_dim, dtype=dtype, device=device)
-        kv = _random(images * 577, 12, 2, heads, head_dim, dtype=dtype, device=device)
-        offsets = torch.arange(0, images * 577 + 1, 577, dtype=torch.int32, device=device)
-        yield f"images, head_dim {head_dim}", lambda q=q, kv=kv, offsets=offsets: [
-            decode_attention(q, kv[:, 0, 0], kv[:, 0, 1], offsets, backend="triton")]
-        cache = _random(2, len(q) * 32, heads, head_dim, dtype=dtype, device=device)
+        kv = _random(12, 2, images, heads, 577, head_dim, dtype=dtype, device=device).transpose(3, 4)
+        lengths = torch.full((images,), 577, dtype=torch.int32, device=device)
+        yield f"images, head_dim {head_dim}", lambda q=q, kv=kv, lengths=lengths: [
+            decode_attention(q, kv[0, 0], kv[0, 1], lengths, backend="triton")]
+        cache = _random(2, heads, len(q) * 32, head_dim, dtype=dtype, device=device).transpose(1, 2)
         slots = torch.randint(cache.shape[1], (len(q), 20), device=device)
-        yield f"tokens, head_dim {head_dim}", lambda q=q, cache=cache, slots=slots: [
-            cached_attention(q, cache[0], cache[1], slots, backend="triton")]
+        lengths = torch.full((len(q),), 20, dtype=torch.int32, device=device)
+        yield f"tokens, head_dim {head_dim}", lambda q=q, cache=cache, slots=slots, lengths=lengths: [
+            cached_attention(q, cache[0], cache[1], slots, lengths, backend="triton")]
 
 
 def _contrastive(dtype: torch.dtype, device: torch.device) -> Iterator[Workload]:

@@ -1,11 +1,12 @@
 """Triton kernels of one step of generation. What they compute: `blip_kernels.decode_attention`.
 
-`_decode_kernel`: a program takes one head of one segment, all its query rows (padded to the 16 of a tensor-core tile)
-and one split of its keys, whole tiles of `BLOCK_N`. The host knows the mean length of segments alone, so there are as
-many splits as bring `PROGRAMS` programs, at most one a tile of a segment of mean length; a program of a short segment
-may find nothing to do. With one split it writes the output, else maximum, sum and unnormalised output, float32, which
-`_merge_kernel` puts together. Traffic is k and v once, plus 2 · splits · rows · heads · (head_dim + 2) · 4 bytes: 4 %
-of 16-bit k and v for three beams, 577 keys and four splits. Tiles that lie whole in a segment run without masks.
+`_decode_kernel`: a program takes one head of one segment, all its query rows (padded to the 16 of a tensor-core tile,
+or to the next power of two) and one split of its keys, whole tiles of `BLOCK_N`. The host knows the room for keys
+alone, so there are as many splits as bring `PROGRAMS` programs, at most one a tile of a full segment; a program of a
+short segment may find nothing to do. With one split it writes the output, else maximum, sum and unnormalised output,
+float32, which `_merge_kernel` puts together. Traffic is k and v once, plus 2 · splits · rows · heads · (head_dim + 2) ·
+4 bytes: 4 % of 16-bit k and v for three beams, 577 keys and four splits. Tiles that lie whole in a segment run without
+masks.
 
 `_cached_kernel`: a program takes one head of one row; a table of a few dozen slots needs no split, and a single query
 row no tensor core: products are float32 multiplications and sums over loaded tiles.
@@ -55,13 +56,12 @@ def _decode_tiles(acc, b_max, b_sum, b_q, p_k, p_v, s_k, s_v, first, end, n_kv, 
 
 
 @triton.jit(do_not_specialize=["group", "rows"])
-def _decode_kernel(p_q, p_k, p_v, p_kv_offsets, p_out, p_parts, group, rows, s_q, s_qh, s_k, s_kh, s_v, s_vh, scale,
-                   SPLITS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+def _decode_kernel(p_q, p_k, p_v, p_lengths, p_out, p_parts, group, rows, s_q, s_qh, s_ks, s_k, s_kh, s_vs, s_v, s_vh,
+                   scale, SPLITS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
                    D: tl.constexpr):
     i_segment, i_head, i_split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     heads = tl.num_programs(1)
-    kv_first = tl.load(p_kv_offsets + i_segment)
-    n_kv = tl.load(p_kv_offsets + i_segment + 1) - kv_first
+    n_kv = tl.load(p_lengths + i_segment)
     tiles = (n_kv + BLOCK_N - 1) // BLOCK_N
     first = tiles * i_split // SPLITS * BLOCK_N
     end = tl.minimum(tiles * (i_split + 1) // SPLITS * BLOCK_N, n_kv)
@@ -70,8 +70,8 @@ def _decode_kernel(p_q, p_k, p_v, p_kv_offsets, p_out, p_parts, group, rows, s_q
     m_q = o_q < group
     o_row = i_segment.to(tl.int64) * group + o_q
     b_q = tl.load(p_q + o_row[:, None] * s_q + i_head.to(tl.int64) * s_qh + o_d[None, :], mask=m_q[:, None], other=0.0)
-    p_k += kv_first.to(tl.int64) * s_k + i_head.to(tl.int64) * s_kh
-    p_v += kv_first.to(tl.int64) * s_v + i_head.to(tl.int64) * s_vh
+    p_k += i_segment.to(tl.int64) * s_ks + i_head.to(tl.int64) * s_kh
+    p_v += i_segment.to(tl.int64) * s_vs + i_head.to(tl.int64) * s_vh
     acc = tl.zeros([BLOCK_Q, D], tl.float32)
     b_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_Q], tl.float32)
@@ -133,8 +133,8 @@ def _cached_tile(acc, b_max, b_sum, b_q, p_k, p_v, p_slots, s_k, s_v, start, len
     return acc, new_max, b_sum
 
 
-@triton.jit(do_not_specialize=["length"])
-def _cached_kernel(p_q, p_k, p_v, p_slots, p_out, length, s_q, s_qh, s_k, s_kh, s_v, s_vh, s_slots, scale,
+@triton.jit
+def _cached_kernel(p_q, p_k, p_v, p_slots, p_lengths, p_out, s_q, s_qh, s_k, s_kh, s_v, s_vh, s_slots, scale,
                    BLOCK_N: tl.constexpr, D: tl.constexpr):
     i_row, i_head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     o_d = tl.arange(0, D)
@@ -142,6 +142,7 @@ def _cached_kernel(p_q, p_k, p_v, p_slots, p_out, length, s_q, s_qh, s_k, s_kh, 
     p_k += i_head * s_kh
     p_v += i_head * s_vh
     p_slots += i_row * s_slots
+    length = tl.load(p_lengths + i_row)
     acc = tl.zeros([D], tl.float32)
     b_max, b_sum = float("-inf"), 0.0
     whole = length // BLOCK_N * BLOCK_N
@@ -158,47 +159,48 @@ def _cached_kernel(p_q, p_k, p_v, p_slots, p_out, length, s_q, s_qh, s_k, s_kh, 
 # ------------------------------------------------------------------------------------------------------- launchers
 
 
-def decode(q: Tensor, k: Tensor, v: Tensor, kv_offsets: Tensor, scale: float) -> Tensor:
+def decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -> Tensor:
     """Arguments and result as `blip_kernels.decode_attention`; heads are 32, 64 or 128 wide."""
-    q, k, v, kv_offsets = _in_heads(q), _in_heads(k), _in_heads(v), kv_offsets.contiguous()
-    (rows, heads, head_dim), segments = q.shape, len(kv_offsets) - 1
+    q, k, v, lengths = _in_heads(q), _in_heads(k), _in_heads(v), lengths.contiguous()
+    (rows, heads, head_dim), (segments, keys) = q.shape, k.shape[:2]
     out = torch.empty((rows, heads, head_dim), dtype=q.dtype, device=q.device)
     chosen, merging = _config("decode", q), _config("merge", q)
-    splits = _splits(segments * heads, len(k) / segments, chosen.pop("PROGRAMS"), chosen["BLOCK_N"])
+    splits = _splits(segments * heads, keys, chosen.pop("PROGRAMS"), chosen["BLOCK_N"])
     parts = None
     if splits > 1:
         parts = torch.empty((splits, rows, heads, head_dim + 2), dtype=torch.float32, device=q.device)
     if rows:
-        launch(_decode_kernel, (segments, heads, splits), q, k, v, kv_offsets, out, parts, rows // segments, rows,
-               *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], scale * LOG2E, SPLITS=splits,
-               PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", BLOCK_Q=16, D=head_dim, **chosen)
+        launch(_decode_kernel, (segments, heads, splits), q, k, v, lengths, out, parts, rows // segments, rows,
+               *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], scale * LOG2E, SPLITS=splits,
+               PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
+               BLOCK_Q=max(16, triton.next_power_of_2(rows // segments)), D=head_dim, **chosen)
     if parts is not None:
         launch(_merge_kernel, (rows * heads,), parts, out, rows * heads, SPLITS=splits, BLOCK_S=splits, D=head_dim,
                **merging)
     return out
 
 
-def _splits(programs: int, length: float, wanted: int, tile: int) -> int:
-    """Splits of the keys, a power of two: as many as bring `wanted` programs, at most one a tile of a mean segment."""
+def _splits(programs: int, length: int, wanted: int, tile: int) -> int:
+    """Splits of the keys, a power of two: as many as bring `wanted` programs, at most one a tile of a full segment."""
     splits = 1
     while splits * 2 * programs <= wanted and splits * 2 * tile <= length:
         splits *= 2
     return splits
 
 
-def cached(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, scale: float) -> Tensor:
+def cached(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, lengths: Tensor, scale: float) -> Tensor:
     """Arguments and result as `blip_kernels.cached_attention`; heads are 32, 64 or 128 wide."""
     q, k, v = map(_in_heads, (q, k, v))
     slots = slots if slots.stride(1) == 1 else slots.contiguous()
     rows, heads, head_dim = q.shape
     out = torch.empty((rows, heads, head_dim), dtype=q.dtype, device=q.device)
-    launch(_cached_kernel, (rows, heads), q, k, v, slots, out, slots.shape[1], *q.stride()[:2], *k.stride()[:2],
-           *v.stride()[:2], slots.stride(0), scale * LOG2E, D=head_dim, **_config("cached", q))
+    launch(_cached_kernel, (rows, heads), q, k, v, slots, lengths.contiguous(), out, *q.stride()[:2],
+           *k.stride()[:2], *v.stride()[:2], slots.stride(0), scale * LOG2E, D=head_dim, **_config("cached", q))
     return out
 
 
 def _in_heads(x: Tensor) -> Tensor:
-    """x [rows, heads, head_dim] as it is where head_dim lies contiguous, else a copy."""
+    """x [..., head_dim] as it is where head_dim lies contiguous, else a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -208,16 +210,18 @@ def _config(name: str, q: Tensor) -> dict[str, int]:
 
 
 def samples(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Launches for `blip_kernels.aot`: three beams of few and of many images of 577 tokens, layer 0 of 12; the tokens
-    so far of all beams."""
+    """Launches for `blip_kernels.aot`: three beams of few and of many images of 577 tokens, layer 0 of 12, 20 samples
+    of an image; the tokens so far of all beams."""
     for head_dim in (32, 64, 128):
-        for images in (1, 8, 256):
-            kv = torch.empty((images * 577, 12, 2, 12, head_dim), dtype=dtype, device="meta")
-            q = torch.empty((images * 3, 12, head_dim), dtype=dtype, device="meta")
-            offsets = torch.empty(images + 1, dtype=torch.int32, device="meta")
-            call = partial(decode, q, kv[:, 0, 0], kv[:, 0, 1], offsets, head_dim**-0.5)
-            yield f"decode, head_dim {head_dim}, {images} images", call
-        cache = torch.empty((12, 2, 24 * 32, 12, head_dim), dtype=dtype, device="meta")
+        for images, each in ((1, 3), (8, 3), (256, 3), (8, 20)):
+            kv = torch.empty((12, 2, images, 12, 577, head_dim), dtype=dtype, device="meta").transpose(3, 4)
+            q = torch.empty((images * each, 12, head_dim), dtype=dtype, device="meta")
+            lengths = torch.empty(images, dtype=torch.int32, device="meta")
+            call = partial(decode, q, kv[0, 0], kv[0, 1], lengths, head_dim**-0.5)
+            yield f"decode, head_dim {head_dim}, {images} images" + (", 20 rows" if each > 16 else ""), call
+        cache = torch.empty((12, 2, 12, 24 * 32, head_dim), dtype=dtype, device="meta").transpose(2, 3)
         q = torch.empty((24, 12, head_dim), dtype=dtype, device="meta")
         slots = torch.empty((24, 20), dtype=torch.int64, device="meta")
-        yield f"cached, head_dim {head_dim}", partial(cached, q, cache[0, 0], cache[0, 1], slots, head_dim**-0.5)
+        lengths = torch.empty(24, dtype=torch.int32, device="meta")
+        yield (f"cached, head_dim {head_dim}",
+               partial(cached, q, cache[0, 0], cache[0, 1], slots, lengths, head_dim**-0.5))

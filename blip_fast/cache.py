@@ -1,0 +1,95 @@
+"""What generation reads at every step, in slots of fixed shapes: keys and values of images, and of the texts so far.
+
+An image enters a slot when another has left it; nothing is copied per beam or from step to step.
+"""
+
+from __future__ import annotations
+
+import torch
+from blip_kernels import cached_attention, decode_attention
+from torch import Tensor
+
+from blip_fast.config import TextConfig
+
+
+class ImagePool:
+    """Cross-attention keys and values of a number of image slots: what generation reads. An image that enters is copied
+    into its slot once; all of its beams read it there.
+    """
+
+    def __init__(self, config: TextConfig, slots: int, keys: int, like: Tensor) -> None:
+        """Room for `keys` keys in each slot."""
+        # A head's keys lie together: batched products read them as they are (docs/decisions.md).
+        shape = (config.layers, 2, slots, config.heads, keys, config.width // config.heads)
+        self.kv = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self.lengths = torch.zeros(slots, dtype=torch.int32, device=like.device)
+
+    def enter(self, slot: int, kv: Tensor) -> None:
+        """Put an image's kv [keys, layers, 2, heads, head_dim] into a slot, in place of what was there."""
+        self.kv[:, :, slot, :, : len(kv)] = kv.permute(1, 2, 3, 0, 4)
+        self.kv[:, :, slot, :, len(kv) :] = 0  # read, with a weight of nothing
+        self.lengths[slot] = len(kv)
+
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        """q [rows, heads, head_dim], the same number of consecutive rows a slot, over their slot's image."""
+        keys, values = self.kv[layer].transpose(2, 3)
+        return decode_attention(q, keys, values, self.lengths)
+
+    def keep(self, slots: Tensor) -> None:
+        """Go on with the given slots alone (int64 [n])."""
+        self.kv, self.lengths = self.kv.index_select(2, slots), self.lengths[slots]
+
+
+class SelfCache:
+    """Self-attention keys and values of the tokens decoded so far, in entries that are written once and never moved.
+
+    `table` [rows, max_tokens] says where each row's tokens lie: beams share the entries of their common history, and a
+    new order of beams is a new order of that table alone. Consecutive rows, `each` of them, belong to one slot; a row
+    has `max_tokens` entries of its own, and its table names entries of its slot only.
+    """
+
+    def __init__(self, config: TextConfig, slots: int, each: int, max_tokens: int, like: Tensor) -> None:
+        entries = slots * each * max_tokens
+        shape = (config.layers, 2, config.heads, entries, config.width // config.heads)  # as `ImagePool`
+        self.kv = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self.own = torch.arange(entries, device=like.device).view(slots, each, max_tokens)
+        self.table = self.own.flatten(0, 1).clone()
+
+    def enter(self, slot: int, shared: int) -> None:
+        """All rows of a slot begin anew: their first `shared` tokens will lie in the first row's entries."""
+        rows = self.table.view(self.own.shape)[slot]
+        rows.copy_(self.own[slot])
+        rows[:, :shared] = self.own[slot, 0, :shared]
+
+    def place(self, positions: Tensor) -> None:
+        """The next token of each row stands at `positions` [rows] of its text: `append` stores it, layer by layer."""
+        self._written = self.table.gather(1, positions[:, None]).squeeze(1)
+        self._lengths = (positions + 1).int()
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Store k, v [rows, heads, head_dim]."""
+        for cache, new in zip(self.kv[layer], (k, v), strict=True):
+            cache.index_copy_(1, self._written, new.transpose(0, 1))
+
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        """q [rows, heads, head_dim], one token a row, over the row's tokens up to it, read where they lie."""
+        keys, values = self.kv[layer].transpose(1, 2)
+        return cached_attention(q, keys, values, self.table, self._lengths)
+
+    def select(self, parents: Tensor, lengths: Tensor) -> None:
+        """Each row goes on from the row `parents` [slots, each] of its slot, of whose tokens there are `lengths`
+        [slots]."""
+        table = self.table.view(self.own.shape)
+        # Tokens to come get entries of their own: from here on a row's own hold nothing that others still read.
+        shared = torch.arange(self.own.shape[2], device=lengths.device) < lengths[:, None, None]
+        table = torch.where(shared, table.take_along_dim(parents[..., None], 1), self.own)
+        self.table = table.flatten(0, 1)
+
+    def keep(self, slots: Tensor) -> None:
+        """Go on with the given slots alone (int64 [n])."""
+        entries = self.own[slots].flatten()
+        table = self.table.view(self.own.shape)[slots]
+        self.own = self.own[: len(slots)]
+        shift = self.own[:, 0, 0] - entries.view(self.own.shape)[:, 0, 0]
+        self.table = (table + shift[:, None, None]).flatten(0, 1)
+        self.kv = self.kv.index_select(3, entries)

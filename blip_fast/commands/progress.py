@@ -1,0 +1,60 @@
+"""How a long command shows that it goes on, and how it is stopped."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGTERM; SIGINT is a plain KeyboardInterrupt."""
+
+
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Inside, SIGTERM raises `Stopped` in the main thread, as Ctrl-C raises KeyboardInterrupt."""
+    def stop(number: int, frame: object) -> None:
+        raise Stopped
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def progress_bar(label: str, unit: str, count: Callable[[], int | None],
+                 hidden: bool = False) -> Iterator[Callable[[], None]]:
+    """A bar with rate and time left on the error stream, if that is a terminal; yields what moves it on by one.
+
+    `count` is run by a thread beside the work; until it has ended, or where it gives None, the end is not known.
+    """
+    if hidden or not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
+               TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(label, total=None, rate="")
+
+        def find_total() -> None:
+            with suppress(OSError, ValueError):  # the work itself meets the same and tells of it
+                progress.update(task, total=count())
+
+        def advance() -> None:
+            progress.advance(task)
+            speed = progress.tasks[task].speed
+            progress.update(task, rate=f"{speed:.1f} {unit}/s" if speed else "")
+
+        threading.Thread(target=find_total, name="count", daemon=True).start()
+        yield advance

@@ -1,0 +1,135 @@
+"""Work on rows that each name an image and a text about it (pairs to be scored, questions to be answered): files of
+them, and their results as JSON Lines that a later run can go on with."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from functools import partial
+from itertools import groupby, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from blip_fast.commands.jsonl import JsonLines
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MOST_ROWS = 512  # of one image that are worked on, and written, together
+
+Row = dict[str, Any]
+# (pixels [images, 3, size, size], each image's texts) → what is added to each row, image after image
+Work = Callable[["Tensor", list[list[str]]], Iterable[Row]]
+
+
+def read_rows(path: str, text: str) -> list[Row]:
+    """Rows of a `.jsonl` file (objects with `image` and the key that `text` names; others are kept) or a `.tsv` file
+    (image, tab, text). Images are paths as they stand there.
+
+    Raises ValueError naming the first line that is neither, or where there is no line.
+    """
+    kind = Path(path).suffix.lower()
+    if kind not in (".jsonl", ".tsv"):
+        raise ValueError(f'{path} must be a .jsonl file with "image" and "{text}" in every line, or a .tsv of both')
+    read = _json_row if kind == ".jsonl" else _tsv_row
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    rows = [read(line, text, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
+        raise ValueError(f"{path} holds no line")
+    return rows
+
+
+def _json_row(line: str, text: str, where: str) -> Row:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} is no JSON object")
+    for key in ("image", text):
+        if not isinstance(row.get(key), str) or not row[key].strip():
+            raise ValueError(f'{where} has no "{key}": every row needs "image" and "{text}"')
+    return row
+
+
+def _tsv_row(line: str, text: str, where: str) -> Row:
+    image, tab, said = line.rstrip("\r").partition("\t")
+    if not (image.strip() and tab and said.strip()):
+        raise ValueError(f"{where} is not an image, a tab and a {text}")
+    return {"image": image, text: said}
+
+
+def run_rows(rows: Sequence[Row], text: str, make_work: Callable[[], tuple[Work, int]], batch_size: int,
+             output: str | None, resume: bool) -> int:
+    """Work on all rows and write them, in order, with what is found: to the file `output`, or to standard output.
+
+    Rows behind one another that name the same image are worked on together. One whose image cannot be read gets an
+    `error` instead and does not end the run.
+
+    Args:
+        text: the key of each row's text.
+        make_work: loads the model; gives the work, and the image size that it takes.
+        batch_size: images at a time.
+        resume: leave out the rows that `output` holds already.
+
+    Returns:
+        The exit status: 1 where an image could not be read.
+
+    Raises:
+        ValueError: `resume` without `output`; `batch_size` is less than 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {batch_size}")
+    if output is None:
+        if resume:
+            raise ValueError("--resume needs --output FILE.jsonl, the file to go on with")
+        return _run(rows, text, make_work, batch_size,
+                    lambda row: print(json.dumps(row, ensure_ascii=False), flush=True))
+    with closing(JsonLines(output, resume, text)) as file:
+        left = [row for row in rows if not file.done.take(row["image"], row[text])]
+        return _run(left, text, make_work, batch_size, file.write)
+
+
+def _run(rows: Sequence[Row], text: str, make_work: Callable[[], tuple[Work, int]], batch_size: int,
+         write: Callable[[Row], None]) -> int:
+    if not rows:
+        print("blip-fast: nothing left to do", file=sys.stderr)
+        return 0
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    work, image_size = make_work()
+    columns = TextColumn("rows"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    failed: set[str] = set()
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+        for row in progress.track(_results(rows, text, work, image_size, batch_size), total=len(rows)):
+            write(row)
+            if "error" in row and row["image"] not in failed:
+                failed.add(row["image"])
+                print(f"blip-fast: {row['error']}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _results(rows: Sequence[Row], text: str, work: Work, image_size: int, batch_size: int) -> Iterator[Row]:
+    import torch
+
+    from blip_fast.images import ImageError
+    from blip_fast.tasks.loading import read_pixels
+
+    groups = [list(part) for _, same in groupby(rows, lambda row: row["image"])
+              for part in iter(partial(_take, same, MOST_ROWS), [])]
+    pixels = read_pixels((group[0]["image"] for group in groups), image_size)
+    stream = zip(groups, pixels, strict=True)
+    while batch := list(islice(stream, batch_size)):
+        readable = [(group, read) for group, read in batch if not isinstance(read, ImageError)]
+        found = iter(work(torch.stack([read for _, read in readable]),
+                          [[row[text] for row in group] for group, _ in readable]) if readable else ())
+        for group, read in batch:
+            for row in group:
+                yield row | ({"error": str(read)} if isinstance(read, ImageError) else next(found))
+
+
+def _take(rows: Iterator[Row], count: int) -> list[Row]:
+    return list(islice(rows, count))

@@ -1,0 +1,89 @@
+"""The continuous batch: slots of images at different lengths that pass the decoder together, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from blip_fast.cache import ImagePool, SelfCache
+from blip_fast.generate.beam import BeamSearch
+from blip_fast.generate.config import GenerationConfig
+from blip_fast.generate.sample import Sampling
+from blip_fast.generate.texts import narrow, only_where
+from blip_fast.model import BlipModel
+
+
+class ContinuousBatch:
+    """An image enters a free slot and leaves it when its texts are finished, whatever the other slots do.
+
+    Every step computes one token of each text of each slot, so all shapes stay as they are; what free slots compute is
+    not used. A prompt's last token is the first that all texts of a slot compute; those before it enter the cache
+    earlier, as many at a step as the slot has texts.
+    """
+
+    def __init__(self, model: BlipModel, config: GenerationConfig, slots: int, keys: int, like: Tensor) -> None:
+        """`slots` images of up to `keys` keys, which are of the dtype and on the device of `like`."""
+        self.model, self.keys, stack = model, keys, model.stack("decoder")
+        self.each = config.texts_per_image
+        self.search = (Sampling if config.top_p is not None or config.beams == 1 else BeamSearch)(
+            config, model.config.tokens.sep)
+        self.texts = self.search.empty(slots, like.device)
+        self.images = ImagePool(stack.config, slots, keys, like)
+        self.cache = SelfCache(stack.config, slots, self.each, config.max_length, like)
+        self.cached = torch.zeros(slots, dtype=torch.int64, device=like.device)  # how many tokens the cache holds
+        self.places: list[int | None] = [None] * slots  # of the request in each slot
+
+    @property
+    def free(self) -> int:
+        """How many slots are free."""
+        return self.places.count(None)
+
+    @property
+    def idle(self) -> bool:
+        return self.free == len(self.places)
+
+    def enter(self, place: int, kv: Tensor, prompt: Sequence[int], seed: int) -> None:
+        """Put request number `place` into a free slot; kv [keys, layers, 2, heads, head_dim] is copied."""
+        slot = self.places.index(None)
+        self.places[slot] = place
+        self.images.enter(slot, kv)
+        self.cache.enter(slot, len(prompt) - 1)
+        self.cached[slot] = 0
+        self.search.enter(self.texts, slot, prompt, seed)  # type: ignore[arg-type]
+
+    def step(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Compute a token of every text. Yields the requests that this finishes: place, token ids, scores (see the
+        search's `results`)."""
+        texts = self.texts
+        last = (texts.lengths - 1)[:, None]
+        in_prompt = self.cached[:, None] < last
+        ahead = self.cached[:, None] + torch.arange(self.each, device=last.device)
+        positions = torch.where(in_prompt, torch.minimum(ahead, last - 1), last)  # [slots, each]
+        tokens = texts.token_ids.gather(2, positions[..., None])
+        hidden = self.model.stack("decoder").decode(tokens.flatten(), positions.flatten(), self.cache, self.images)
+        logits = self.model.vocabulary_logits(hidden)[: positions.numel()].float()
+        full = texts.token_ids.shape[2]  # what is done may be, and has no room for what it goes on with
+        ready = replace(texts, lengths=texts.lengths.clamp(max=full - 1))
+        advanced = self.search.advance(ready, logits.view(*positions.shape, -1))  # type: ignore[arg-type]
+        self.texts = only_where(~(in_prompt.squeeze(1) | texts.done), advanced, texts)
+        self.cached = positions[:, -1] + 1
+        if isinstance(self.search, BeamSearch):
+            self.cache.select(self.texts.parents, torch.maximum(self.cached, texts.prompt_lengths - 1))
+        for slot, done in enumerate(self.texts.done.tolist()):
+            place = self.places[slot]
+            if done and place is not None:
+                self.places[slot] = None
+                yield place, *self.search.results(self.texts, slot)  # type: ignore[arg-type]
+
+    def shrink(self) -> None:
+        """Drop free slots once they are half of all or more: it costs a copy of the others."""
+        taken = [slot for slot, place in enumerate(self.places) if place is not None]
+        if 2 * len(taken) <= len(self.places):
+            slots = torch.tensor(taken, device=self.cached.device)
+            self.texts, self.cached = narrow(self.texts, slots), self.cached[slots]
+            self.images.keep(slots)
+            self.cache.keep(slots)
+            self.places = [self.places[slot] for slot in taken]

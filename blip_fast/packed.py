@@ -1,0 +1,62 @@
+"""A model prepared for inference on a CPU: its linear layers packed, GELU computed within the product before it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from blip_kernels import pack_weight, packed_linear, packing_cannot
+from torch import Tensor, nn
+
+from blip_fast.model import BlipModel
+from blip_fast.text import FeedForward, LMHead
+from blip_fast.vision import VisionBlock
+
+GELU_BEHIND: dict[type[nn.Module], str] = {VisionBlock: "mlp_in", FeedForward: "mlp_in", LMHead: "dense"}
+
+
+class PackedLinear(nn.Module):
+    """Stands for an `nn.Linear`, GELU behind it where asked for. Its weight is not held twice.
+
+    It stays on the CPU and in its dtype. `state_dict` gives the weight as it was.
+    """
+
+    def __init__(self, linear: nn.Linear, gelu: bool = False) -> None:
+        """Raises ValueError where the weight cannot be packed here."""
+        super().__init__()
+        self._packed, self.gelu = pack_weight(linear.weight), gelu
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return packed_linear(x, self._packed, self.bias, gelu=self.gelu)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination[prefix + "weight"] = self._packed.to_dense()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        raise ValueError("a model that was packed for inference on a CPU stays there in its dtype: load it anew with "
+                         "another device or dtype")
+
+
+def pack_linear_layers(model: BlipModel) -> None:
+    """Replace the linear layers of a model by their packed form, in place, and pack the vocabulary's projection.
+
+    Outputs stay what they were up to rounding, and a row no longer depends, not by a bit, on how many are computed
+    together. The weight of the vocabulary is also kept as it is, because embeddings are looked up in it. Gradients end
+    here.
+
+    Where weights cannot be packed (`blip_kernels.packing_cannot`: on a GPU, in float16, bfloat16 on a processor without
+    products of it) the model is left as it is.
+    """
+    if packing_cannot(model.vision.cls_token):
+        return
+    for module in list(model.modules()):
+        before_gelu = GELU_BEHIND.get(type(module))
+        for name, layer in list(module.named_children()):
+            if type(layer) is nn.Linear and not (module is model.lm_head and name == "projection"):
+                setattr(module, name, PackedLinear(layer, gelu=name == before_gelu))
+        if before_gelu is not None:
+            module.activation = nn.Identity()
+    if model.lm_head is not None:
+        model.packed_vocabulary = pack_weight(model.lm_head.weight(model.stack("decoder").word_embeds.weight))
+    model.requires_grad_(False)
