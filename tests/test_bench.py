@@ -98,7 +98,7 @@ def test_results_that_differ_are_an_error_and_no_figures(bench, monkeypatch, che
     (["caption", "--rounds", "0"], "--rounds is 0: at least 1"),
     (["rerank", "--images", "3"], "rerank has 64 and 320 captions"),
     (["vqa", "--full"], "--full is for rerank"),
-    (["encode", "--model", "no/such"], "no/such"),
+    (["encode", "--model", "no/such/dir"], "no/such/dir"),
 ])
 def test_bad_input_is_one_line(options, said, capsys):
     assert cli.main(["bench", *options]) == 2

@@ -90,6 +90,11 @@ def test_metrics_show_value_target_chance_and_whether_it_is_met():
     assert "✗" in rows[4] and "not finite" in rows[4] and "nan" not in rows[4]
 
 
+def test_without_chance_levels_there_is_no_column_of_them():
+    html = Report("t").section("s").metrics([Metric("ratio", 2.0, 3.0, unit="×")]).html()
+    assert "Target</th>" in html and "Chance" not in html
+
+
 def test_pictures_small_ones_untouched_large_ones_reduced():
     html = full_report().html()
     kinds = re.findall(r'src="data:image/(\w+);base64,([^"]+)"', html)
@@ -125,7 +130,8 @@ def test_curves_lie_where_the_axis_says():
 
 def test_bars_are_as_long_as_their_values_and_coloured_by_name():
     page = Bars(EVIL, {EVIL: {"ours": 4.0, "peer": 1.0}, "second": {"peer": 2.0, "broken": math.nan}}, EVIL).html()
-    bars = [(float(width), colour) for width, colour in re.findall(r'<rect [^>]*width="([\d.]+)".*?(--series-\d)', page)]
+    found = re.findall(r'<rect [^>]*width="([\d.]+)".*?(--series-\d)', page)
+    bars = [(float(width), colour) for width, colour in found]
     assert [width / bars[0][0] for width, _ in bars] == pytest.approx([1.0, 0.25, 0.5], abs=1e-3)
     assert [colour for _, colour in bars] == ["--series-0", "--series-1", "--series-1"]
     assert Page(page).text.count(EVIL) == 3

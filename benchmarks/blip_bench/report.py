@@ -47,7 +47,7 @@ def write_report(records: Sequence[Record], path: Path) -> Path:
         sweep = [record for record in own if {"batch", "beams"} <= record.parameters.keys()]
         beside = [record.summary for record in own if record not in sweep]
         report.section(_heading(module))
-        report.plots([*_bars(beside), *([_sweep(sweep)] if sweep else [])])
+        report.plots([*_bars(_heading(module), beside), *([_sweep(sweep)] if sweep else [])])
         if beside:
             report.table(["case", "by", "seconds", "lowest", "highest", "a second", ""], list(_rows(beside)))
     if memory := [record for record in records if isinstance(record, MemoryRecord)]:
@@ -68,7 +68,7 @@ def _targets(summary: dict[str, Any]) -> Iterable[Metric]:
                          unit=f"× as fast as {ratio['beside']}")
 
 
-def _bars(summaries: Sequence[dict[str, Any]]) -> Iterable[Bars]:
+def _bars(heading: str, summaries: Sequence[dict[str, Any]]) -> Iterable[Bars]:
     """A drawing for all cases with the same names: FLOPs a second where they are known, else amounts a second."""
     kinds: dict[tuple[str, ...], dict[str, dict[str, float]]] = {}
     for summary in summaries:
@@ -78,7 +78,7 @@ def _bars(summaries: Sequence[dict[str, Any]]) -> Iterable[Bars]:
         kinds.setdefault((unit, *each), {})[summary["case"]] = {
             name: figures["tflops" if flops else "per_second"] for name, figures in each.items()}
     for (unit, *_), groups in kinds.items():
-        yield Bars(next(iter(groups)) if len(groups) == 1 else f"{len(groups)} cases", groups, unit)
+        yield Bars(heading, groups, unit)
 
 
 def _sweep(records: Sequence[TimeRecord]) -> Plot:

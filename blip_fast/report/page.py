@@ -79,11 +79,13 @@ class Report:
         return self
 
     def metrics(self, metrics: Sequence[Metric]) -> Report:
-        """Figures with bars, targets and chance levels."""
-        head = ('<th>Measure</th><th class="number">Value</th><th></th><th class="number"><i class="target"></i>Target'
-                '</th><th class="number"><i class="chance"></i>Chance</th>')
-        return self._add(f'<table class="metrics"><thead><tr>{head}</tr></thead>'
-                         f"<tbody>{''.join(map(_metric, metrics))}</tbody></table>")
+        """Figures with bars, targets and, where there are any, chance levels."""
+        with_chance = any(metric.chance is not None for metric in metrics)
+        head = ('<th>Measure</th><th class="number">Value</th><th></th>'
+                '<th class="number"><i class="target"></i>Target</th>'
+                + '<th class="number"><i class="chance"></i>Chance</th>' * with_chance)
+        rows = "".join(_metric(metric, with_chance) for metric in metrics)
+        return self._add(f'<table class="metrics"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>')
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str | float]], caption: str = "") -> Report:
         """A plain table; numbers are aligned right. Raises ValueError where a row has not one cell a column."""
@@ -132,10 +134,10 @@ class Report:
         return self
 
 
-def _metric(metric: Metric) -> str:
+def _metric(metric: Metric, with_chance: bool) -> str:
     mark = _mark(metric.met) if metric.met is not None else ""
     side = "".join(f'<td class="side number" data-name="{name}">{_figure(value, metric.unit)}</td>'
-                   for name, value in (("target", metric.target), ("chance", metric.chance)))
+                   for name, value in [("target", metric.target), ("chance", metric.chance)][: 1 + with_chance])
     unit = f" <small>{escape(metric.unit)}</small>" if metric.unit else ""
     return (f'<tr><td>{escape(metric.name)}{unit}</td><td class="value number">{mark}'
             f'{_figure(metric.value, metric.unit)}</td><td class="bar">{_bar(metric)}</td>{side}</tr>')

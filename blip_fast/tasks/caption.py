@@ -196,8 +196,8 @@ class Captioner(PretrainedTask):
         readable = [(read, read.pixels) for read in reads if isinstance(read.pixels, Tensor)]
         for image_embeds in encode_images(self.model, [torch.stack([p for _, p in readable])] if readable else []):
             image_kv = self.model.stack("decoder").image_kv(image_embeds)
-            for i, (read, pixels) in enumerate(readable):
-                yield read, pixels, image_kv.select(torch.tensor([i], device=image_embeds.device))
+            for (read, pixels), own in zip(readable, image_kv.split(), strict=True):
+                yield read, pixels, own
 
     def _caption(self, texts: Sequence[Generated], read: _Read, strip_prompt: bool) -> Caption | ImageError:
         if not texts:
