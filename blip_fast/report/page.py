@@ -19,7 +19,7 @@ from statistics import median
 from PIL import Image
 
 from blip_fast.images import ImageSource, load_image
-from blip_fast.report.plot import Plot
+from blip_fast.report.plot import Bars, Plot
 
 THUMBNAIL = 360  # longest side of a picture in the page
 LOSSLESS = 160  # pictures up to this size are kept as they are
@@ -84,11 +84,13 @@ class Report:
         return self
 
     def metrics(self, metrics: Sequence[Metric]) -> Report:
-        """Figures with bars, targets and chance levels."""
-        head = ('<th>Measure</th><th class="number">Value</th><th></th><th class="number"><i class="target"></i>Target'
-                '</th><th class="number"><i class="chance"></i>Chance</th>')
-        return self._add(f'<table class="metrics"><thead><tr>{head}</tr></thead>'
-                         f"<tbody>{''.join(map(_metric, metrics))}</tbody></table>")
+        """Figures with bars, targets and, where there are any, chance levels."""
+        with_chance = any(metric.chance is not None for metric in metrics)
+        head = ('<th>Measure</th><th class="number">Value</th><th></th>'
+                '<th class="number"><i class="target"></i>Target</th>'
+                + '<th class="number"><i class="chance"></i>Chance</th>' * with_chance)
+        rows = "".join(_metric(metric, with_chance) for metric in metrics)
+        return self._add(f'<table class="metrics"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>')
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str | float]], caption: str = "") -> Report:
         """A plain table; numbers are aligned right. Raises ValueError where a row has not one cell a column."""
@@ -104,8 +106,8 @@ class Report:
         return self._add(f'<div class="scroll"><table>{title}<thead><tr>{head}</tr></thead>'
                          f"<tbody>{body}</tbody></table></div>")
 
-    def plots(self, plots: Sequence[Plot]) -> Report:
-        """Line plots, side by side where there is room."""
+    def plots(self, plots: Sequence[Plot | Bars]) -> Report:
+        """Line plots and bars, side by side where there is room."""
         return self._add("".join(plot.html() for plot in plots), "plots")
 
     def cards(self, cards: Sequence[Card]) -> Report:
@@ -137,10 +139,10 @@ class Report:
         return self
 
 
-def _metric(metric: Metric) -> str:
+def _metric(metric: Metric, with_chance: bool) -> str:
     mark = _mark(metric.met) if metric.met is not None else ""
     side = "".join(f'<td class="side number" data-name="{name}">{_figure(value, metric.unit)}</td>'
-                   for name, value in (("target", metric.target), ("chance", metric.chance)))
+                   for name, value in [("target", metric.target), ("chance", metric.chance)][: 1 + with_chance])
     unit = f" <small>{escape(metric.unit)}</small>" if metric.unit else ""
     return (f'<tr><td>{escape(metric.name)}{unit}</td><td class="value number">{mark}'
             f'{_figure(metric.value, metric.unit)}</td><td class="bar">{_bar(metric)}</td>{side}</tr>')
