@@ -31,4 +31,4 @@ lint: setup
 	$(BIN)/pyright
 
 bench: setup
-	$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr,rounds
+	$(BIN)/python -m pytest benchmarks

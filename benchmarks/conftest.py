@@ -1,46 +1,65 @@
-"""Implementations timed side by side: in turn, in one process, so that whatever else the machine does meets them alike.
-
-Each round calls every peer and then ours; the ratio of one round is a peer's seconds over ours. A benchmark also
-compares what they computed: a speed-up counts only for equal results.
-"""
+"""Cases under pytest-benchmark, lines below its table, and `report.html` beside this file."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from statistics import median
-from time import perf_counter
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from blip_bench.machine import machine
+from blip_bench.memory import Added
+from blip_bench.models import write_checkpoint
+from blip_bench.report import MemoryRecord, TimeRecord, write_report
+from blip_bench.timing import Case, Rounds
 
 LINES = pytest.StashKey[list[str]]()
+RECORDS = pytest.StashKey[list[TimeRecord | MemoryRecord]]()
+REPORT = Path(__file__).with_name("report.html")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Callable[[str], Path]:
+    """`checkpoint("caption")` → a directory with BLIP base, random weights, 384 px, for that part of `TASKS`."""
+
+    @cache
+    def write(part: str) -> Path:
+        directory = tmp_path_factory.mktemp(part)
+        write_checkpoint(directory, part, 384)
+        return directory
+
+    return write
 
 
 @pytest.fixture
-def side_by_side(benchmark, request) -> Callable[..., dict[str, Any]]:
-    """`side_by_side(ours, {name: peer}, rounds)` → what each returned last, by name, ours as "ours"."""
+def side_by_side(benchmark, request) -> Callable[[Case, int], dict[str, Any]]:
+    """`side_by_side(case, rounds)` → what each call returned last, by name. pytest-benchmark's figures are those of the
+    case's first call; the others' have their turn before each of its rounds, and stand in `extra_info`."""
 
-    def run(ours: Callable[[], Any], peers: dict[str, Callable[[], Any]], rounds: int,
-            warm_up: int = 1) -> dict[str, Any]:
-        seconds: dict[str, list[float]] = {name: [] for name in peers}
-        results = {}
-
-        def call_peers() -> None:
-            for name, peer in peers.items():
-                start = perf_counter()
-                results[name] = peer()
-                seconds[name].append(perf_counter() - start)
-
-        results["ours"] = benchmark.pedantic(ours, setup=call_peers, rounds=rounds, warmup_rounds=warm_up)
-        if benchmark.enabled:
-            own = benchmark.stats.stats.data
-            compared = {name: _ratio(taken[-rounds:], own) for name, taken in seconds.items()}
-            benchmark.extra_info["peers"] = compared
-            request.config.stash[LINES].append(_line(request.node.name, median(own), compared))
-        return results
+    def run(case: Case, rounds: int) -> dict[str, Any]:
+        first, *others = case.calls
+        case.get_warm()
+        taken = Rounds(case)
+        benchmark.pedantic(taken.take, args=(first,), setup=lambda: taken.take(*others), rounds=rounds)
+        benchmark.extra_info.update(taken.summary())
+        _keep(request, TimeRecord(*_place(request), taken.summary()))
+        request.config.stash[LINES] += _lines(request.node.name, taken.summary())
+        return taken.results
 
     return run
+
+
+@pytest.fixture
+def record_memory(request, record_line) -> Callable[[str, dict[str, Added]], None]:
+    """`record_memory(case, {name: what it adds})`."""
+
+    def record(case: str, added: dict[str, Added]) -> None:
+        _keep(request, MemoryRecord(*_place(request), case, added))
+        record_line(f"{case}, peak memory: " + "; ".join(
+            f"{name} adds {each.added / 1e9:.2f} GB to {each.before / 1e9:.2f}" for name, each in added.items()))
+
+    return record
 
 
 @pytest.fixture
@@ -49,28 +68,37 @@ def record_line(request) -> Callable[[str], None]:
     return request.config.stash[LINES].append
 
 
-def _ratio(peer: list[float], own: list[float]) -> dict[str, float]:
-    ratios = [theirs / ours for theirs, ours in zip(peer, own, strict=True)]
-    return {"seconds": median(peer), "ratio": median(ratios), "lowest": min(ratios), "highest": max(ratios)}
+def _keep(request: pytest.FixtureRequest, record: TimeRecord | MemoryRecord) -> None:
+    request.config.stash[RECORDS].append(record)
 
 
-def _line(name: str, seconds: float, compared: dict[str, dict[str, float]]) -> str:
-    peers = (f"{peer} {r['seconds']:.3g} s, {r['ratio']:.2f} × ({r['lowest']:.2f}–{r['highest']:.2f})"
-             for peer, r in compared.items())
-    return f"{name}: ours {seconds:.3g} s; {'; '.join(peers)}"
+def _place(request: pytest.FixtureRequest) -> tuple[str, str, dict[str, Any]]:
+    """The module's and the test's name, and the test's parameters."""
+    node = request.node
+    return node.module.__name__, node.originalname, dict(node.callspec.params) if hasattr(node, "callspec") else {}
+
+
+def _lines(name: str, summary: dict[str, Any]) -> list[str]:
+    times = (f"{who} {each['seconds']['median']:.3g} s" for who, each in summary["implementations"].items())
+    ratios = (f"{r['of']} {r['median']:.2f} × as fast as {r['beside']} ({r['lowest']:.2f}–{r['highest']:.2f})"
+              for r in summary["ratios"])
+    return [f"{name}: {'; '.join([*times, *ratios])}"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[LINES] = []
+    config.stash[LINES], config.stash[RECORDS] = [], []
 
 
 def pytest_report_header() -> str:
-    return (f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
-            f"{torch.backends.cpu.get_cpu_capability()}")
+    about = machine()
+    return f"torch {about['torch']}, {about['threads']} threads, {about['capability']}, {about['cpu']}"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if lines := terminalreporter.config.stash[LINES]:
-        terminalreporter.section("side by side: medians, and the ratio peer / ours (lowest–highest of the rounds)")
+    config = terminalreporter.config
+    if lines := config.stash[LINES]:
+        terminalreporter.section("side by side: medians, and ratios (lowest–highest of the rounds)")
         for line in lines:
             terminalreporter.write_line(line)
+    if records := config.stash[RECORDS]:
+        terminalreporter.write_line(f"report: {write_report(records, REPORT)}")

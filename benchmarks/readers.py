@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from baselines.pillow_loader import batches
+from blip_bench.baselines.pillow_loader import batches
 from torch import Tensor
 
 from blip_fast.data.pipeline import InputConfig, TrainInput

@@ -6,11 +6,13 @@ from functools import partial
 
 import pytest
 import torch
+from blip_bench.timing import Case
 from blip_kernels import attention
 from blip_kernels.backends import attention_backend
 from torch import Tensor
 
 SHAPES = {37: (64, 4, 32), 197: (8, 12, 64), 577: (2, 12, 64)}  # tokens: images, heads, head width
+ROUNDS = 7
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
@@ -38,7 +40,11 @@ def test_attention(side_by_side, tokens, dtype, backward):
     implementations = {name: partial(attention, q_offsets=offsets, kv_offsets=offsets, backend=name)
                        for name in ("sdpa", "sliced")} | {"plain": partial(plain, images)}
     ours = implementations.pop(attention_backend(q))
-    results = side_by_side(partial(run, ours), {name: partial(run, peer) for name, peer in implementations.items()}, 15)
+    flops = (14 if backward else 4) * images * tokens**2 * heads * head_dim  # 2 products forward, 5 backward
+    name = f"{tokens} tokens, {str(dtype).removeprefix('torch.')}, forward{' + backward' * backward}"
+    peers = {name: partial(run, peer) for name, peer in implementations.items()}
+    results = side_by_side(Case.beside(name, partial(run, ours), peers, amount=images, unit="images",
+                                       flops=dict.fromkeys(["ours", *peers], flops)), ROUNDS)
     for name, result in results.items():
         for found, wanted in zip(result, results["plain"], strict=True):
             error = (found - wanted).float().norm() / wanted.float().norm()

@@ -1,65 +1,56 @@
-"""Captions of random models at 224 px, three beams, beside transformers: the same weights, pixels and prompt."""
+"""Captions of 20 tokens beside transformers, throughput by batch and beams, and memory."""
 
 from __future__ import annotations
 
-from tempfile import TemporaryDirectory
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-import transformers
+from blip_bench.caption import PROMPT, captions, cases, full_length, their_captions
+from blip_bench.memory import added_memory
+from blip_bench.models import load_transformers, pictures
+from blip_bench.timing import Call, Case
 
-from blip_fast.checkpoint import load_model
-from blip_fast.generate import GenerationConfig, generate
-from blip_fast.model import BlipModel
+from blip_fast.tasks.caption import Captioner
 
-SIZES = {  # width, layers, heads, of image and text alike; images
-    "small": (384, 6, 6, 8),
-    "base": (768, 12, 12, 2),
-}
-PROMPT = [30522, 1037, 3861, 1997]  # [DEC] a picture of
-SEP = 102
-MAX_LENGTH, MIN_LENGTH, BEAMS = 20, 5, 3
+IMAGE_SIZE = 384
 
 
-@pytest.fixture(scope="module", params=SIZES)
-def models(request) -> tuple[BlipModel, transformers.BlipForConditionalGeneration, int]:
-    """Ours and theirs with the same random weights, spread so that no two beams are all but equal; and the images."""
-    width, layers, heads, images = SIZES[request.param]
-    shape = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers,
-             "num_attention_heads": heads}
-    config = transformers.BlipConfig(
-        text_config={**shape, "encoder_hidden_size": width, "sep_token_id": SEP, "eos_token_id": SEP},
-        vision_config={**shape, "image_size": 224, "patch_size": 16})
-    torch.manual_seed(0)
-    theirs = transformers.BlipForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter.add_(torch.randn_like(parameter) * width**-0.5)
-    with TemporaryDirectory() as directory:
-        theirs.save_pretrained(directory)
-        ours, _ = load_model(directory)
-    return ours, theirs, images
+@pytest.fixture(scope="module")
+def by_name(checkpoint) -> dict[str, Case]:
+    return {case.name: case for case in cases(checkpoint("caption"), 2)}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_captioning(side_by_side, models, dtype):
-    ours, theirs, images = models
-    for model in (ours, theirs):
-        model.to(getattr(torch, dtype))
-    pixels = torch.randn(images, 3, 224, 224, dtype=getattr(torch, dtype))
-    prompts_and_sep = torch.tensor([[*PROMPT, SEP]] * images)
-    config = GenerationConfig(beams=BEAMS, max_length=MAX_LENGTH, min_length=MIN_LENGTH)
+@pytest.mark.parametrize("search", ["3 beams", "greedy"])
+def test_captioning(side_by_side, by_name, search):
+    side_by_side(by_name[search], 2)
 
-    def caption() -> list[list[int]]:
-        with torch.inference_mode():
-            image_kv = ours.stack("decoder").image_kv(ours.encode_images(pixels))
-        return [text.token_ids for text in generate(ours, image_kv, [PROMPT] * images, config)]
 
-    def their_caption() -> list[list[int]]:  # their generate drops the [SEP] behind a prompt
-        return theirs.generate(pixels, prompts_and_sep, num_beams=BEAMS, max_length=MAX_LENGTH, min_length=MIN_LENGTH,
-                               do_sample=False).tolist()
+@pytest.fixture(scope="module")
+def captioner(checkpoint) -> Captioner:
+    return Captioner.from_pretrained(checkpoint("caption"), dtype="bfloat16", device="cpu")
 
-    results = side_by_side(caption, {"transformers": their_caption}, 3)
-    if dtype == "float32":  # in 16 bits two beams may change places
-        assert results["ours"] == [ids[: len(own)] for ids, own in zip(results["transformers"], results["ours"],
-                                                                       strict=True)]
+
+@pytest.mark.parametrize("batch", [1, 4, 8])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_batch_and_beams(side_by_side, captioner, batch, beams):
+    pixels = pictures(batch, IMAGE_SIZE)
+    call = partial(captions, captioner, full_length(beams))
+    side_by_side(Case(f"{batch} images, {beams} beams", {"ours bfloat16": partial(call, pixels)}, amount=batch,
+                      unit="images", warm_up=partial(call, pixels[:1])), 2)
+
+
+def test_peak_memory(checkpoint, record_memory):
+    added = {side: added_memory(captions_alone, side, checkpoint("caption"))
+             for side in ("ours bfloat16", "transformers bfloat16")}
+    record_memory("4 captions, 3 beams", added)
+
+
+def captions_alone(side: str, directory: Path) -> Call:
+    config, pixels = full_length(3), pictures(4, IMAGE_SIZE)
+    captioner = Captioner.from_pretrained(directory, dtype="bfloat16", device="cpu")
+    if side.startswith("ours"):
+        return partial(captions, captioner, config, pixels)
+    prompt = torch.tensor([[*captioner.prompt_ids(PROMPT), captioner.tokenizer.sep_id]])
+    return partial(their_captions, load_transformers(directory, "bfloat16"), prompt, config, pixels)

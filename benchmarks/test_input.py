@@ -7,14 +7,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from baselines.pillow_loader import STD, Choices, transform
+from blip_bench.baselines.pillow_loader import STD, Choices, transform
+from blip_bench.timing import Case
 from PIL import Image
 from readers import BATCH, IMAGE_SIZE
 
@@ -25,8 +26,8 @@ from blip_fast.data.sources import Source
 from blip_fast.images import load_image
 
 READERS = Path(__file__).with_name("readers.py")
-IMAGES = {"photographs": 4000, "mosaics": 800}  # of a round
-ROUNDS = 5
+IMAGES = {"photographs": 2000, "mosaics": 800}  # of a round
+ROUNDS = 3
 BROKEN = 0.05
 OUTCOMES = {  # ours: which operation with which sign an outcome stands for
     **{3 * i + j: (name, sign) for i, sign in enumerate((1, -1)) for j, name in
@@ -95,32 +96,40 @@ def read(process: subprocess.Popen[str], images: int) -> float:
     return float(process.stdout.readline())
 
 
-def compare(side_by_side, benchmark, images: int, ours: tuple, peer_name: str, peer: tuple) -> None:
-    with reader(*ours) as one, reader(*peer) as other:
-        spent = read(one, BATCH), read(other, BATCH)
-        results = side_by_side(lambda: read(one, images), {peer_name: lambda: read(other, images)}, ROUNDS, warm_up=0)
-    seconds = results["ours"] - spent[0], results[peer_name] - spent[1]
-    benchmark.extra_info["CPU"] = {"ours": seconds[0], peer_name: seconds[1], "ratio": seconds[1] / seconds[0]}
-    benchmark.extra_info["images"] = images
-    print(f"\n{peer_name}: {seconds[1] / seconds[0]:.2f} × our CPU seconds")
+@pytest.fixture
+def compare(side_by_side, benchmark, record_line) -> Callable[..., None]:
+    """`compare(case, images, arguments of our reader, peer's name, arguments of its reader)`: wall and CPU seconds."""
+
+    def run(case: str, images: int, ours: tuple[object, ...], name: str, peer: tuple[object, ...]) -> None:
+        with reader(*ours) as one, reader(*peer) as other:
+            spent = read(one, BATCH), read(other, BATCH)
+            results = side_by_side(
+                Case.beside(case, lambda: read(one, images), {name: lambda: read(other, images)}, amount=images,
+                            unit="images", warm_up=lambda: None), ROUNDS)
+        seconds = results["ours"] - spent[0], results[name] - spent[1]
+        benchmark.extra_info["CPU"] = {"ours": seconds[0], name: seconds[1], "ratio": seconds[1] / seconds[0]}
+        record_line(f"{case}: {name} takes {seconds[1] / seconds[0]:.2f} × our CPU seconds")
+
+    return run
 
 
 @pytest.mark.parametrize("augment", ["plain", "augmented"])
-@pytest.mark.parametrize("kind", IMAGES)
-def test_input_beside_a_data_loader(side_by_side, benchmark, folder, kind, augment):
+@pytest.mark.parametrize("kind", ["photographs", pytest.param("mosaics", marks=pytest.mark.slow)])
+def test_input_beside_a_data_loader(compare, folder, kind, augment):
     shards = folder / f"{kind} packed"
     if not shards.exists():
         shards_of(folder / kind, shards.name)
     assert difference(shards, augment == "augmented") < 1.5
-    compare(side_by_side, benchmark, IMAGES[kind], ("dali", shards, augment), "Pillow", ("pillow", shards, augment))
+    compare(f"{kind}, {augment}", IMAGES[kind], ("dali", shards, augment), "Pillow", ("pillow", shards, augment))
 
 
-def test_broken_images_and_speed(side_by_side, benchmark, folder):
+@pytest.mark.slow
+def test_broken_images_and_speed(compare, folder):
     """5 % refused when packed, and 5 % damaged on disk since; beside the same input of whole images."""
     whole, broken = folder / "whole packed", folder / "broken packed"
     shards_of(folder / "photographs", whole.name)
     shards_of(folder / "photographs", broken.name, BROKEN)
-    compare(side_by_side, benchmark, IMAGES["photographs"], ("dali", broken, "augmented"), "whole images",
+    compare("broken photographs", IMAGES["photographs"], ("dali", broken, "augmented"), "whole images",
             ("dali", whole, "augmented"))
 
 

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 from torch import nn
 
+from blip_fast.linear import Linear
 from blip_fast.model import BlipModel
 
 
@@ -23,8 +24,11 @@ def quantise_linear_layers(model: BlipModel) -> None:
     logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of libraries for GPUs that are not here
     from torchao.quantization import Int8WeightOnlyConfig, quantize_  # pyright: ignore[reportMissingImports]
 
-    quantize_(model, Int8WeightOnlyConfig(version=2), filter_fn=_is_quantised)
-
-
-def _is_quantised(module: nn.Module, name: str) -> bool:
-    return type(module) is nn.Linear and name.startswith(("vision.blocks.", "text."))
+    for part in (model.vision.blocks, model.text):
+        for module in list(part.modules()):
+            for name, layer in list(module.named_children()):
+                if isinstance(layer, Linear):
+                    plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+                    plain.weight, plain.bias = layer.weight, layer.bias
+                    quantize_(plain, Int8WeightOnlyConfig(version=2))  # such a weight multiplies in F.linear alone
+                    setattr(module, name, plain)

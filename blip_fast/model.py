@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from blip_kernels import packed_linear
+from blip_kernels import linear, packed_linear
 from torch import Tensor, nn
 
 from blip_fast.config import BlipConfig
+from blip_fast.linear import Linear
 from blip_fast.packing import PackedTexts
 from blip_fast.text import ImageKV, LMHead, Mode, TextStack, TextStream
 from blip_fast.vision import VisionTransformer
@@ -43,13 +44,13 @@ class BlipModel(nn.Module):
         self.lm_head = LMHead(config.text, config.tied_lm_head) if config.has_decoder else None
         self.packed_vocabulary: Tensor | None = None  # see pack_linear_layers
         if config.contrastive:
-            self.vision_projection = nn.Linear(vision_width, config.embed_dim)
-            self.text_projection = nn.Linear(width, config.embed_dim)
+            self.vision_projection = Linear(vision_width, config.embed_dim)
+            self.text_projection = Linear(width, config.embed_dim)
             # One element, not a scalar: DeepSpeed cannot broadcast parameters without a dimension.
             self.temperature = nn.Parameter(torch.full((1,), INITIAL_TEMPERATURE))
-        self.itm_head = nn.Linear(width, 2) if config.matching else None
+        self.itm_head = Linear(width, 2) if config.matching else None
         if config.reasoning:
-            self.reasoning_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2))
+            self.reasoning_head = nn.Sequential(Linear(width, width), nn.ReLU(), Linear(width, 2))
         self._initialise()
 
     def stack(self, mode: Mode) -> TextStack:
@@ -173,7 +174,7 @@ class BlipModel(nn.Module):
         """Decoder states [..., width] → logits [..., vocab_size]."""
         states, weight, bias = self.vocabulary_projection(hidden)
         if self.packed_vocabulary is None:
-            return F.linear(states, weight, bias)
+            return linear(states, weight, bias)
         return packed_linear(states, self.packed_vocabulary, bias)
 
     def vocabulary_projection(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:

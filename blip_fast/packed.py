@@ -7,6 +7,7 @@ from typing import Any
 from blip_kernels import pack_weight, packed_linear, packing_cannot
 from torch import Tensor, nn
 
+from blip_fast.linear import Linear
 from blip_fast.model import BlipModel
 from blip_fast.text import FeedForward, LMHead
 from blip_fast.vision import VisionBlock
@@ -15,7 +16,7 @@ GELU_BEHIND: dict[type[nn.Module], str] = {VisionBlock: "mlp_in", FeedForward: "
 
 
 class PackedLinear(nn.Module):
-    """Stands for an `nn.Linear`, or for a convolution over patches that do not overlap and lie in rows; GELU behind it
+    """Stands for a `Linear`, or for a convolution over patches that do not overlap and lie in rows; GELU behind it
     where asked for. Its weight is not held twice.
 
     It stays on the CPU and in its dtype. `state_dict` gives the weight as it was.
@@ -54,7 +55,7 @@ def pack_linear_layers(model: BlipModel) -> None:
     for module in list(model.modules()):
         before_gelu = GELU_BEHIND.get(type(module))
         for name, layer in list(module.named_children()):
-            if type(layer) is nn.Linear and not (module is model.lm_head and name == "projection"):
+            if isinstance(layer, Linear) and not (module is model.lm_head and name == "projection"):
                 setattr(module, name, PackedLinear(layer, gelu=name == before_gelu))
         if before_gelu is not None:
             module.activation = nn.Identity()

@@ -20,14 +20,14 @@ from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
-from blip_kernels import attention, cached_attention
+from blip_kernels import attention, cached_attention, linear
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from blip_fast.cache import ImagePool, SelfCache
 from blip_fast.config import TextConfig
+from blip_fast.linear import Linear, behind
 from blip_fast.packing import PackedTexts
-from blip_fast.recompute import last_product_alone
 
 Mode = Literal["encoder", "decoder"]
 
@@ -62,9 +62,10 @@ class ImageKV:
     _layers: list[list[tuple[Tensor, ...]]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        # Cut up once: the gradient of many cuts is put together in one pass, where each cut of its own would fill and
+        # Cut up once: the gradient of all cuts is put together in one pass, where each cut of its own would fill and
         # add a tensor as large as all layers'.
-        object.__setattr__(self, "_layers", [[layer.unbind(1) for layer in kv.unbind(1)] for kv in self.kv])
+        cuts = [kv.flatten(1, 2).unbind(1) for kv in self.kv]
+        object.__setattr__(self, "_layers", [list(zip(cut[::2], cut[1::2], strict=True)) for cut in cuts])
 
     def layer(self, index: int) -> list[tuple[Tensor, ...]]:
         """(k, v) [image rows, heads, head_dim] of one layer, per eye."""
@@ -83,8 +84,8 @@ class SelfAttention(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.heads, self.dropout = config.heads, config.dropout
-        self.qkv = nn.Linear(config.width, 3 * config.width)
-        self.out = nn.Linear(config.width, config.width)
+        self.qkv = Linear(config.width, 3 * config.width)
+        self.out = Linear(config.width, config.width)
         self.norm = nn.LayerNorm(config.width, config.norm_eps)
 
     def forward(self, x: Tensor, offsets: Tensor, causal: bool, first_row_only: bool) -> Tensor:
@@ -94,12 +95,12 @@ class SelfAttention(nn.Module):
             q, k, v = self.project(x)
         else:
             first = offsets[:-1].long()
-            if isinstance(self.qkv, nn.Linear):
+            if isinstance(self.qkv, Linear):
                 width, weight, bias = x.shape[1], self.qkv.weight, self.qkv.bias
-                k, v = F.linear(x, weight[width:], bias[width:]).view(len(x), 2, self.heads, -1).unbind(1)
+                k, v = linear(x, weight[width:], bias[width:]).view(len(x), 2, self.heads, -1).unbind(1)
                 x = x.index_select(0, first)
-                q = F.linear(x, weight[:width], bias[:width]).view(len(x), self.heads, -1)
-            else:  # packed, or an adapter around it: the weight is not all that it computes with
+                q = linear(x, weight[:width], bias[:width]).view(len(x), self.heads, -1)
+            else:  # packed, quantised, or an adapter around it: the weight is not all that it computes with
                 q, k, v = self.project(x)
                 x, q = x.index_select(0, first), q.index_select(0, first)
             q_offsets = torch.arange(len(offsets), dtype=torch.int32, device=x.device)
@@ -123,10 +124,10 @@ class CrossAttention(nn.Module):
         super().__init__()
         eyes = 2 if config.twin_cross_attention else 1
         self.heads, self.dropout = config.heads, config.dropout
-        self.query = nn.ModuleList(nn.Linear(config.width, config.width) for _ in range(eyes))
-        self.out = nn.ModuleList(nn.Linear(config.width, config.width) for _ in range(eyes))
+        self.query = nn.ModuleList(Linear(config.width, config.width) for _ in range(eyes))
+        self.out = nn.ModuleList(Linear(config.width, config.width) for _ in range(eyes))
         merges = eyes == 2 and layer >= self.FIRST_MERGING_LAYER
-        self.merge = nn.Linear(2 * config.width, config.width) if merges else None
+        self.merge = Linear(2 * config.width, config.width) if merges else None
         self.norm = nn.LayerNorm(config.width, config.norm_eps)
 
     def forward(self, x: Tensor, rows: RowsByImage, image_kv: ImageKV, layer: int) -> Tensor:
@@ -155,13 +156,13 @@ class FeedForward(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.dropout = config.dropout
-        self.mlp_in = nn.Linear(config.width, config.mlp_width)
+        self.mlp_in = Linear(config.width, config.mlp_width)
         self.activation = nn.GELU()
-        self.mlp_out = nn.Linear(config.mlp_width, config.width)
+        self.mlp_out = Linear(config.mlp_width, config.width)
         self.norm = nn.LayerNorm(config.width, config.norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = last_product_alone(lambda hidden: self.mlp_out(self.activation(hidden)), self.mlp_in(x))
+        hidden = behind(self.activation, self.mlp_out, self.mlp_in(x))
         return self.norm(x + F.dropout(hidden, self.dropout, self.training))
 
 
@@ -199,7 +200,7 @@ class TextStack(nn.Module):
         self.recomputed = 0  # see BlipModel.recompute
         eyes = 0 if not config.cross_attention else 2 if config.twin_cross_attention else 1
         self.image_to_kv = nn.ModuleList(
-            nn.Linear(vision_width, config.layers * 2 * config.width) for _ in range(eyes))
+            Linear(vision_width, config.layers * 2 * config.width) for _ in range(eyes))
 
     def forward(self, streams: Sequence[TextStream], image_kv: ImageKV | None = None) -> list[Tensor]:
         """Pass all streams through the stack together.
@@ -215,7 +216,10 @@ class TextStack(nn.Module):
             ValueError: a mode that this stack does not have; images named without `image_kv`, or by some streams only.
         """
         self._check(streams, image_kv)
-        x = [self._embed(s.texts.token_ids, s.texts.positions()) for s in streams]
+        # One lookup for all streams: each lookup's gradient is as large as the vocabulary.
+        embeds = self._embed(torch.cat([s.texts.token_ids for s in streams]),
+                             torch.cat([s.texts.positions() for s in streams]))
+        x = [self._dropout(embeds_s) for embeds_s in embeds.split([s.texts.token_ids.numel() for s in streams])]
         rows = last_rows = None
         if image_kv is not None:
             images = len(image_kv.offsets) - 1
@@ -310,7 +314,9 @@ class TextStack(nn.Module):
         return x
 
     def _embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
-        x = self.norm(self.word_embeds(token_ids) + self.position_embeds(positions))
+        return self.norm(self.word_embeds(token_ids) + self.position_embeds(positions))
+
+    def _dropout(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.config.dropout, self.training)
 
     def _check(self, streams: Sequence[TextStream], image_kv: ImageKV | None) -> None:
@@ -364,10 +370,10 @@ class LMHead(nn.Module):
 
     def __init__(self, config: TextConfig, tied: bool) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.width, config.width)
+        self.dense = Linear(config.width, config.width)
         self.activation = nn.GELU()
         self.norm = nn.LayerNorm(config.width, config.norm_eps)
-        self.projection = None if tied else nn.Linear(config.width, config.vocab_size, bias=False)
+        self.projection = None if tied else Linear(config.width, config.vocab_size, bias=False)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, hidden: Tensor, word_embeds: Tensor) -> tuple[Tensor, Tensor, Tensor]:

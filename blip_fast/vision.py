@@ -6,12 +6,12 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from blip_kernels import attention
+from blip_kernels import attention, linear
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from blip_fast.config import VisionConfig
-from blip_fast.recompute import last_product_alone
+from blip_fast.linear import Linear, behind
 
 
 class VisionTransformer(nn.Module):
@@ -61,7 +61,7 @@ class VisionTransformer(nn.Module):
         patches = pixels.view(-1, 3, grid, p, grid, p).permute(0, 2, 4, 1, 3, 5).reshape(-1, grid * grid, 3 * p * p)
         if not isinstance(self.patch_embed, nn.Conv2d):  # packed
             return self.patch_embed(patches)
-        return F.linear(patches, self.patch_embed.weight.flatten(1), self.patch_embed.bias)
+        return linear(patches, self.patch_embed.weight.flatten(1), self.patch_embed.bias)
 
 
 class VisionBlock(nn.Module):
@@ -72,17 +72,17 @@ class VisionBlock(nn.Module):
         self.heads, self.tokens = config.heads, config.tokens
         hidden = round(config.width * config.mlp_ratio)  # a ratio of two widths may lie a rounding error below
         self.norm1 = nn.LayerNorm(config.width, config.norm_eps)
-        self.qkv = nn.Linear(config.width, 3 * config.width)
-        self.attention_out = nn.Linear(config.width, config.width)
+        self.qkv = Linear(config.width, 3 * config.width)
+        self.attention_out = Linear(config.width, config.width)
         self.norm2 = nn.LayerNorm(config.width, config.norm_eps)
-        self.mlp_in = nn.Linear(config.width, hidden)
+        self.mlp_in = Linear(config.width, hidden)
         self.activation = nn.GELU()
-        self.mlp_out = nn.Linear(hidden, config.width)
+        self.mlp_out = Linear(hidden, config.width)
         self.drop_path = config.drop_path * index / max(config.layers - 1, 1)
 
     def forward(self, x: Tensor, offsets: Tensor, cls_only: bool) -> Tensor:
         """x: [batch × tokens, width] → the same, or [batch, width] with `cls_only`."""
-        q, k, v = last_product_alone(lambda x: self.qkv(self.norm1(x)), x).view(len(x), 3, self.heads, -1).unbind(1)
+        q, k, v = behind(self.norm1, self.qkv, x).view(len(x), 3, self.heads, -1).unbind(1)
         q_offsets = offsets
         if cls_only:
             x, q = x[:: self.tokens], q[:: self.tokens]
@@ -90,9 +90,8 @@ class VisionBlock(nn.Module):
         images = len(offsets) - 1
         attended = self.attention_out(attention(q, k, v, q_offsets, offsets).flatten(1))
         x = x + self._drop_path(attended, images)
-        hidden = last_product_alone(lambda x: self.mlp_in(self.norm2(x)), x)
-        return x + self._drop_path(last_product_alone(lambda hidden: self.mlp_out(self.activation(hidden)), hidden),
-                                   images)
+        hidden = behind(self.norm2, self.mlp_in, x)
+        return x + self._drop_path(behind(self.activation, self.mlp_out, hidden), images)
 
     def _drop_path(self, x: Tensor, images: int) -> Tensor:
         """Stochastic depth: the whole branch of an image is dropped, the others are scaled up."""

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from blip_fast.images import ImageError
-from blip_fast.report import Card, Line, Metric, Plot, Report
+from blip_fast.report import Bars, Card, Line, Metric, Plot, Report
 from blip_fast.report.plot import MAX_POINTS, _spread, _thinned, _ticks
 
 EVIL = '<script>alert("x")</script> & \' </style>'
-VOID = {"meta", "img", "line", "circle", "polyline"}
+VOID = {"meta", "img", "line", "circle", "polyline", "rect"}
 
 
 class Page(HTMLParser):
@@ -90,6 +90,11 @@ def test_metrics_show_value_target_chance_and_whether_it_is_met():
     assert "✗" in rows[4] and "not finite" in rows[4] and "nan" not in rows[4]
 
 
+def test_without_chance_levels_there_is_no_column_of_them():
+    html = Report("t").section("s").metrics([Metric("ratio", 2.0, 3.0, unit="×")]).html()
+    assert "Target</th>" in html and "Chance" not in html
+
+
 def test_pictures_small_ones_untouched_large_ones_reduced():
     html = full_report().html()
     kinds = re.findall(r'src="data:image/(\w+);base64,([^"]+)"', html)
@@ -121,6 +126,17 @@ def test_curves_lie_where_the_axis_says():
     grid = [float(y) for y in re.findall(r'class="grid"[^>]*y1="([\d.]+)"', html)]
     assert corners[1] == max(grid) and corners[3] == min(grid)  # 0 on the lowest line, 10 on the highest
     assert corners[0] < corners[2]
+
+
+def test_bars_are_as_long_as_their_values_and_coloured_by_name():
+    page = Bars(EVIL, {EVIL: {"ours": 4.0, "peer": 1.0}, "second": {"peer": 2.0, "broken": math.nan}}, EVIL).html()
+    found = re.findall(r'<rect [^>]*width="([\d.]+)".*?(--series-\d)', page)
+    bars = [(float(width), colour) for width, colour in found]
+    assert [width / bars[0][0] for width, _ in bars] == pytest.approx([1.0, 0.25, 0.5], abs=1e-3)
+    assert [colour for _, colour in bars] == ["--series-0", "--series-1", "--series-1"]
+    assert Page(page).text.count(EVIL) == 3
+    with pytest.raises(ValueError, match="0 names"):
+        Bars("none", {})
 
 
 def test_long_series_keep_their_mean_and_are_thinned():

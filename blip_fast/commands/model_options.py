@@ -7,8 +7,8 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 
-def add_model_options(parser: ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="DIR_OR_ID",
+def add_model_options(parser: ArgumentParser, required: bool = True) -> None:
+    parser.add_argument("--model", type=str | None, required=required, metavar="DIR_OR_ID",
                         help="checkpoint directory, Hugging Face Hub name, or a published .pth")
     parser.add_argument("--dtype", default="float32",
                         help="float32, bfloat16 (fastest on a CPU), float16 (for GPUs), or int8: weights in 8 bits for "

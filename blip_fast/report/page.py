@@ -16,8 +16,10 @@ from importlib.resources import files
 from pathlib import Path
 from statistics import median
 
+from PIL import Image
+
 from blip_fast.images import ImageSource, load_image
-from blip_fast.report.plot import Plot
+from blip_fast.report.plot import Bars, Plot
 
 THUMBNAIL = 360  # longest side of a picture in the page
 LOSSLESS = 160  # pictures up to this size are kept as they are
@@ -59,10 +61,13 @@ class Line:
 
 @dataclass(frozen=True)
 class Card:
-    """A picture with its texts."""
+    """A picture with its texts; without a picture, an empty frame. `link` is where the picture leads to, `alt` what is
+    said in its place."""
 
-    image: ImageSource
+    image: ImageSource | None
     lines: Sequence[Line]
+    link: str | None = None
+    alt: str = ""
 
 
 class Report:
@@ -79,11 +84,13 @@ class Report:
         return self
 
     def metrics(self, metrics: Sequence[Metric]) -> Report:
-        """Figures with bars, targets and chance levels."""
-        head = ('<th>Measure</th><th class="number">Value</th><th></th><th class="number"><i class="target"></i>Target'
-                '</th><th class="number"><i class="chance"></i>Chance</th>')
-        return self._add(f'<table class="metrics"><thead><tr>{head}</tr></thead>'
-                         f"<tbody>{''.join(map(_metric, metrics))}</tbody></table>")
+        """Figures with bars, targets and, where there are any, chance levels."""
+        with_chance = any(metric.chance is not None for metric in metrics)
+        head = ('<th>Measure</th><th class="number">Value</th><th></th>'
+                '<th class="number"><i class="target"></i>Target</th>'
+                + '<th class="number"><i class="chance"></i>Chance</th>' * with_chance)
+        rows = "".join(_metric(metric, with_chance) for metric in metrics)
+        return self._add(f'<table class="metrics"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>')
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str | float]], caption: str = "") -> Report:
         """A plain table; numbers are aligned right. Raises ValueError where a row has not one cell a column."""
@@ -99,8 +106,8 @@ class Report:
         return self._add(f'<div class="scroll"><table>{title}<thead><tr>{head}</tr></thead>'
                          f"<tbody>{body}</tbody></table></div>")
 
-    def plots(self, plots: Sequence[Plot]) -> Report:
-        """Line plots, side by side where there is room."""
+    def plots(self, plots: Sequence[Plot | Bars]) -> Report:
+        """Line plots and bars, side by side where there is room."""
         return self._add("".join(plot.html() for plot in plots), "plots")
 
     def cards(self, cards: Sequence[Card]) -> Report:
@@ -132,10 +139,10 @@ class Report:
         return self
 
 
-def _metric(metric: Metric) -> str:
+def _metric(metric: Metric, with_chance: bool) -> str:
     mark = _mark(metric.met) if metric.met is not None else ""
     side = "".join(f'<td class="side number" data-name="{name}">{_figure(value, metric.unit)}</td>'
-                   for name, value in (("target", metric.target), ("chance", metric.chance)))
+                   for name, value in [("target", metric.target), ("chance", metric.chance)][: 1 + with_chance])
     unit = f" <small>{escape(metric.unit)}</small>" if metric.unit else ""
     return (f'<tr><td>{escape(metric.name)}{unit}</td><td class="value number">{mark}'
             f'{_figure(metric.value, metric.unit)}</td><td class="bar">{_bar(metric)}</td>{side}</tr>')
@@ -169,12 +176,19 @@ def _cell(cell: str | float) -> str:
 
 
 def _cards(cards: Sequence[Card]) -> list[str]:
-    pictures = [load_image(card.image) for card in cards]
-    aspect = median(p.width / p.height for p in pictures) if pictures else 1.0
-    style = f"--aspect:{min(max(aspect, 0.75), 1.5):.3f}"
-    return [f'<article class="card" style="{style}"><img alt="" loading="lazy" src="{_data_uri(picture)}">'
+    pictures = [None if card.image is None else _thumbnail(load_image(card.image)) for card in cards]
+    aspects = [picture.width / picture.height for picture in pictures if picture is not None]
+    style = f"--aspect:{min(max(median(aspects) if aspects else 1.0, 0.75), 1.5):.3f}"
+    return [f'<article class="card" style="{style}">{_framed(picture, card)}'
             f"<ul>{''.join(map(_line, card.lines))}</ul></article>"
             for card, picture in zip(cards, pictures, strict=True)]
+
+
+def _framed(picture: Image.Image | None, card: Card) -> str:
+    shown = '<div class="empty"></div>'
+    if picture is not None:
+        shown = f'<img alt="{escape(card.alt)}" loading="lazy" src="{_data_uri(picture)}">'
+    return shown if card.link is None else f'<a href="{escape(card.link)}">{shown}</a>'
 
 
 def _line(line: Line) -> str:
@@ -186,9 +200,13 @@ def _line(line: Line) -> str:
     return f"<li>{label}{mark}{text}</li>"
 
 
-def _data_uri(picture) -> str:
-    kind, options = ("png", {}) if max(picture.size) <= LOSSLESS else ("jpeg", {"quality": 82, "optimize": True})
+def _thumbnail(picture: Image.Image) -> Image.Image:
     picture.thumbnail((THUMBNAIL, THUMBNAIL))  # in place, never larger than it was
+    return picture
+
+
+def _data_uri(picture: Image.Image) -> str:
+    kind, options = ("png", {}) if max(picture.size) <= LOSSLESS else ("jpeg", {"quality": 82, "optimize": True})
     encoded = io.BytesIO()
     picture.save(encoded, kind, **options)
     return f"data:image/{kind};base64,{base64.b64encode(encoded.getvalue()).decode()}"

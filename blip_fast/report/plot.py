@@ -1,4 +1,4 @@
-"""Line plots as SVG that takes its colours from the page's style sheet, so that it follows light and dark."""
+"""Line plots and bars as SVG that takes its colours from the page's style sheet, so that it follows light and dark."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ WIDTH, HEIGHT = 400, 240
 LEFT, RIGHT, TOP, BOTTOM = 42, 12, 10, 38  # room for the tick labels and the axis title
 MAX_POINTS = 240  # a longer series is drawn as the means of that many stretches
 COLOURS = 6  # --series-0 … in page.css
+BAR, BETWEEN_BARS, BETWEEN_GROUPS, GROUP_LABEL = 14, 3, 12, 16  # heights
+FIGURE = 48  # width of the figure behind a bar
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,52 @@ class Plot:
         return "".join(parts) + "</svg>"
 
 
+@dataclass(frozen=True)
+class Bars:
+    """Horizontal bars from 0, with their values, in groups that compare the same names.
+
+    `groups` maps a group's label to its bars: name → value. A name has one colour throughout; a group may lack some,
+    and bars that are not finite or negative are left out.
+    """
+
+    title: str
+    groups: Mapping[str, Mapping[str, float]]
+    unit: str = ""
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self._names()) <= COLOURS:
+            raise ValueError(f"the bars {self.title!r} have {len(self._names())} names: give 1 to {COLOURS}")
+
+    def html(self) -> str:
+        """A <figure>: the title with the unit, the legend, the drawing."""
+        title = f"<strong>{escape(self.title)}</strong>" + (f" <small>{escape(self.unit)}</small>" if self.unit else "")
+        legend = "".join(_key(i, name) for i, name in enumerate(self._names()))
+        return (f'<figure class="plot"><figcaption>{title}<ul class="legend">{legend}</ul></figcaption>'
+                f"{self._svg()}</figure>")
+
+    def _names(self) -> list[str]:
+        return list(dict.fromkeys(name for bars in self.groups.values() for name in bars))
+
+    def _svg(self) -> str:
+        names = self._names()
+        shown = {label: {name: v for name, v in bars.items() if math.isfinite(v) and v >= 0}
+                 for label, bars in self.groups.items()}
+        longest = max((value for bars in shown.values() for value in bars.values()), default=0.0) or 1.0
+        parts, y = [], 0.0
+        for label, bars in shown.items():
+            parts.append(_text("tick", 0, y + GROUP_LABEL - 4, label, "start"))
+            y += GROUP_LABEL
+            for name, value in bars.items():
+                width = value / longest * (WIDTH - FIGURE)
+                parts.append(f'<rect x="0" y="{y:.1f}" width="{width:.1f}" height="{BAR}" rx="2" '
+                             f'style="fill:var(--series-{names.index(name)})"/>')
+                parts.append(_text("tick", width + 6, y + BAR - 3, _number(value), "start"))
+                y += BAR + BETWEEN_BARS
+            y += BETWEEN_GROUPS
+        return (f'<svg viewBox="0 0 {WIDTH} {y:.0f}" role="img" aria-label="{escape(self.title)}">'
+                + "".join(parts) + "</svg>")
+
+
 def _horizontal(kind: str, y: float) -> str:
     return f'<line class="{kind}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
 
@@ -86,10 +134,11 @@ def _text(kind: str, x: float, y: float, text: str, anchor: str = "middle") -> s
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def _key(series: int | None, name: str, value: float) -> str:
-    """One entry of the legend: a swatch, the name, a value."""
+def _key(series: int | None, name: str, value: float | None = None) -> str:
+    """One entry of the legend: a swatch, the name and, if there is one, a value."""
     swatch = '<i class="dashes"></i>' if series is None else f'<i style="background:var(--series-{series})"></i>'
-    return f"<li>{swatch}{escape(name)} <b>{_number(value)}</b></li>"
+    figure = "" if value is None else f" <b>{_number(value)}</b>"
+    return f"<li>{swatch}{escape(name)}{figure}</li>"
 
 
 def _thinned(points: Points) -> Points:

@@ -197,7 +197,8 @@ class Captioner(PretrainedTask):
         readable = [(read, read.pixels) for read in reads if isinstance(read.pixels, Tensor)]
         for image_embeds in encode_images(self.model, [torch.stack([p for _, p in readable])] if readable else []):
             image_kvs = self.model.stack("decoder").image_kv(image_embeds).split()
-            yield from ((read, pixels, kv) for (read, pixels), kv in zip(readable, image_kvs, strict=True))
+            for (read, pixels), image_kv in zip(readable, image_kvs, strict=True):
+                yield read, pixels, image_kv
 
     def _caption(self, texts: Sequence[Generated], read: _Read, strip_prompt: bool) -> Caption | ImageError:
         if not texts:

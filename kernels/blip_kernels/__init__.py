@@ -4,8 +4,9 @@ from blip_kernels.attention import attention
 from blip_kernels.contrastive import contrastive
 from blip_kernels.decode_attention import cached_attention, decode_attention
 from blip_kernels.hard_negatives import hard_negatives
+from blip_kernels.linear import linear
 from blip_kernels.linear_cross_entropy import linear_cross_entropy
 from blip_kernels.packed_linear import pack_weight, packed_linear, packing_cannot
 
-__all__ = ["attention", "cached_attention", "contrastive", "decode_attention", "hard_negatives",
+__all__ = ["attention", "cached_attention", "contrastive", "decode_attention", "hard_negatives", "linear",
            "linear_cross_entropy", "pack_weight", "packed_linear", "packing_cannot"]

@@ -53,6 +53,11 @@ def _cached_attention(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, lengths: T
     return 2 * 2 * q[0].numel() * int(lengths.sum())
 
 
+@register_flop_formula(_ops.product, get_raw=True)
+def _product(x: Tensor, weight: Tensor, *_: object, **__: object) -> int:
+    return 2 * x.numel() * len(weight)
+
+
 @register_flop_formula(_ops.contrastive, get_raw=True)
 def _contrastive(q: Tensor, q_m: Tensor, batch_keys: Tensor, queue_keys: Tensor, *_: object, **__: object) -> int:
     return 2 * 2 * q.numel() * (len(batch_keys) + len(queue_keys))  # q and q_m

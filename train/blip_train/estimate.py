@@ -7,11 +7,9 @@ and four ranks really allocate and send. Units: bytes, seconds, FLOPs; of one ra
 from __future__ import annotations
 
 import dataclasses
-import re
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from blip_fast.config import BlipConfig, SpecialTokens
 from blip_fast.model import BlipModel
@@ -31,8 +29,6 @@ PRODUCTS, MEMORY, LINKS = 0.5, 0.75, 0.75
 # … and how often bytes pass the memory beside the products. A vision block's forward, one kernel an operation, moves
 # 104 bytes an element of width and keeps 24; the backward moves twice the forward's, and 28 for what it computes again.
 MOVED_FORWARD, MOVED = 104 / 24, 340 / 24
-# Products whose weight the backward casts again (recompute.py), or does not read: pixels have no gradient.
-NO_COPY = re.compile(r"^vision\.(blocks\.\d+\.(qkv|mlp_in|mlp_out)|patch_embed)$|feed_forward\.mlp_out$")
 PUBLISHED_PAIRS_PER_SECOND = 29  # a GPU: 32 A100s, 14 M pairs × 20 epochs in 3–4 days (BLIP section 4.1)
 
 
@@ -125,7 +121,6 @@ def memory(plan: Plan) -> dict[str, float]:
         "optimiser": 0.0 if runtime.offload else 2 * FLOAT32 * shard,
         "momentum": FLOAT32 * (_shards(momentum, ranks) if plan.stage == 3 else sum(momentum)),
         "queue": sum(buffer.nbytes for buffer in plan.pretraining.buffers()),
-        "16-bit weights": cast_bytes(plan),
         "activations": plan.work.saved,
     }
     if plan.stage == 3:
@@ -146,20 +141,6 @@ def _updated(plan: Plan) -> int:
     whole = sum(plan.trained)
     part = -(-whole // (2 * plan.ranks)) * 2
     return {0: whole, 1: part, 2: part, 3: _shards(plan.trained, plan.ranks)}[plan.stage]
-
-
-def cast_bytes(plan: Plan) -> float:
-    """Copies that autocast makes of the weights of products and the backward reads again."""
-    runtime, model = plan.recipe.runtime, plan.pretraining.model
-    if runtime.precision == "float32":
-        return 0.0
-    again = set()
-    for stack in (model.vision.blocks, *(stack.layers for stack in model.text.values())):  # type: ignore[union-attr]
-        first = max(len(stack) - runtime.recomputed_blocks, 0)  # type: ignore[arg-type]
-        again |= {id(p) for block in list(stack)[first:] for p in block.parameters()}  # type: ignore[arg-type]
-    linears = [module for name, module in model.named_modules()
-               if isinstance(module, nn.Linear | nn.Conv2d) and not NO_COPY.search(name)]
-    return 2.0 * sum(p.numel() for module in linears for p in module.parameters() if id(p) not in again)
 
 
 def traffic(plan: Plan) -> dict[str, float]:

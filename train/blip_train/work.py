@@ -87,9 +87,7 @@ def vision_work(config: BlipConfig, batch: Batch, recomputed: int = 0) -> Work:
     patches = batch.pairs * (vision.tokens - 1)
     embed = _linear(patches, 3 * vision.patch_size**2, vision.width, batch.size)
     block = _vision_block(config, batch, rows, rows * vision.tokens)
-    # A block that is computed again stops behind the last tensor to be kept: its last product's output is none.
-    spared = _linear(rows, round(vision.width * vision.mlp_ratio), vision.width, 0).forward
-    blocks = _blocks(block, vision.layers, recomputed, FLOAT32 * rows * vision.width, spared)
+    blocks = _blocks(block, vision.layers, recomputed, FLOAT32 * rows * vision.width)
     if recomputed:  # while a block is computed again, what it keeps is there: vision's keep most
         blocks += Work(saved=block.saved)
     return Work(embed.forward, embed.forward, embed.saved) + blocks + _norm(rows, vision.width)
@@ -116,7 +114,7 @@ def _texts(batch: Batch, copies: int) -> _Texts:
 def _vision_block(config: BlipConfig, batch: Batch, rows: float, pairs: float) -> Work:
     vision, size = config.vision, batch.size
     width, hidden = vision.width, round(vision.width * vision.mlp_ratio)
-    # Norms and GELU are computed again (blip_fast/recompute.py): what they read is kept, what they give is not.
+    # Norms and GELU are computed again (blip_fast/linear.py): what they read is kept, what they give is not.
     stream, before_gelu = Work(saved=FLOAT32 * rows * width), Work(saved=size * rows * hidden)
     return (stream + _linear(rows, width, 3 * width, 0)
             + _attention(rows, rows, pairs, width, vision.heads, size) + _linear(rows, width, width, 0)
@@ -181,11 +179,10 @@ def _language(text: TextConfig, batch: Batch, rows: float) -> Work:
     return head + Work(logits, 3 * logits, kept)
 
 
-def _blocks(block: Work, layers: int, recomputed: int, kept: float, spared: float = 0.0) -> Work:
-    """`layers` equal blocks, of which the last `recomputed` keep `kept` bytes each, their input, and run twice but for
-    `spared` FLOPs."""
+def _blocks(block: Work, layers: int, recomputed: int, kept: float) -> Work:
+    """`layers` equal blocks, of which the last `recomputed` keep `kept` bytes each, their input, and run twice."""
     twice = min(recomputed, layers)
-    again = Work(block.forward, block.forward + block.backward - spared, kept)
+    again = Work(block.forward, block.forward + block.backward, kept)
     return block * (layers - twice) + again * twice
 
 

@@ -1,0 +1,100 @@
+"""The vision encoder beside transformers' and beside this machine's matrix products, in FLOPs a second."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from itertools import product
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blip_bench.models import DTYPES, have_transformers, load_transformers, pictures
+from blip_bench.timing import Call, Case, Comparison, require
+from blip_fast.config import VisionConfig
+from blip_fast.inference import encode_images, evaluating
+from blip_fast.model import BlipModel
+from blip_fast.tasks.loading import load_for_task
+
+SHARE = 0.75  # of the products' speed, wanted in bfloat16
+SHAPES = [(4096, 4096, 4096), (2308, 768, 3072), (2308, 3072, 768), (2308, 768, 2304)]  # rows, in, out; four images'
+PEAK_SECONDS = 0.5  # of one call
+TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2}  # of the relative error
+
+
+def cases(directory: Path, images: int) -> Iterator[Case]:
+    """`images` random pictures, by the model in `directory`."""
+    ours = {dtype: load_for_task(directory, dtype=dtype, device="cpu")[0] for dtype in DTYPES}
+    theirs = {dtype: load_transformers(directory, dtype).vision_model for dtype in DTYPES if have_transformers()}
+    config = ours["float32"].config.vision
+    pixels = pictures(images, config.image_size)
+    calls: dict[str, Call] = {f"ours {dtype}": partial(encode, model, pixels) for dtype, model in ours.items()}
+    calls |= {f"transformers {dtype}": partial(their_encode, model, pixels) for dtype, model in theirs.items()}
+    flops = dict.fromkeys(calls, images * flops_of_image(config))
+    comparisons = [Comparison(f"ours {dtype}", f"transformers {dtype}") for dtype in theirs]
+    for dtype in DTYPES:
+        name = f"matrix products {dtype}"
+        calls[name], flops[name] = fastest_product(getattr(torch, dtype))
+        comparisons.append(Comparison(f"ours {dtype}", name, SHARE if dtype == "bfloat16" else None))
+
+    yield Case("encode", calls, tuple(comparisons), images, "images", flops, check)
+
+
+def encode(model: BlipModel, pixels: Tensor) -> Tensor:
+    with evaluating(model):
+        return torch.cat(list(encode_images(model, pixels)))
+
+
+@torch.no_grad()
+def their_encode(model: Any, pixels: Tensor) -> Tensor:
+    return model(pixels.to(model.dtype)).last_hidden_state
+
+
+def flops_of_image(config: VisionConfig) -> float:
+    """Matrix products alone, a multiply-add as two: patches, then per block qkv, out, mlp and attention's two."""
+    patches, width, tokens = config.tokens - 1, config.width, config.tokens
+    block = tokens * width * width * (4 + 2 * config.mlp_ratio) + 2 * tokens * tokens * width
+    return 2 * (patches * 3 * config.patch_size**2 * width + config.layers * block)
+
+
+def fastest_product(dtype: torch.dtype) -> tuple[Call, float]:
+    """The matrix product that runs fastest here, as often as fills half a second, and its FLOPs."""
+    best = (float("inf"), 0.0, lambda: None)
+    for (rows, width, out), product_of in product(SHAPES, (torch.nn.functional.linear, torch.matmul)):
+        weight_shape = (out, width) if product_of is torch.nn.functional.linear else (width, out)
+        call = partial(product_of, torch.randn(rows, width).to(dtype), torch.randn(weight_shape).to(dtype))
+        flops = 2.0 * rows * width * out
+        best = min(best, (_seconds(call) / flops, flops, call), key=lambda each: each[0])
+    seconds_per_flop, flops, call = best
+    times = max(1, round(PEAK_SECONDS / (seconds_per_flop * flops)))
+    return partial(_repeat, call, times), times * flops
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    """The least of three, after one more."""
+    taken = []
+    for _ in range(4):
+        start = perf_counter()
+        call()
+        taken.append(perf_counter() - start)
+    return min(taken[1:])
+
+
+def _repeat(call: Callable[[], Any], times: int) -> None:
+    for _ in range(times):
+        call()
+
+
+def check(results: Mapping[str, Tensor]) -> dict[str, float]:
+    """Relative errors of image_embeds beside transformers'."""
+    found = {}
+    for dtype, tolerance in TOLERANCES.items():
+        if f"transformers {dtype}" in results:
+            theirs = results[f"transformers {dtype}"].float()
+            error = float((results[f"ours {dtype}"].float() - theirs).norm() / theirs.norm())
+            found[f"relative error, {dtype}"] = error
+            require(error < tolerance, f"image_embeds in {dtype} are {error:.1e} off transformers'")
+    return found

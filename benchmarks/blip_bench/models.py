@@ -1,0 +1,66 @@
+"""One set of weights for ours and for transformers: a directory that both load."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blip_bench import words
+from blip_fast.checkpoint import load_model, save_hugging_face
+from blip_fast.commands.convert import TASKS, only
+from blip_fast.config import BlipConfig, VisionConfig
+from blip_fast.model import BlipModel
+
+SEED = 0
+DTYPES = ("bfloat16", "float32")
+MISSING = "not installed, so nothing stands beside us: pip install 'transformers>=5,<6'"
+
+
+def have_transformers() -> bool:
+    return find_spec("transformers") is not None
+
+
+def random_model(part: str, image_size: int) -> BlipModel:
+    """BLIP base with the parts of one of `TASKS`, weights drawn from `SEED`."""
+    torch.manual_seed(SEED)
+    return BlipModel(BlipConfig(vision=VisionConfig(image_size=image_size), **TASKS[part])).eval()
+
+
+def write_checkpoint(directory: Path, part: str, image_size: int, source: str | None = None) -> None:
+    """Write the weights of `part` (one of `TASKS`) in float32 with a tokenizer: those of the checkpoint `source`, or
+    random ones of the base size. Raises ValueError where `source` has no such part."""
+    if source is None:
+        save_hugging_face(random_model(part, image_size), words.tokenizer(), directory)
+        return
+    model, tokenizer = load_model(source, image_size=image_size)
+    if tokenizer is None:
+        raise ValueError(f"{source} brings no tokenizer: store one with `blip-fast convert --tokenizer`")
+    save_hugging_face(only(model, part), tokenizer, directory)
+
+
+def part_for_encoding(source: str | None) -> str:
+    """Which of `TASKS` a checkpoint can be reduced to; every one of them has the vision encoder."""
+    if source is None:
+        return "caption"
+    stacks = load_model(source)[0].config.text_stacks
+    return {"untied": "answer", "encoder": "match"}.get(stacks, "caption")
+
+
+def load_transformers(directory: Path, dtype: str) -> Any:
+    """transformers' model of a directory."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    kind = json.loads((directory / "config.json").read_text())["architectures"][0]
+    return getattr(transformers, kind).from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
+
+
+def pictures(number: int, image_size: int) -> Tensor:
+    """Noise in place of transformed pictures, float32 [number, 3, image_size, image_size]: all cost the same."""
+    return torch.randn(number, 3, image_size, image_size, generator=torch.Generator().manual_seed(SEED))

@@ -1,0 +1,117 @@
+"""Re-ranking 64 images and 320 captions in both directions beside the published loop in the same dtype.
+
+The images' states and the cosines are random, for neither changes what is computed. `share` 16 leaves both sides a
+sixteenth of their work: ours scores every 16th image's candidates of both directions, the published loop walks every
+16th image and every 16th text. With 1 both do all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blip_bench import words
+from blip_bench.baselines import published
+from blip_bench.models import DTYPES, SEED, have_transformers, load_transformers
+from blip_bench.timing import Case, Comparison, require
+from blip_fast.inference import evaluating
+from blip_fast.packing import PackedTexts
+from blip_fast.tasks.match import MAX_TOKENS, Matcher, match_pairs
+
+IMAGES, TEXTS, SHARE = 64, 320, 16
+TARGETS = {16: 5.0, 64: 6.5}  # k: beside the published loop in the same dtype
+TOLERANCES = {"float32": 1e-4, "bfloat16": 0.1}  # of a score
+
+
+@dataclass(frozen=True)
+class Work:
+    """image_embeds float32 [64, tokens, width], captions that start with [ENC], cosines float32 [64, 320], candidates
+    of each image and text, and every how many of them have their turn."""
+
+    image_embeds: Tensor
+    texts: PackedTexts
+    cosines: Tensor
+    k: int
+    share: int
+
+    def candidates(self) -> tuple[Tensor, Tensor]:
+        """bool [64, 320]: among the best texts of the image; among the best images of the text."""
+        nothing = torch.zeros_like(self.cosines, dtype=torch.bool)
+        return tuple(nothing.scatter(dim, self.cosines.topk(self.k, dim).indices, True) for dim in (1, 0))  # type: ignore
+
+
+def cases(directory: Path, share: int) -> Iterator[Case]:
+    """k = 16 and 64, in bfloat16 and, unless it is all of the work, in float32, by the matcher in `directory`."""
+    for dtype in DTYPES if share > 1 else DTYPES[:1]:
+        matcher = Matcher.from_pretrained(directory, dtype=dtype, device="cpu")
+        theirs = load_transformers(directory, dtype) if have_transformers() else None
+        for k, target in TARGETS.items():
+            work = make_work(matcher, k, share)
+            calls = {f"ours {dtype}": partial(rerank, matcher, work)}
+            if theirs is not None:
+                calls[f"published loop {dtype}"] = partial(published_loop, theirs, work)
+            yield Case(f"k = {k}, {dtype}" + f", a {share}th" * (share > 1), calls,
+                       tuple(Comparison(f"ours {dtype}", peer, target) for peer in list(calls)[1:]),
+                       pairs_of(work), "candidates", check=partial(check, work, dtype),
+                       warm_up=partial(warm_up, matcher, theirs, work))
+
+
+def make_work(matcher: Matcher, k: int, share: int) -> Work:
+    vision, draw = matcher.model.config.vision, torch.Generator().manual_seed(SEED)
+    return Work(torch.randn(IMAGES, vision.tokens, vision.width, generator=draw),
+                matcher.pack(words.captions(TEXTS, SEED), "[ENC]"), torch.rand(IMAGES, TEXTS, generator=draw), k, share)
+
+
+def pairs_of(work: Work) -> int:
+    """Candidates of both directions in the work's share, one of both directions counted twice: the published loop's."""
+    return (IMAGES + TEXTS) // work.share * work.k
+
+
+def rerank(matcher: Matcher, work: Work) -> tuple[Tensor, Tensor]:
+    """Scores float32 [64, 320] of images' candidates and of texts' candidates, −100 elsewhere."""
+    of_images, of_texts = work.candidates()
+    ours = torch.zeros_like(of_images)
+    ours[:: work.share] = (of_images | of_texts)[:: work.share]
+    pairs, model = ours.nonzero(), matcher.model
+    embeds = work.image_embeds.to(model.vision.cls_token.dtype)
+    with evaluating(model):
+        logits = match_pairs(model, lambda images: embeds[images], work.texts, pairs)[:, 1]
+    scores = work.cosines.index_put(tuple(pairs.T), logits, accumulate=True)
+    return tuple(scores.masked_fill(~(ours & of), published.NOT_CANDIDATE) for of in (of_images, of_texts))  # type: ignore
+
+
+def published_loop(model: Any, work: Work) -> tuple[Tensor, Tensor]:
+    """The same by the published loop."""
+    ids, mask = work.texts.to_padded(0)
+    padding = (0, MAX_TOKENS - ids.shape[1])
+    ids, mask = torch.nn.functional.pad(ids, padding), torch.nn.functional.pad(mask.long(), padding)
+    return published.rerank(model, work.image_embeds.to(model.dtype), ids, mask, work.cosines, work.k,
+                            range(0, IMAGES, work.share), range(0, TEXTS, work.share))
+
+
+def warm_up(matcher: Matcher, theirs: Any, work: Work) -> None:
+    """An image and its candidates."""
+    least = Work(work.image_embeds, work.texts, work.cosines, 4, IMAGES)
+    rerank(matcher, least)
+    if theirs is not None:
+        published_loop(theirs, least)
+
+
+def check(work: Work, dtype: str, results: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """Where both sides scored a candidate, the scores are the same."""
+    if (theirs := results.get(f"published loop {dtype}")) is None:
+        return {}
+    largest, compared = 0.0, 0
+    for own, other in zip(results[f"ours {dtype}"], theirs, strict=True):
+        both = (own != published.NOT_CANDIDATE) & (other != published.NOT_CANDIDATE)
+        require(work.share > 1 or bool(((own != published.NOT_CANDIDATE) == both).all()), "candidates are not the same")
+        require(bool(both.any()), "no candidate was scored by both sides")
+        largest, compared = max(largest, float((own - other)[both].abs().max())), compared + int(both.sum())
+    require(largest < TOLERANCES[dtype], f"a score in {dtype} is {largest:.1e} off the published loop's")
+    return {"scores compared": compared, "largest difference": largest}

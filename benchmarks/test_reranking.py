@@ -1,0 +1,36 @@
+"""Re-ranking beside the published loop, a sixteenth of both's work (all of it: -m slow), and memory."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+from blip_bench import rerank
+from blip_bench.memory import added_memory
+from blip_bench.models import load_transformers
+from blip_bench.timing import Call
+
+from blip_fast.tasks.match import Matcher
+
+
+@pytest.mark.parametrize("share", [rerank.SHARE, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("k", rerank.TARGETS)
+def test_reranking(side_by_side, checkpoint, k, share):
+    """In bfloat16."""
+    cases = rerank.cases(checkpoint("match"), share)
+    side_by_side(next(case for case in cases if case.name.startswith(f"k = {k},")), 1)
+
+
+def test_peak_memory(checkpoint, record_memory):
+    added = {side: added_memory(reranking_alone, side, checkpoint("match"))
+             for side in ("ours bfloat16", "published loop bfloat16")}
+    record_memory("re-ranking, k = 64", added)
+
+
+def reranking_alone(side: str, directory: Path) -> Call:
+    matcher = Matcher.from_pretrained(directory, dtype="bfloat16", device="cpu")
+    work = rerank.make_work(matcher, 64, rerank.IMAGES)
+    if side.startswith("ours"):
+        return partial(rerank.rerank, matcher, work)
+    return partial(rerank.published_loop, load_transformers(directory, "bfloat16"), work)

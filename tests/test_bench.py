@@ -1,0 +1,161 @@
+"""`blip-fast bench` with small models: what it says, what it compares, and when it refuses to."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from blip_bench import caption, encode, models, rerank, vqa, words
+from blip_bench.timing import Case, Comparison, Disagreement, Rounds, measure
+
+from blip_fast import cli
+from blip_fast.checkpoint import save_hugging_face
+from blip_fast.commands.convert import TASKS
+from blip_fast.config import BlipConfig, TextConfig, VisionConfig
+from blip_fast.model import BlipModel
+
+CONFIG = BlipConfig(VisionConfig(image_size=32, width=64, layers=2, heads=2, drop_path=0.0),
+                    TextConfig(width=64, layers=2, heads=2, mlp_width=128), embed_dim=32)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """`checkpoints[part]` is a directory with a small random model of that part of TASKS."""
+    found = {}
+    for part, parts in TASKS.items():
+        torch.manual_seed(0)
+        found[part] = tmp_path_factory.mktemp(part)
+        save_hugging_face(BlipModel(replace(CONFIG, **parts)), words.tokenizer(), found[part])
+    return found
+
+
+@pytest.fixture(autouse=True)
+def small_products(monkeypatch):
+    monkeypatch.setattr(encode, "SHAPES", [(64, 64, 64)])
+    monkeypatch.setattr(encode, "PEAK_SECONDS", 0.01)
+
+
+PART = {"caption": "caption", "encode": "match", "rerank": "match", "vqa": "answer"}
+
+
+@pytest.fixture
+def bench(checkpoints, capsys):
+    """`bench(task, *options)` → the JSON that it prints."""
+    def run(task, *options):
+        model = ["--model", str(checkpoints[PART[task]]), "--image-size", "32", "--rounds", "2"]
+        assert cli.main(["bench", task, *model, "--json", *options]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    return run
+
+
+@pytest.mark.parametrize(("task", "cases", "beside"), [
+    ("caption", ["3 beams", "greedy"], {"transformers bfloat16": [2.5, 1.6], "transformers float32": [9.0, 6.0]}),
+    ("encode", ["encode"], {"matrix products bfloat16": [0.75]}),
+    ("rerank", ["k = 16, bfloat16, a 16th", "k = 64, bfloat16, a 16th", "k = 16, float32, a 16th",
+                "k = 64, float32, a 16th"],
+     {"published loop bfloat16": [5.0, 6.5], "published loop float32": [5.0, 6.5]}),
+    ("vqa", ["from encoded questions, bfloat16", "from pictures, bfloat16", "from encoded questions, float32",
+             "from pictures, float32"], {"published loop bfloat16": [3.0], "published loop float32": [3.0]}),
+])
+def test_every_task_stands_beside_its_peers_with_equal_results(task, cases, beside, bench):
+    found = bench(task)
+    assert found["task"] == task and found["missing"] == {} and found["image_size"] == 32
+    assert found["machine"]["threads"] == torch.get_num_threads() and found["machine"]["torch"] == torch.__version__
+    assert [case["case"] for case in found["cases"]] == cases
+    ratios = [ratio for case in found["cases"] for ratio in case["ratios"]]
+    assert {peer: [r["target"] for r in ratios if r["beside"] == peer and "target" in r] for peer in beside} == beside
+    for ratio in ratios:
+        assert 0 < ratio["lowest"] <= ratio["median"] <= ratio["highest"]
+        assert "target" not in ratio or ratio["met"] == (ratio["median"] >= ratio["target"])
+    assert all(case["agreement"] for case in found["cases"])
+
+
+def test_the_table_names_who_was_measured(checkpoints, capsys):
+    assert cli.main(["bench", "vqa", "--model", str(checkpoints["answer"]), "--image-size", "32", "--images", "2",
+                     "--rounds", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "published loop bfloat16" in said and "torch " + torch.__version__ in said and "questions / s" in said
+
+
+@pytest.mark.parametrize("task", PART)
+def test_without_transformers_it_measures_ours_and_says_what_is_missing(task, bench, monkeypatch):
+    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    found = bench(task)
+    assert "pip install" in found["missing"]["transformers"]
+    assert all(name.startswith(("ours", "matrix")) for case in found["cases"] for name in case["implementations"])
+
+
+def test_results_that_differ_are_an_error_and_no_figures(bench, monkeypatch, checkpoints, capsys):
+    wrong = torch.zeros(64, 320)
+    monkeypatch.setattr(rerank, "rerank", lambda matcher, work: (wrong, wrong))
+    assert cli.main(["bench", "rerank", "--model", str(checkpoints["match"]), "--image-size", "32", "--json"]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == "" and "off the published loop's" in printed.err
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    (["caption", "--rounds", "0"], "--rounds is 0: at least 1"),
+    (["rerank", "--images", "3"], "rerank has 64 and 320 captions"),
+    (["vqa", "--full"], "--full is for rerank"),
+    (["encode", "--model", "no/such/dir"], "no/such/dir"),
+])
+def test_bad_input_is_one_line(options, said, capsys):
+    assert cli.main(["bench", *options]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_checkpoint_without_the_part_is_refused(checkpoints, capsys):
+    assert cli.main(["bench", "vqa", "--model", str(checkpoints["caption"])]) == 2
+    assert "cannot take" in capsys.readouterr().err
+
+
+def test_ratios_are_taken_within_a_round_and_by_flops_where_they_are_known():
+    case = Case("a case", {"ours": lambda: 1, "peer": lambda: 2, "counted": lambda: 3}, flops={"ours": 8, "counted": 4})
+    rounds = Rounds(case)
+    rounds.seconds = {"ours": [1.0, 2.0, 4.0], "peer": [2.0, 8.0, 4.0], "counted": [1.0, 1.0, 4.0]}
+    by_seconds, by_flops = (rounds.ratio(Comparison("ours", name)) for name in ("peer", "counted"))
+    assert (by_seconds.lowest, by_seconds.median, by_seconds.highest) == (1.0, 2.0, 4.0)
+    assert (by_flops.lowest, by_flops.median, by_flops.highest) == (1.0, 2.0, 2.0)
+
+
+def test_everyone_has_a_turn_in_every_round_after_the_warm_up():
+    turns = []
+    calls = {name: lambda name=name: turns.append(name) for name in "ab"}
+    measure(Case("", calls), 2)
+    assert turns == ["a", "b"] * 3
+    turns.clear()
+    measure(Case("", calls, warm_up=lambda: turns.append("warm")), 1)
+    assert turns == ["warm", "a", "b"]
+
+
+def test_captions_that_differ_in_float32_disagree():
+    same = {f"{who} {dtype}": [[1, 2]] for who in ("ours", "transformers") for dtype in models.DTYPES}
+    assert caption.check(same) == {"same captions, bfloat16": 1.0, "same captions, float32": 1.0}
+    assert caption.check({**same, "ours bfloat16": [[1, 3]]})["same captions, bfloat16"] == 0.0
+    with pytest.raises(Disagreement, match="captions in float32"):
+        caption.check({**same, "ours float32": [[1, 3]]})
+
+
+def test_flops_of_an_image_are_the_counters():
+    from reference.model import Sizes, VisionTransformer
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = replace(CONFIG.vision, image_size=64)
+    theirs = VisionTransformer(Sizes(image_size=64, vision_width=64, vision_layers=2, vision_heads=2))
+    with FlopCounterMode(display=False) as counter:
+        theirs(torch.zeros(1, 3, 64, 64))
+    assert counter.get_total_flops() == encode.flops_of_image(config)
+
+
+def test_answers_are_as_long_as_vqas_and_begin_alike():
+    answers = words.answers(1000, 0)
+    assert len(set(answers)) == 1000 and answers == words.answers(1000, 0) != words.answers(1000, 1)
+    tokenizer = words.tokenizer()
+    tokens = [tokenizer.encode(answer)[1:-1] for answer in answers]
+    assert not any(tokenizer.unk_id in ids for ids in tokens)
+    assert sum(len(ids) <= 3 for ids in tokens) > 950
+    assert len({ids[0] for ids in tokens}) < 600
+    assert len(answers) == vqa.ANSWERS
+    with pytest.raises(ValueError, match="words for no more"):
+        words.answers(10_000, 0)
