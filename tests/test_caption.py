@@ -239,7 +239,7 @@ def test_command_refuses(checkpoint, folder, tmp_path, capsys):
         "nowhere": ("nowhere", image),
         "beams": (directory, image, "--beams", 0),
         "max_length": (directory, image, "--max-length", 4, "--min-length", 0),
-        "dtype": (directory, image, "--dtype", "int8"),
+        "dtype": (directory, image, "--dtype", "float8"),
         "top_p": (directory, image, "--top-p", 0.9, "--beams", 3),
         "--batch-size": (directory, image, "--batch-size", 0),
         "--output": (directory, image, "--resume"),
