@@ -1,4 +1,4 @@
-"""Re-ranking beside the published loop, a sixteenth of both's work (all of it: -m slow), and memory."""
+"""Re-ranking beside the published loop, a kth of both's work (all of it: -m slow), and memory."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from blip_bench.timing import Call
 from blip_fast.tasks.match import Matcher
 
 
-@pytest.mark.parametrize("share", [rerank.SHARE, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("k", rerank.TARGETS)
-def test_reranking(side_by_side, checkpoint, k, share):
+def test_reranking(side_by_side, checkpoint, k, full):
     """In bfloat16."""
-    cases = rerank.cases(checkpoint("match"), share)
+    cases = rerank.cases(checkpoint("match"), "bfloat16", full)
     side_by_side(next(case for case in cases if case.name.startswith(f"k = {k},")), 1)
 
 

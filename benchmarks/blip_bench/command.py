@@ -29,7 +29,9 @@ def _arguments(parser: ArgumentParser) -> None:
     add("--images", type=int | None,
         help="pictures in a call (default: 4, for vqa 8 with a question each); rerank always has 64 and 320 captions")
     add("--rounds", type=int, default=3, help="how often everyone has a turn")
-    add("--full", action="store_true", help="rerank: all of the work instead of a sixteenth; takes many minutes")
+    add("--full", action="store_true", help="rerank: all of the work instead of a kth; takes many minutes")
+    add("--dtype", default="bfloat16", choices=("bfloat16", "float32"),
+        help="rerank: of both sides; other tasks have both dtypes")
     add("--threads", type=int | None, help="threads of everyone (default: as PyTorch chooses)")
     add("--json", action="store_true", help="print one JSON object")
 
@@ -40,6 +42,8 @@ def _run(args: Namespace) -> int:
             raise ValueError(f"--{name.replace('_', '-')} is {value}: at least 1")
     if args.task == "rerank" and args.images is not None:
         raise ValueError("--images is for caption, encode and vqa: rerank has 64 and 320 captions")
+    if args.dtype != "bfloat16" and args.task != "rerank":
+        raise ValueError(f"--dtype is for rerank: {args.task} measures both dtypes")
     if args.full and args.task != "rerank":
         raise ValueError(f"--full is for rerank: give {args.task} more --images or --rounds")
     import torch
@@ -86,7 +90,7 @@ def _cases(args: Namespace, directory: Path) -> Iterator[Case]:
     if args.task == "rerank":
         from blip_bench import rerank
 
-        return rerank.cases(directory, 1 if args.full else 16)
+        return rerank.cases(directory, args.dtype, args.full)
     from blip_bench import vqa
 
     return vqa.cases(directory, args.images or 8)

@@ -1,8 +1,8 @@
 """Re-ranking 64 images and 320 captions in both directions beside the published loop in the same dtype.
 
-The images' states and the cosines are random, for neither changes what is computed. `share` 16 leaves both sides a
-sixteenth of their work: ours scores every 16th image's candidates of both directions, the published loop walks every
-16th image and every 16th text. With 1 both do all of it.
+The images' states and the cosines are random, for neither changes what is computed. In short both sides do a kth of
+their work: ours scores every kth image's candidates of both directions, the published loop walks every kth image and
+every kth text.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch import Tensor
 
 from blip_bench import words
 from blip_bench.baselines import published
-from blip_bench.models import DTYPES, SEED, have_transformers, load_transformers
+from blip_bench.models import SEED, have_transformers, load_transformers
 from blip_bench.timing import Case, Comparison, require
 from blip_fast.inference import evaluating
 from blip_fast.packing import PackedTexts
 from blip_fast.tasks.match import MAX_TOKENS, Matcher, match_pairs
 
-IMAGES, TEXTS, SHARE = 64, 320, 16
+IMAGES, TEXTS = 64, 320
 TARGETS = {16: 5.0, 64: 6.5}  # k: beside the published loop in the same dtype
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.1}  # of a score
 
@@ -46,20 +46,19 @@ class Work:
         return tuple(nothing.scatter(dim, self.cosines.topk(self.k, dim).indices, True) for dim in (1, 0))  # type: ignore
 
 
-def cases(directory: Path, share: int) -> Iterator[Case]:
-    """k = 16 and 64, in bfloat16 and, unless it is all of the work, in float32, by the matcher in `directory`."""
-    for dtype in DTYPES if share > 1 else DTYPES[:1]:
-        matcher = Matcher.from_pretrained(directory, dtype=dtype, device="cpu")
-        theirs = load_transformers(directory, dtype) if have_transformers() else None
-        for k, target in TARGETS.items():
-            work = make_work(matcher, k, share)
-            calls = {f"ours {dtype}": partial(rerank, matcher, work)}
-            if theirs is not None:
-                calls[f"published loop {dtype}"] = partial(published_loop, theirs, work)
-            yield Case(f"k = {k}, {dtype}" + f", a {share}th" * (share > 1), calls,
-                       tuple(Comparison(f"ours {dtype}", peer, target) for peer in list(calls)[1:]),
-                       pairs_of(work), "candidates", check=partial(check, work, dtype),
-                       warm_up=partial(warm_up, matcher, theirs, work))
+def cases(directory: Path, dtype: str, full: bool) -> Iterator[Case]:
+    """k = 16 and 64, by the matcher in `directory`, in short or in `full`."""
+    matcher = Matcher.from_pretrained(directory, dtype=dtype, device="cpu")
+    theirs = load_transformers(directory, dtype) if have_transformers() else None
+    for k, target in TARGETS.items():
+        work = make_work(matcher, k, 1 if full else k)
+        calls = {f"ours {dtype}": partial(rerank, matcher, work)}
+        if theirs is not None:
+            calls[f"published loop {dtype}"] = partial(published_loop, theirs, work)
+        yield Case(f"k = {k}, {dtype}" + f", a {k}th of the work" * (not full), calls,
+                   tuple(Comparison(f"ours {dtype}", peer, target) for peer in list(calls)[1:]),
+                   pairs_of(work), "candidates", check=partial(check, work, dtype),
+                   warm_up=partial(warm_up, matcher, theirs, work))
 
 
 def make_work(matcher: Matcher, k: int, share: int) -> Work:
