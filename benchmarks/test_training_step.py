@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
+import blip_kernels.flops  # noqa: F401 (what our ops count)
 import pytest
 import torch
 from blip_bench.memory import added_memory
