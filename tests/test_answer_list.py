@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import tasks
 from reference.model import Sizes
+from test_finetuning_parity import make_model
 
 from blip_fast.checkpoint.names import original_layout
 from blip_fast.config import BlipConfig, TextConfig, VisionConfig
-from blip_fast.model import BlipModel
 from blip_fast.packing import PackedTexts
 from blip_fast.tasks.answer_list import AnswerList, rank_answers
 from blip_fast.text import TextStack
@@ -28,11 +28,7 @@ SIZES = Sizes(image_size=32, patch_size=16, vision_width=24, vision_layers=1, vi
 @pytest.fixture(scope="module")
 def models():
     """Ours and the textbook's with the same weights."""
-    torch.manual_seed(0)
-    model = BlipModel(CONFIG).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model = make_model(CONFIG).eval()
     textbook = tasks.QuestionAnswerer(SIZES)
     layout = original_layout(model.config)
     state = layout.split(model.state_dict())

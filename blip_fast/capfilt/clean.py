@@ -12,13 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from blip_fast.generate import GenerationConfig
 from blip_fast.inference import encode_images, evaluating
 from blip_fast.tasks.caption import PROMPT, Captioner
-from blip_fast.tasks.match import MAX_TOKENS, Matcher
+from blip_fast.tasks.match import MAX_TOKENS, Matcher, image_of_each
 from blip_fast.tokenizer import clean_caption
 
 NUCLEUS = GenerationConfig(top_p=0.9, max_length=20, min_length=5)  # beam search was found worse (BLIP table 2)
@@ -124,7 +123,7 @@ def match_probabilities(matcher: Matcher, pixels: Tensor, texts: Sequence[Sequen
     """ITM's probability of 'matched' for the texts of each image, in order; one pass for all of them."""
     cleaned = [clean_caption(text) for mine in texts for text in mine]
     packed = matcher.tokenizer.pack(cleaned, first_token, MAX_TOKENS)
-    images = torch.tensor([image for image, mine in enumerate(texts) for _ in mine])
+    images = image_of_each(texts)
     model = matcher.model
     with evaluating(model):
         for embeds in encode_images(model, [pixels]):  # one batch, or none where there is no image

@@ -113,14 +113,17 @@ def _work(args: Namespace, answers: list[str] | None) -> tuple[Work, int]:
 
 
 def _writing(answerer: Answerer, generation: Any, first_token: str) -> Work:
+    from blip_fast.tasks.match import image_of_each
+
     def write(pixels: Tensor, questions: list[list[str]]) -> Iterable[Row]:
         packed = answerer.pack([question for mine in questions for question in mine], first_token)
-        return map(asdict, answerer.answer_pixels(pixels, packed, generation, _about(questions)))
+        return map(asdict, answerer.answer_pixels(pixels, packed, generation, image_of_each(questions)))
 
     return write
 
 
 def _choosing(answerer: Answerer, answers: list[str], top_k: int, n_best: int, first_token: str) -> Work:
+    from blip_fast.tasks.match import image_of_each
     from blip_fast.tokenizer import clean_question
 
     choices = answerer.answer_list(answers)
@@ -131,16 +134,10 @@ def _choosing(answerer: Answerer, answers: list[str], top_k: int, n_best: int, f
 
     def choose(pixels: Tensor, questions: list[list[str]]) -> Iterable[Row]:
         packed = answerer.pack([clean_question(question) for mine in questions for question in mine], first_token)
-        return map(row, answerer.rank_pixels(pixels, packed, choices, _about(questions), top_k=top_k, n_best=n_best))
+        images = image_of_each(questions)
+        return map(row, answerer.rank_pixels(pixels, packed, choices, images, top_k=top_k, n_best=n_best))
 
     return choose
-
-
-def _about(questions: list[list[str]]) -> Tensor:
-    """int64 [questions]: the image of each."""
-    import torch
-
-    return torch.tensor([image for image, mine in enumerate(questions) for _ in mine])
 
 
 COMMAND = Command(

@@ -103,10 +103,16 @@ def _rows(stream: BinaryIO, path: Path) -> Iterator[tuple[dict[str, Any], int]]:
         if not line.endswith(b"\n"):
             return
         size += len(line)
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
+        row = json_object(line)
+        if row is None:
             raise ValueError(f"{path}, line {number} is no JSON object: this is not a file to resume from")
         yield row, size
+
+
+def json_object(line: str | bytes) -> dict[str, Any] | None:
+    """The object that a line holds; None where it is something else."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None

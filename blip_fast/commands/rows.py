@@ -12,7 +12,8 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blip_fast.commands.jsonl import JsonLines
+from blip_fast.commands.jsonl import JsonLines, json_object
+from blip_fast.commands.progress import progress_bar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,11 +43,8 @@ def read_rows(path: str, text: str) -> list[Row]:
 
 
 def _json_row(line: str, text: str, where: str) -> Row:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        row = None
-    if not isinstance(row, dict):
+    row = json_object(line)
+    if row is None:
         raise ValueError(f"{where} is no JSON object")
     for key in ("image", text):
         if not isinstance(row.get(key), str) or not row[key].strip():
@@ -97,15 +95,12 @@ def _run(rows: Sequence[Row], text: str, make_work: Callable[[], tuple[Work, int
     if not rows:
         print("blip-fast: nothing left to do", file=sys.stderr)
         return 0
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     work, image_size = make_work()
-    columns = TextColumn("rows"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     failed: set[str] = set()
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
-        for row in progress.track(_results(rows, text, work, image_size, batch_size), total=len(rows)):
+    with progress_bar("rows", "rows", lambda: len(rows)) as advance:
+        for row in _results(rows, text, work, image_size, batch_size):
             write(row)
+            advance()
             if "error" in row and row["image"] not in failed:
                 failed.add(row["image"])
                 print(f"blip-fast: {row['error']}", file=sys.stderr)

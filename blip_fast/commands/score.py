@@ -63,17 +63,14 @@ def _score_one(args: Namespace) -> int:
 
 
 def _work(args: Namespace) -> tuple[Work, int]:
-    import torch
-
-    from blip_fast.tasks.match import Matcher
+    from blip_fast.tasks.match import Matcher, image_of_each
 
     matcher = Matcher.from_pretrained(args.model, **model_options(args))
     matcher.pack([], args.first_token)  # another first token is refused before anything is scored
 
     def score(pixels: Tensor, texts: list[list[str]]) -> Iterable[dict[str, Any]]:
         packed = matcher.pack([text for mine in texts for text in mine], args.first_token)
-        images = torch.tensor([image for image, mine in enumerate(texts) for _ in mine])
-        scores = matcher.score_pairs(pixels, packed, images)
+        scores = matcher.score_pairs(pixels, packed, image_of_each(texts))
         return ({"itm": itm, "itc": itc} for itm, itc in zip(scores.itm.tolist(), scores.itc.tolist(), strict=True))
 
     return score, matcher.model.config.vision.image_size

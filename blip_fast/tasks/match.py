@@ -117,6 +117,11 @@ def text_features(model: BlipModel, texts: PackedTexts) -> Tensor:
                       *(model.text_features(texts.select(few)) for few in some if len(few))])
 
 
+def image_of_each(texts: Sequence[Sequence[str]]) -> Tensor:
+    """Texts of images, image after image → int64 [texts], the image of each."""
+    return torch.tensor([image for image, mine in enumerate(texts) for _ in mine], dtype=torch.int64)
+
+
 def texts_at_a_time(device: torch.device) -> int:
     return CPU_TEXTS if device.type == "cpu" else GPU_TEXTS
 
