@@ -88,7 +88,8 @@ def print_table(chosen: Iterator[Plan]) -> None:
 def _memory_columns(plan: Plan) -> dict[str, str]:
     held = memory(plan)
     weights = sum(held.pop(name, 0.0) for name in ("weights", "gathered weights"))
-    parts = {"weights": weights, "gradients": held.pop("gradients"), "AdamW": held.pop("optimiser"), **held}
+    gradients = sum(held.pop(name, 0.0) for name in ("gradients", "exchange"))
+    parts = {"weights": weights, "gradients": gradients, "AdamW": held.pop("optimiser"), **held}
     total = {"total": f"{sum(parts.values()) / 1e9:.1f}"}
     if plan.recipe.runtime.offload:
         parts.pop("AdamW")  # it is there

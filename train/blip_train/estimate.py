@@ -100,8 +100,8 @@ def _config(recipe: Recipe) -> BlipConfig:
 
 
 def memory(plan: Plan) -> dict[str, float]:
-    """Bytes by what they hold. Their sum bounds the step's peak, early in the backward: later, activations go while
-    gradients come (and are copied once more while they are exchanged, which is less than activations were)."""
+    """Bytes by what they hold. Their sum estimates the step's peak, early in the backward, when the first gradients are
+    exchanged: later, activations go while gradients come."""
     trained, momentum, ranks, runtime = plan.trained, plan.momentum, plan.ranks, plan.recipe.runtime
     whole, shard = sum(trained), _updated(plan)
     # ZeRO 1 and 2 update a second copy of the rank's part; ZeRO 3 updates its shard.
@@ -113,8 +113,8 @@ def memory(plan: Plan) -> dict[str, float]:
         gradients -= shard
     elif runtime.offload:  # ZeRO 1 and 2 send gradients there through a buffer of the largest
         weights, gradients = weights - shard, gradients - shard + max(trained)
-    if plan.stage == 1 and runtime.accumulation > 1:
-        gradients += whole
+    if runtime.accumulation > 1:  # what earlier batches left: of all, or of the rank's part
+        gradients += {0: 0, 1: whole, 2: shard, 3: 0}[plan.stage]
     parts = {
         "weights": FLOAT32 * weights,
         "gradients": FLOAT32 * gradients,
@@ -124,6 +124,7 @@ def memory(plan: Plan) -> dict[str, float]:
         "activations": plan.work.saved,
     }
     if plan.stage == 3:
+        parts["exchange"] = FLOAT32 * min(plan.reduce_bucket, whole)  # the bucket's copy in the order of the ranks
         parts["gathered weights"] = FLOAT32 * (gathered(plan)[1] + min(plan.prefetch, whole + sum(momentum)))
     return parts
 
@@ -265,8 +266,8 @@ def assumptions(plan: Plan) -> list[str]:
         f"captions of {plan.caption_tokens:g} tokens on average, a vocabulary of "
         f"{plan.pretraining.model.config.text.vocab_size:,} words",
         f"matrix products reach {PRODUCTS:.0%} of the data sheet's dense peak, everything else {MEMORY:.0%} of the "
-        f"memory's bandwidth (saved bytes pass it {MOVED} times), collectives {LINKS:.0%} of a link: NVLink within 8 "
-        "GPUs, 25 GB/s a GPU (A100) or 50 (H100, H200, B200) beyond",
+        f"memory's bandwidth (saved bytes pass it {MOVED:.1f} times), collectives {LINKS:.0%} of a link: NVLink within "
+        "8 GPUs, 25 GB/s a GPU (A100) or 50 (H100, H200, B200) beyond",
         "communication does not overlap with the backward; the input keeps up; nothing of the speed is measured",
         "memory comes without CUDA's context, fragmentation and workspaces: leave 10 % free",
         f"the published code: {PUBLISHED_PAIRS_PER_SECOND} pairs/s a GPU (32 A100s, 14 M pairs × 20 epochs, 3–4 days)",
