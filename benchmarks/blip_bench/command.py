@@ -27,7 +27,8 @@ def _arguments(parser: ArgumentParser) -> None:
         help="checkpoint to take the weights of (default: random ones of the base size, the same every time)")
     add("--image-size", type=int, default=384, help="pixels a side; position embeddings are resized to it")
     add("--images", type=int | None,
-        help="pictures in a call (default: 4, for vqa 8 with a question each); rerank always has 64 and 320 captions")
+        help="pictures in a call (default: 4; for caption 16, the captioner's own batch; for vqa 8 with a question "
+             "each); rerank always has 64 and 320 captions")
     add("--rounds", type=int, default=3, help="how often everyone has a turn")
     add("--full", action="store_true", help="rerank: all of the work instead of a kth; takes many minutes")
     add("--dtype", default="bfloat16", choices=("bfloat16", "float32"),
@@ -81,8 +82,9 @@ def _cases(args: Namespace, directory: Path) -> Iterator[Case]:
     models.write_checkpoint(directory, part or models.part_for_encoding(args.model), args.image_size, args.model)
     if args.task == "caption":
         from blip_bench import caption
+        from blip_fast.tasks.caption import BATCH
 
-        return caption.cases(directory, args.images or 4)
+        return caption.cases(directory, args.images or BATCH)
     if args.task == "encode":
         from blip_bench import encode
 

@@ -44,6 +44,7 @@ class DemoResult:
     test: list[AnnotatedImage]
     captions_before: CaptionEvaluation
     captions: CaptionEvaluation
+    captions_bfloat16: list[str]
     retrieval_before: RetrievalResult
     retrieval: RetrievalResult
     image_of_text: torch.Tensor
@@ -55,13 +56,15 @@ class DemoResult:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The figures of `metrics.json`, shares from 0 to 1, with the chance level of each beside it."""
+        """The figures of `metrics.json`, shares from 0 to 1, with chance levels where there are any."""
         recalls, chances = self.retrieval.recalls(self.image_of_text), self.retrieval.chances(self.image_of_text)
         slots, quality = self.captions.slots, self.quality
         assert slots is not None  # every test image is a drawn scene
+        same = [a == b for a, b in zip(self.captions.captions, self.captions_bfloat16, strict=True)]
         return {
             "retrieval_i2t_r1": recalls["i2t_r1"], "retrieval_t2i_r1": recalls["t2i_r1"],
             "caption_slot_accuracy": slots.slot_accuracy, "caption_exact_match": slots.exact_match,
+            "caption_same_in_bfloat16": sum(same) / len(same),
             "capfilt_precision": quality.removal_precision, "capfilt_recall": quality.removal_recall,
             "seconds": round(sum(self.seconds.values()), 1),
             "chance_retrieval_i2t_r1": chances["i2t_r1"], "chance_retrieval_t2i_r1": chances["t2i_r1"],
@@ -127,6 +130,7 @@ def _measure(recipes: dict[str, Recipe]) -> dict:
     pretrain, models = recipes["pretrain"], {stage: recipes[stage].directory / "model" for stage in STAGES}
     test = annotated_images(source_folder(pretrain, "test"), None)
     before, captioner = (Captioner.from_pretrained(models[stage]) for stage in ("pretrain", "captioner"))
+    in_bfloat16 = Captioner.from_pretrained(models["captioner"], dtype="bfloat16")
     matcher = Matcher.from_pretrained(models["filter"])
     prompt, rerank = recipes["captioner"].data.prompt.strip(), recipes["filter"].evaluation.rerank
     retrieval_before, image_of_text = evaluate_retrieval(before.model, before.tokenizer, test, top_k=rerank)
@@ -140,6 +144,8 @@ def _measure(recipes: dict[str, Recipe]) -> dict:
         "test": test, "image_of_text": image_of_text, "retrieval_before": retrieval_before, "retrieval": retrieval,
         "captions_before": evaluate_captions(before, test, CAPTIONING, prompt=""),
         "captions": evaluate_captions(captioner, test, CAPTIONING, prompt=prompt),
+        "captions_bfloat16": [caption.caption for caption in in_bfloat16(
+            [image.load() for image in test], prompt, CAPTIONING, strip_prompt=True)],
         "web": web, "threshold": threshold, "cleaned": cleaned,
         "quality": filter_quality(kept, [image.row["caption_is_right"] for image in web]),
     }

@@ -17,15 +17,16 @@ NAMES = {
     "retrieval_t2i_r1": ("retrieval R@1, text → image", 0.60),
     "caption_slot_accuracy": ("caption slots right", 0.85),
     "caption_exact_match": ("whole captions right", 0.40),
+    "caption_same_in_bfloat16": ("captions the same in bfloat16", 0.95),
     "capfilt_precision": ("CapFilt precision (removed texts that were wrong)", 0.85),
     "capfilt_recall": ("CapFilt recall (wrong texts that were removed)", 0.85),
 }
 
 
 def figures(result: DemoResult) -> list[Metric]:
-    """The demo's figures with their targets and chance levels."""
+    """The demo's figures with their targets and, where there are any, chance levels."""
     values = result.metrics
-    return [Metric(title, values[name], target=target, chance=values[f"chance_{name}"])
+    return [Metric(title, values[name], target=target, chance=values.get(f"chance_{name}"))
             for name, (title, target) in NAMES.items()]
 
 

@@ -27,7 +27,8 @@ def _run(arguments: Namespace) -> None:
     page = write_demo_report(result, Path(arguments.output) / "report.html")
     table = Table("figure", "value", "target", "chance")
     for metric in figures(result):
-        table.add_row(metric.name, f"{metric.value:.1%}", f"{metric.target:.0%}", f"{metric.chance:.1%}")
+        chance = "" if metric.chance is None else f"{metric.chance:.1%}"
+        table.add_row(metric.name, f"{metric.value:.1%}", f"{metric.target:.0%}", chance)
     console = Console()
     console.print(table)
     console.print(f"{sum(result.seconds.values()):.0f} s in all; look at {page}")
