@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from blip_train.launch import _cause
 from blip_train.watchdog import Place, describe
 from safetensors.torch import load_file
 from test_train import drawn_scenes, losses, train_command
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 # Python runs sitecustomize at its start, so the fault needs no door in the product.
 PLANTED = """
@@ -61,6 +63,23 @@ def test_a_rank_that_dies_ends_the_run_with_its_error(scenes, tmp_path, fault, o
     assert last.startswith(f"blip-fast: the run tiny ended: {cause}") and last.endswith("; go on with --resume")
     assert own in done.stderr
     assert "ChildFailedError" not in done.stderr and "[rank0]: Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("ends", "named"), [
+    ({0: (2, "ConnectionError: rank 0 lost its connection"), 1: (-15, "ValueError: mine")}, 1),  # ended while it ended
+    ({0: (-15, None), 1: (2, "ValueError: mine")}, 1), ({0: (-15, None), 1: (-9, None)}, 1),
+    ({0: (2, "ValueError: mine"), 1: (2, "KeyError: later")}, 0),
+    ({1: (2, "ConnectionError: rank 1"), 0: (-15, None)}, 1),
+])
+def test_the_rank_that_is_named(tmp_path, ends, named):
+    """`ends`: exit status and recorded error by rank, in the order in which the launcher saw them end."""
+    failures = {}
+    for rank, (status, recorded) in ends.items():
+        file = tmp_path / f"{rank}.json"
+        if recorded is not None:
+            file.write_text(json.dumps({"message": {"message": recorded, "extraInfo": {"timestamp": "0"}}}))
+        failures[rank] = ProcessFailure(rank, 1, status, str(file))
+    assert _cause(ChildFailedError("run", failures)).startswith(f"rank {named} ")
 
 
 @pytest.mark.slow  # for half a minute the launcher waits for the frozen rank to end by itself

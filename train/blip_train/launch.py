@@ -108,11 +108,13 @@ def _launch(recipe: Recipe, resume: bool, profile: int) -> None:
 
 
 def _cause(error: ChildFailedError) -> str:
-    """The failure that came first: not of a rank that was ended, or that only lost its connection to another."""
+    """The failure that came first: not of a rank that was ended before it failed, or that only lost its connection to
+    another."""
     failures = list(error.failures.items())  # in the order in which the ranks ended
     said = {rank: _said(failure) for rank, failure in failures}
-    first = next((rank for rank, failure in failures
-                  if failure.exitcode != -signal.SIGTERM and "ConnectionError" not in said[rank]), failures[0][0])
+    ended = f"was killed by {signal.SIGTERM.name}"
+    first = next((rank for rank, _ in failures if said[rank] != ended and "ConnectionError" not in said[rank]),
+                 failures[0][0])
     return f"rank {first} {said[first]}"
 
 
