@@ -166,16 +166,18 @@ class BlipModel(nn.Module):
         return self.stack("decoder").states_kv(states, offsets=questions.offsets)
 
     def lm_logits(self, texts: PackedTexts, images: Tensor, image_kv: ImageKV) -> Tensor:
-        """Next-token logits [rows, vocab_size] of texts that start with [DEC]."""
+        """Next-token logits [rows, vocab_size] of texts that start with [DEC]: see `vocabulary_logits`."""
         (hidden,) = self.stack("decoder")([TextStream(texts, "decoder", images)], image_kv)
         return self.vocabulary_logits(hidden)
 
     def vocabulary_logits(self, hidden: Tensor) -> Tensor:
-        """Decoder states [..., width] → logits [..., vocab_size]."""
+        """Decoder states [..., width] → logits [..., vocab_size], float32 or wider: 16 bits cannot tell the best tokens
+        from the next best (docs/decisions.md)."""
+        wide = torch.promote_types(hidden.dtype, torch.float32)
         states, weight, bias = self.vocabulary_projection(hidden)
         if self.packed_vocabulary is None:
-            return linear(states, weight, bias)
-        return packed_linear(states, self.packed_vocabulary, bias)
+            return linear(states.to(wide), weight.to(wide), bias.to(wide))
+        return packed_linear(states.to(wide), self.packed_vocabulary, bias.to(wide))
 
     def vocabulary_projection(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Decoder states [..., width] → the operands of their logits: transformed states [..., width], weight

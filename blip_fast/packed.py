@@ -41,7 +41,8 @@ class PackedLinear(nn.Module):
 
 
 def pack_linear_layers(model: BlipModel) -> None:
-    """Replace the linear layers of a model by their packed form, in place, and pack the vocabulary's projection.
+    """Replace the linear layers of a model by their packed form, in place, and pack the vocabulary's projection, in
+    float32.
 
     Outputs stay what they were up to rounding, and a row no longer depends, not by a bit, on how many are computed
     together. The weight of the vocabulary is also kept as it is, because embeddings are looked up in it. Gradients end
@@ -61,7 +62,7 @@ def pack_linear_layers(model: BlipModel) -> None:
             module.activation = nn.Identity()
     model.vision.patch_embed = PackedLinear(model.vision.patch_embed)  # type: ignore[assignment]
     if model.lm_head is not None:
-        model.packed_vocabulary = pack_weight(model.lm_head.weight(model.stack("decoder").word_embeds.weight))
+        model.packed_vocabulary = pack_weight(model.lm_head.weight(model.stack("decoder").word_embeds.weight).float())
     model.requires_grad_(False)
 
 

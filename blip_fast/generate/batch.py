@@ -64,7 +64,7 @@ class ContinuousBatch:
         positions = torch.where(in_prompt, torch.minimum(ahead, last - 1), last)  # [slots, each]
         tokens = texts.token_ids.gather(2, positions[..., None])
         hidden = self.model.stack("decoder").decode(tokens.flatten(), positions.flatten(), self.cache, self.images)
-        logits = self.model.vocabulary_logits(hidden)[: positions.numel()].float()
+        logits = self.model.vocabulary_logits(hidden)[: positions.numel()]
         full = texts.token_ids.shape[2]  # what is done may be, and has no room for what it goes on with
         ready = replace(texts, lengths=texts.lengths.clamp(max=full - 1))
         advanced = self.search.advance(ready, logits.view(*positions.shape, -1))  # type: ignore[arg-type]

@@ -55,7 +55,7 @@ def _token_losses(model: BlipModel, hidden: Tensor, texts: PackedTexts, prompt_t
     counted = _counted(texts, prompt_tokens)
     chunks = zip(hidden[counted].split(VOCABULARY_ROWS), target_tokens(texts, prompt_tokens).split(VOCABULARY_ROWS),
                  strict=True)
-    return torch.cat([F.cross_entropy(model.vocabulary_logits(rows).float(), targets, reduction="none").double()
+    return torch.cat([F.cross_entropy(model.vocabulary_logits(rows), targets, reduction="none").double()
                       for rows, targets in chunks])
 
 
