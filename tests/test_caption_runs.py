@@ -149,7 +149,7 @@ def test_lists_with_prompts(model, files, tmp_path, capsys, monkeypatch):
     assert [row["caption"].startswith(start) for row, start in
             zip(written, ("a man", "two dogs", "a picture of"), strict=False)] == [True] * 3
     said = capsys.readouterr().err
-    assert "2 of 5 images could not be captioned" in said and "1 × no such file" in said
+    assert "2 of 5 images have no result" in said and "1 × no such file" in said
     whole = output.read_bytes()
     output.write_bytes(b"".join(whole.splitlines(keepends=True)[1:]))
     assert main(command(model, "--list", tmp_path / "list", "--output", output, "--resume")) == 0

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
 from blip_fast.commands import Command
+from blip_fast.commands.lists import read_list
 from blip_fast.commands.model_options import add_model_options, model_options
 from blip_fast.commands.rows import Row, Work, read_rows, run_rows
 
@@ -53,7 +53,7 @@ def _run(args: Namespace) -> int:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if args.n_best > 1 and args.answers is None:
         raise ValueError("--n-best lists answers of --answers FILE: name one")
-    answers = None if args.answers is None else read_answers(args.answers)
+    answers = None if args.answers is None else read_list(args.answers, "answer")
     if args.questions is not None:
         return run_rows(read_rows(args.questions, "question"), "question", lambda: _work(args, answers),
                         args.batch_size, args.output, args.resume)
@@ -77,26 +77,6 @@ def _ask_one(args: Namespace, answers: list[str] | None) -> int:
         for other in row.get("answers", ())[1:]:
             print(f"  {other['score']:8.3f}  {other['answer']}")
     return 0
-
-
-def read_answers(path: str) -> list[str]:
-    """A JSON list of strings (`.json`, as published for VQA), or an answer a line.
-
-    Raises ValueError where the file is something else, or empty.
-    """
-    content = Path(path).read_text(encoding="utf-8")
-    if Path(path).suffix.lower() == ".json":
-        try:
-            answers = json.loads(content)
-        except ValueError:
-            answers = None
-        if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-            raise ValueError(f"{path} is no JSON list of strings: name one, or a text file with an answer a line")
-    else:
-        answers = [line.strip() for line in content.split("\n") if line.strip()]
-    if not answers:
-        raise ValueError(f"{path} holds no answer")
-    return answers
 
 
 def _work(args: Namespace, answers: list[str] | None) -> tuple[Work, int]:
