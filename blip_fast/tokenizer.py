@@ -10,6 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from pathlib import Path
 
 import huggingface_hub
@@ -152,6 +153,15 @@ class Tokenizer:
     def pack(self, texts: Sequence[str], first: str = "[CLS]", max_tokens: int | None = None) -> PackedTexts:
         """`encode` for many texts at once, packed."""
         return PackedTexts.from_lists(self._encode_all(texts, first, max_tokens))
+
+    def words(self, text: str, max_tokens: int | None = None) -> list[tuple[str, range]]:
+        """Each word, or mark of punctuation, as it stands in the text, and the places of its pieces among `encode`'s
+        ids."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        pieces = len(encoding.ids) if max_tokens is None else min(len(encoding.ids), max_tokens - 2)
+        groups = [list(group) for _, group in groupby(range(pieces), encoding.word_ids.__getitem__)]
+        return [(text[encoding.offsets[group[0]][0] : encoding.offsets[group[-1]][1]],
+                 range(group[0] + 1, group[-1] + 2)) for group in groups]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, special tokens skipped, word pieces joined, no space before punctuation."""

@@ -216,3 +216,16 @@ def test_published_clean_up() -> None:
     assert clean_caption("") == "" and clean_caption(" ... ") == ""
     assert clean_question("What's the Dog's name: Rex?  ") == "what's the dog's name rex?"
     assert clean_question("a b c", max_words=2) == "a b"
+
+
+def test_words_and_their_places(bert_vocabulary) -> None:
+    """Each word as it was written, and where its pieces stand in the encoded text."""
+    tokenizer = Tokenizer.from_vocab_file(bert_vocabulary)
+    text = "A Zürich-bound snowplough, unstoppable …  in 2024"
+    words, ids = tokenizer.words(text), tokenizer.encode(text)
+    assert " ".join(word for word, _ in words) == "A Zürich - bound snowplough , unstoppable … in 2024"
+    assert [place for _, places in words for place in places] == list(range(1, len(ids) - 1))
+    assert all([ids[place] for place in places] == tokenizer.encode(word)[1:-1] for word, places in words)
+    assert max(len(places) for _, places in words) > 1
+    short = tokenizer.words(text, max_tokens=6)
+    assert short[-1][1].stop == 5 and tokenizer.words("") == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
@@ -25,8 +25,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def load_for_task(source: str | Path, *, dtype: str = "float32", device: str | None = None,
                   image_size: int | None = None, heads: int | None = None,
-                  tokenizer: str | Path | None = None,
-                  threads: int | None = None) -> tuple[BlipModel, Tokenizer]:
+                  tokenizer: str | Path | None = None, threads: int | None = None,
+                  differentiable: bool = False) -> tuple[BlipModel, Tokenizer]:
     """Load a model and its tokenizer, for inference alone: on a CPU its linear layers are packed (`packed.py`).
 
     Args:
@@ -40,13 +40,14 @@ def load_for_task(source: str | Path, *, dtype: str = "float32", device: str | N
             checkpoint brings none.
         threads: of every product on a CPU, in this whole process; as torch finds best (a thread for each physical
             core, or OMP_NUM_THREADS) unless given.
+        differentiable: leave the linear layers as they are, so that gradients pass them.
 
     Raises:
         FileNotFoundError, ValueError: as `load_model`; a dtype that is unknown or cannot be used here; a device that is
             not there; fewer than 1 thread; no tokenizer, or one with more tokens than the model has embeddings.
     """
     target = _device(device)
-    _check_dtype(dtype, target)
+    _check_dtype(dtype, target, differentiable)
     if threads is not None:
         if threads < 1:
             raise ValueError(f"threads is {threads}: products need 1 thread at least")
@@ -58,14 +59,16 @@ def load_for_task(source: str | Path, *, dtype: str = "float32", device: str | N
     model = model.to(target)
     if dtype == "int8":
         quantise_linear_layers(model)
-    else:
+    elif not differentiable:
         pack_linear_layers(model)
     return model, fitting
 
 
-def _check_dtype(dtype: str, device: torch.device) -> None:
+def _check_dtype(dtype: str, device: torch.device, differentiable: bool) -> None:
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if dtype == "int8" and differentiable:
+        raise ValueError("dtype int8 is for inference alone, and this needs gradients: choose float32 or bfloat16")
     if dtype == "int8":
         require_torchao()
     if dtype == "float16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
@@ -76,6 +79,8 @@ def _check_dtype(dtype: str, device: torch.device) -> None:
 class PretrainedTask:
     """A task that is made of a model and its tokenizer, and so of a checkpoint."""
 
+    differentiates: ClassVar[bool] = False  # whether it needs gradients
+
     def __init__(self, model: BlipModel, tokenizer: Tokenizer) -> None:
         self.model, self.tokenizer = model, tokenizer
 
@@ -85,7 +90,7 @@ class PretrainedTask:
                         tokenizer: str | Path | None = None, threads: int | None = None) -> Self:
         """Load a checkpoint directory, a Hub model or a published `.pth`; the options are `load_for_task`'s."""
         return cls(*load_for_task(source, dtype=dtype, device=device, image_size=image_size, heads=heads,
-                                  tokenizer=tokenizer, threads=threads))
+                                  tokenizer=tokenizer, threads=threads, differentiable=cls.differentiates))
 
 
 def as_sources(images: ImageSource | Iterable[ImageSource]) -> list[ImageSource]:

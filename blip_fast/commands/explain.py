@@ -1,0 +1,72 @@
+"""`blip-fast explain`: a picture of where in an image the words of a text are seen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jsonargparse import ArgumentParser, Namespace
+
+from blip_fast.commands import Command
+from blip_fast.commands.model_options import add_model_options, model_options
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from blip_fast.tasks.explain import Explanation
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def _arguments(parser: ArgumentParser) -> None:
+    add_model_options(parser)
+    add = parser.add_argument
+    add("image", metavar="IMAGE", help="image file")
+    add("text", metavar="TEXT", help="what it shows")
+    add("--word", action="append", default=[], metavar="WORDS",
+        help="a word of the text, or several that follow each other; may be repeated (default: each word)")
+    add("--output", required=True, metavar="PICTURE.png", help="where the picture goes; the suffix says its format")
+    add("--layer", type=int | None,
+        help="whose cross-attention, from 0 (default: the eighth of twelve, or that share of fewer)")
+    add("--first-token", default="[CLS]",
+        help="what the text starts with: [CLS] as in transformers, [ENC] as in training")
+    add("--json", action="store_true",
+        help="print JSON: image, text, itm, map (of the whole text) and words (word, map); maps are rows of patches")
+
+
+def _run(args: Namespace) -> None:
+    from blip_fast.images import load_image
+
+    if Path(args.output).suffix.lower() not in SUFFIXES:
+        raise ValueError(f"--output {args.output} must end with one of {', '.join(SUFFIXES)}")
+    picture = load_image(args.image)
+    from blip_fast.tasks.explain import Explainer
+
+    explainer = Explainer.from_pretrained(args.model, **model_options(args))
+    explanation = explainer(picture, args.text, args.word, layer=args.layer, first_token=args.first_token)
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    _drawn(picture, explanation).save(args.output)
+    if args.json:
+        words = [{"word": word.word, "map": word.map.tolist()} for word in explanation.words]
+        print(json.dumps({"image": args.image, "text": args.text, "itm": explanation.itm,
+                          "map": explanation.text.map.tolist(), "words": words}, ensure_ascii=False))
+    else:
+        print(f"itm {explanation.itm:.4f}  {args.output}")
+
+
+def _drawn(picture: Image, explanation: Explanation) -> Image:
+    """The text's map, then those of its words."""
+    from blip_fast.report.heat import overlay, panel_size, sheet
+
+    picture = panel_size(picture)
+    maps = (explanation.text, *explanation.words)
+    return sheet([(overlay(picture, each.map.numpy()), each.word) for each in maps])
+
+
+COMMAND = Command(
+    help="draw where in an image the words of a text are seen (Grad-CAM of cross-attention)",
+    example='blip-fast explain --model Salesforce/blip-itm-base-coco photo.jpg "a dog on grass" --output seen.png',
+    arguments=_arguments,
+    run=_run,
+)
