@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable
-from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +10,13 @@ from jsonargparse import ArgumentParser, Namespace
 
 from blip_fast.commands import Command
 from blip_fast.commands.image_rows import Row, Work, Worker, add_image_options, named, run_images
+from blip_fast.commands.lists import read_list
 from blip_fast.commands.model_options import add_model_options, model_options
 
 if TYPE_CHECKING:
-    from blip_fast.tasks.caption import Captioned, Captioner
+    from blip_fast.generate import GenerationConfig
+    from blip_fast.tasks.caption import Caption, Captioned, Captioner
+    from blip_fast.tasks.rerank import Scorer
 
 
 def _arguments(parser: ArgumentParser) -> None:
@@ -23,7 +25,7 @@ def _arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--prompt", default="a picture of", help='what captions begin with; "" for nothing')
     add("--strip-prompt", action="store_true", help="leave the prompt out of `caption`")
-    add("--beams", type=int | None, help="1 is greedy (default: 3, or 1 with --top-p)")
+    add("--beams", type=int | None, help="1 is greedy (default: 3, with --n-best at least N, with --top-p 1)")
     add("--max-length", type=int, default=20, help="tokens at most, the first one and the prompt counted")
     add("--min-length", type=int, default=5, help="the caption cannot end before it has so many tokens, counted alike")
     add("--repetition-penalty", type=float, default=1.0, help="above 1: repeat fewer words")
@@ -34,19 +36,29 @@ def _arguments(parser: ArgumentParser) -> None:
     add("--temperature", type=float, default=1.0, help="with --top-p: above 1 is more varied")
     add("--seed", type=int, default=0, help="with --top-p; with the image's pixels it decides what is drawn")
     add("--n-best", type=int, default=1, metavar="N", help="texts per image, at most as many as beams, or samples")
+    add("--rerank", type=str | None, metavar="BY",
+        help="order the --n-best texts by what the image shows: itm, the probability that they match, or belief, their "
+             "own probability revised by the image's likeliest label")
+    add("--matcher", type=str | None, metavar="DIR_OR_ID",
+        help="with --rerank: image-text retrieval or pre-training checkpoint that looks at them (default: --model)")
+    add("--labels", type=str | None, metavar="FILE", help="with --rerank belief: a label a line, or a .json list")
+    add("--first-token", default="[CLS]",
+        help="with --rerank itm: what texts start with, [CLS] as in transformers, [ENC] as in training")
     add("--banned", action="append", default=[], metavar="WORDS", help="what no caption may contain; may be repeated")
-    add("--json", action="store_true", help="print JSON: image, caption, token_ids, score; or image, error")
+    add("--json", action="store_true",
+        help="print JSON: image, caption, token_ids, score, with --rerank also rerank; or image, error")
 
 
 def _run(args: Namespace) -> int:
-    return run_images(args, partial(_worker, args, _caption_options(args)), _lines)
+    options = _caption_options(args)
+    return run_images(args, partial(_worker, args, options, _labels(args, options["generation"])), _lines)
 
 
 def _caption_options(args: Namespace) -> dict[str, Any]:
     """Keyword arguments of `Captioner.stream`."""
     from blip_fast.generate import GenerationConfig
 
-    beams = args.beams if args.beams is not None else 1 if args.top_p is not None else 3
+    beams = args.beams if args.beams is not None else 1 if args.top_p is not None else max(3, args.n_best)
     generation = GenerationConfig(
         beams=beams, max_length=args.max_length, min_length=args.min_length, beam_rule=args.beam_rule,
         repetition_penalty=args.repetition_penalty, length_penalty=args.length_penalty, n_best=args.n_best,
@@ -55,17 +67,59 @@ def _caption_options(args: Namespace) -> dict[str, Any]:
             "batch_size": args.batch_size}
 
 
-def _worker(args: Namespace, options: dict[str, Any]) -> Worker:
+def _labels(args: Namespace, generation: GenerationConfig) -> list[str]:
+    """Those of belief revision; options of re-ranking that do not fit are refused."""
+    if args.rerank not in (None, "itm", "belief"):
+        raise ValueError(f"--rerank must be itm or belief, got {args.rerank!r}")
+    if args.rerank is None and args.matcher is not None:
+        raise ValueError("--matcher is for --rerank: say by what (itm, belief)")
+    if args.rerank is not None and args.n_best < 2:
+        raise ValueError("--rerank chooses among several texts: ask for them, for example --n-best 20")
+    if (args.rerank == "belief") != (args.labels is not None):
+        raise ValueError("--rerank belief and --labels FILE need each other")
+    if args.labels is None:
+        return []
+    from blip_fast.tasks.rerank import BeliefScorer
+
+    BeliefScorer.check_scores(generation)
+    return read_list(args.labels, "label")
+
+
+def _worker(args: Namespace, options: dict[str, Any], labels: list[str]) -> Worker:
     from blip_fast.tasks.caption import Captioner
 
-    return partial(_rows, Captioner.from_pretrained(args.model, **model_options(args)), options)
+    captioner = Captioner.from_pretrained(args.model, **model_options(args))
+    scorer = None if args.rerank is None else _scorer(args, captioner, labels)
+    return partial(_rows, captioner, options, scorer)
 
 
-def _rows(captioner: Captioner, options: dict[str, Any], work: Iterable[Work]) -> Generator[Row]:
-    """What is written about each image: image, its own prompt, if any, and caption, token_ids, score, perhaps others;
-    or error."""
+def _scorer(args: Namespace, captioner: Captioner, labels: list[str]) -> Scorer:
+    from blip_fast.tasks.classify import Classifier
+    from blip_fast.tasks.loading import load_for_task
+    from blip_fast.tasks.match import Matcher
+    from blip_fast.tasks.rerank import BeliefScorer, ItmScorer
+
+    if args.matcher is None:
+        loaded = captioner.model, captioner.tokenizer
+    else:  # its image size and heads are its own
+        loaded = load_for_task(args.matcher, dtype=args.dtype, device=args.device, tokenizer=args.tokenizer)
+    if args.rerank == "itm":
+        return ItmScorer(Matcher(*loaded), args.first_token)
+    classifier = Classifier(*loaded)
+    return BeliefScorer(classifier, classifier.labels(labels))
+
+
+def _rows(captioner: Captioner, options: dict[str, Any], scorer: Scorer | None,
+          work: Iterable[Work]) -> Generator[Row]:
+    """What is written about each image: image, its own prompt, if any, and caption, token_ids, score, perhaps rerank
+    and others; or error."""
+    from blip_fast.tasks.rerank import reranked
+
     given = (image if prompt is None else (image, prompt) for image, prompt in work)
-    for captioned in captioner.stream(given, **options):
+    stream = captioner.stream(given, **options)
+    if scorer is not None:
+        stream = reranked(captioner, stream, scorer, options["prompt"], options["batch_size"])
+    for captioned in stream:
         yield _row(captioned)
 
 
@@ -75,9 +129,13 @@ def _row(captioned: Captioned) -> Row:
     begun = named(captioned.image, captioned.prompt)
     if isinstance(captioned.result, ImageError):
         return {**begun, "error": str(captioned.result)}
-    row = {**begun, **asdict(captioned.result)}
-    others = [{key: other[key] for key in ("caption", "token_ids", "score")} for other in row.pop("others")]
-    return {**row, "others": others} if others else row
+    others = [_told(other) for other in captioned.result.others]
+    return {**begun, **_told(captioned.result)} | ({"others": others} if others else {})
+
+
+def _told(caption: Caption) -> Row:
+    told = {"caption": caption.caption, "token_ids": caption.token_ids, "score": caption.score}
+    return told if caption.rerank is None else {**told, "rerank": caption.rerank}
 
 
 def _lines(row: Row) -> Iterable[str]:

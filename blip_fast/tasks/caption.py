@@ -33,21 +33,24 @@ class Caption:
     `caption` is the text of `token_ids` without special tokens, the prompt included unless it was stripped.
     `token_ids` is what transformers' `generate` returns for the image: [DEC], the prompt, the generated tokens and
     [SEP] (none where `max_length` cut the caption off). `score` follows the beam rule of the `GenerationConfig`.
-    `others` are the next best, best first, where `n_best` asks for them.
+    `others` are the next best, best first, where `n_best` asks for them. Where they were re-ranked (`tasks/rerank.py`)
+    `rerank` is what the order goes by.
     """
 
     caption: str
     token_ids: list[int]
     score: float
     others: tuple[Caption, ...] = ()
+    rerank: float | None = None
 
 
 @dataclass(frozen=True)
 class Captioned:
-    """What became of one image: its place in the stream, from 0; its path or name, or "image PLACE"; the prompt that
-    it brought, if any."""
+    """What became of one image: its place in the stream, from 0; the image as it was given; its path or name, or "image
+    PLACE"; the prompt that it brought, if any."""
 
     place: int
+    source: ImageSource
     image: str
     prompt: str | None
     result: Caption | ImageError
@@ -59,13 +62,14 @@ class _Read:
     caption."""
 
     place: int
+    source: ImageSource
     image: str
     prompt: str | None
     prompt_ids: list[int]
     pixels: Tensor | ImageError
 
     def with_result(self, result: Caption | ImageError) -> Captioned:
-        return Captioned(self.place, self.image, self.prompt, result)
+        return Captioned(self.place, self.source, self.image, self.prompt, result)
 
 
 class Captioner(PretrainedTask):
@@ -142,7 +146,7 @@ class Captioner(PretrainedTask):
                        strip_prompt: bool = False) -> list[Caption]:
         """Caption one batch of images after the evaluation transform, float [images, 3, image_size, image_size]."""
         prompt_ids = self.prompt_ids(prompt)
-        reads = (_Read(place, f"image {place}", None, prompt_ids, image) for place, image in enumerate(pixels))
+        reads = (_Read(place, image, f"image {place}", None, prompt_ids, image) for place, image in enumerate(pixels))
         results = evaluated(self.model, self._captioned(reads, generation, max(1, len(pixels)), strip_prompt))
         return [_unless_error(captioned.result) for captioned in in_order(results, _place)]
 
@@ -162,7 +166,7 @@ class Captioner(PretrainedTask):
         pixels = pixels_or_error(image, self.model.config.vision.image_size, name)
         if reason := _too_long(prompt_ids, generation):
             pixels = ImageError(f"{name}: {reason}")
-        return _Read(place, name, own, prompt_ids, pixels)
+        return _Read(place, image, name, own, prompt_ids, pixels)
 
     def _captioned(self, reads: Iterator[_Read], generation: GenerationConfig, batch_size: int,
                    strip_prompt: bool) -> Iterator[Captioned]:
