@@ -35,8 +35,8 @@ class CapFiltConfig:
 
     `generation.seed` and an image's own pixels are the seed of its synthetic captions (`generation.n_best` of them), so
     they depend on neither the order nor the batches. The filter sees a text behind `first_token`. Kept are `matched`
-    texts, those whose ITM probability of 'matched' is `threshold` or more (0.5: the matching head's arg-max), or of them
-    each image's `best` alone, the first of equal ones.
+    texts, those whose ITM probability of 'matched' is `threshold` or more (0.5: the matching head's arg-max), or of
+    them each image's `best` alone, the first of equal ones.
     """
 
     prompt: str = PROMPT
