@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch
 from hf_models import save_model, small_tokenizer
 
 from blip_fast.capfilt.clean import NUCLEUS
+from blip_fast.capfilt.shard import clean_shard
 from blip_fast.cli import main
 from blip_fast.data.shards import INDEX, Sample, iterate, read_index, write_shards
 from blip_fast.generate import GenerationConfig
@@ -154,31 +154,59 @@ def test_the_best_of_several_captions(models, shards, tmp_path):
 # ---------------------------------------------------------------- restarts and shares
 
 
-def start(*command: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-m", "blip_fast", *command], stderr=subprocess.PIPE,
-                            stdout=subprocess.PIPE, text=True)
+# Counts what changes the folder, members of tars and renames, and dies in front of one of them.
+DYING = """
+import os, signal, sys
+from pathlib import Path
+from webdataset.writer import TarWriter
 
+left = int(sys.argv[1])
 
-def files_beyond(output: Path, known: set[str]) -> set[str]:
-    return {str(path) for path in output.rglob("*") if path.is_file()} - known
+def dying(method):
+    def call(*arguments):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return method(*arguments)
+    return call
+
+Path.replace, TarWriter.write = dying(Path.replace), dying(TarWriter.write)
+from blip_fast.capfilt.shard import clean_shard
+from blip_fast.cli import main
+main(sys.argv[2:])
+"""
 
 
 def test_killed_five_times_and_resumed(models, shards, whole, tmp_path):
-    """SIGKILL whenever another file has come to be, a little later each time: the files of an undisturbed run."""
+    """SIGKILL within the first tar; within the second, behind the first's mark; in front of renames of the second's
+    tar, texts and mark: the files of an undisturbed run."""
     output = tmp_path / "killed"
     command = arguments(models, shards, "--output", output, "--resume")
-    for kill in range(5):
-        known = files_beyond(output, set())
-        process = start(*command)
-        while process.poll() is None and len(files_beyond(output, known)) < 1 + kill:
-            time.sleep(0.002)
-        time.sleep(0.01 * kill)
-        process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-    assert not (output / INDEX).exists()
+    marks = []
+    for moment in (4, 13, 6, 10, 11):
+        process = subprocess.run([sys.executable, "-c", DYING, str(moment), *command], capture_output=True)
+        assert process.returncode == -signal.SIGKILL, process.stderr
+        marks.append(len(list((output / "done").glob("*.json"))))
+        assert not (output / INDEX).exists()
+    assert marks == sorted(marks) and marks[:2] == [0, 1]
+    assert any(path.suffix == ".part" for path in output.rglob("*"))
     assert main(command) == 0
     assert contents(output) == contents(whole)
+
+
+def test_an_interrupted_run_says_how_to_go_on(models, shards, whole, tmp_path, monkeypatch, capsys):
+    def interrupted(tar, number, *more):
+        if number == 1:
+            raise KeyboardInterrupt
+        return clean_shard(tar, number, *more)
+
+    monkeypatch.setattr("blip_fast.capfilt.shard.clean_shard", interrupted)
+    assert main(arguments(models, shards, "--output", tmp_path / "clean")) == 130
+    assert "interrupted after 1 shards; the same command with --resume goes on" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main(arguments(models, shards, "--output", tmp_path / "clean", "--resume")) == 0
+    assert contents(tmp_path / "clean") == contents(whole)
 
 
 @pytest.mark.parametrize("finished", [0, 1, 2])
