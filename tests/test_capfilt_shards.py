@@ -370,6 +370,15 @@ def test_bad_options_are_refused_before_anything_is_written(models, shards, tmp_
     assert not (tmp_path / "none").exists()
 
 
+def test_options_that_do_not_fit_the_models_begin_nothing(models, shards, whole, tmp_path, capsys):
+    """They are refused when the models are there, and the same folder takes others."""
+    output = tmp_path / "clean"
+    assert main(arguments(models, shards, "--output", output, "--first-token", "[SEP]")) == 2
+    assert "first token '[SEP]' is none of" in capsys.readouterr().err
+    assert main(arguments(models, shards, "--output", output)) == 0
+    assert contents(output) == contents(whole)
+
+
 def test_without_pyarrow_there_is_one_clear_line(models, shards, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("blip_fast.capfilt.folder.find_spec", lambda name: None)
     assert main(arguments(models, shards, "--output", tmp_path / "none")) == 2

@@ -144,12 +144,9 @@ def capfilt_stream(captioner: Captioner, matcher: Matcher, images: Iterable[Imag
         is never kept.
 
     Raises:
-        ValueError: the captioner and the filter take images of different sizes; the prompt is too long; at once.
+        ValueError: as `check_models`; at once.
     """
-    size, filter_size = (task.model.config.vision.image_size for task in (captioner, matcher))
-    if size != filter_size:
-        raise ValueError(f"the captioner takes images of {size} px, the filter of {filter_size}: load both with one "
-                         "image_size")
+    check_models(captioner, matcher, config)
     waiting: deque[Image] = deque()  # images whose captions are being written
 
     def pixels() -> Iterator[Tensor]:
@@ -160,6 +157,17 @@ def capfilt_stream(captioner: Captioner, matcher: Matcher, images: Iterable[Imag
     written = captioner.stream_pixels(pixels(), config.prompt, config.generation, strip_prompt=True,
                                       batch_size=batch_size)
     return _filtered(matcher, ((waiting.popleft(), result) for result in written), config, batch_size)
+
+
+def check_models(captioner: Captioner, matcher: Matcher, config: CapFiltConfig) -> None:
+    """Raise ValueError where the captioner and the filter take images of different sizes, or where the prompt or
+    the first token does not fit."""
+    size, filter_size = (task.model.config.vision.image_size for task in (captioner, matcher))
+    if size != filter_size:
+        raise ValueError(f"the captioner takes images of {size} px, the filter of {filter_size}: load both with one "
+                         "image_size")
+    captioner.stream_pixels([], config.prompt, config.generation)
+    matcher.pack([], config.first_token)
 
 
 def _filtered(matcher: Matcher, written: Iterator[tuple[Image, Caption | ImageError]], config: CapFiltConfig,

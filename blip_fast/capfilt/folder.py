@@ -75,12 +75,13 @@ class CleanFolder:
         self.directory = Path(directory)
 
     def begin(self, options: dict[str, Any]) -> None:
-        """Make the folder and note the run's options, or compare them with those of the run that began it.
+        """Make the folder and note the run's options, or compare them with those of the run that began it. Until models
+        were noted (`check_weights`) nothing has been done with them.
 
         Raises FileExistsError where it holds shards of something else, ValueError naming options that differ.
         """
         options = json.loads(json.dumps(options))  # as they are read again
-        if not (self.directory / OPTIONS).is_file():
+        if not (self.directory / WEIGHTS).is_file():
             claim(self.directory)
             replace_file(self.directory / OPTIONS, _json(options))
         stored = json.loads((self.directory / OPTIONS).read_bytes())

@@ -165,6 +165,7 @@ def _on_ray(args: Namespace, config: CapFiltConfig, folder: CleanFolder, work: S
 def _worker(args: Namespace, config: CapFiltConfig,
             folder: CleanFolder) -> Callable[[Sequence[Work]], Iterator[Outcome]]:
     """Loads the models; cleans shards."""
+    from blip_fast.capfilt.clean import check_models
     from blip_fast.capfilt.shard import clean_shard
     from blip_fast.search.encoding import fingerprint
     from blip_fast.stream import read_ahead
@@ -175,6 +176,7 @@ def _worker(args: Namespace, config: CapFiltConfig,
     matcher = Matcher.from_pretrained(args.filter, **options)
     captioner = (Captioner(matcher.model, matcher.tokenizer) if args.captioner == args.filter
                  else Captioner.from_pretrained(args.captioner, **options))
+    check_models(captioner, matcher, config)
     folder.check_weights([fingerprint(task.model) for task in (captioner, matcher)])
 
     def clean(work: Sequence[Work]) -> Iterator[Outcome]:
@@ -197,8 +199,7 @@ def _fetched(work: Work) -> str | None:
 
 COMMAND = Command(
     help="clean shards of web images: write captions, filter all texts (CapFilt)",
-    example="blip-fast capfilt shards/ --captioner Salesforce/blip-image-captioning-base --filter "
-            "Salesforce/blip-itm-base-coco --output cleaned/",
+    example="blip-fast capfilt shards/ --captioner models/captioner --filter models/filter --output cleaned/",
     arguments=_arguments,
     run=_run,
 )
