@@ -50,6 +50,10 @@ class StoredImage:
         """Raises ImageError for an image that cannot be read."""
         return load_image(self)
 
+    def read(self) -> bytes:
+        """The encoded image. Raises OSError where it cannot be read."""
+        return self.where.read_bytes() if isinstance(self.where, Path) else self.where.read(self.start, self.size)
+
 
 ImageSource = str | Path | bytes | Image.Image | np.ndarray | Tensor | StoredImage
 

@@ -8,7 +8,16 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from blip_fast.capfilt import CapFiltConfig, CapFiltResult, CapFiltRow, WebBatch, capfilt, filter_quality
+from blip_fast.capfilt import (
+    CapFiltConfig,
+    CapFiltResult,
+    CapFiltRow,
+    WebBatch,
+    WebImage,
+    capfilt,
+    capfilt_stream,
+    filter_quality,
+)
 from blip_fast.capfilt.clean import NUCLEUS
 from blip_fast.capfilt.quality import calibrated_threshold
 from blip_fast.config import BlipConfig, SpecialTokens, TextConfig, VisionConfig
@@ -59,7 +68,9 @@ def one_by_one(captioner, matcher, batch, config):
             with torch.no_grad():
                 image_kv = matcher.stack("encoder").image_kv(matcher.encode_images(pixels[None]))
                 logits = matcher.match_logits(PackedTexts.from_lists([ids]), torch.tensor([0]), image_kv)
-            expected.append((name, text, float(logits.softmax(-1)[0, 1])))
+                image = matcher.image_features(matcher.encode_images(pixels[None]))
+                alone = matcher.text_features(PackedTexts.from_lists([[TOKENIZER.cls_id, *ids[1:]]]))
+            expected.append((name, text, float(logits.softmax(-1)[0, 1]), float((image * alone).sum())))
     return expected
 
 
@@ -70,8 +81,9 @@ def test_rows_equal_captions_and_scores_made_one_at_a_time(same_model):
     batch = web_batch()
     expected = one_by_one(captioner, matcher, batch, config)
     rows = run(captioner, matcher, [batch], config).rows
-    assert [(row.image, row.text) for row in rows] == [(name, text) for name, text, _ in expected]
-    assert [row.itm for row in rows] == pytest.approx([itm for *_, itm in expected], abs=1e-5)
+    assert [(row.image, row.text) for row in rows] == [(name, text) for name, text, *_ in expected]
+    assert [row.itm for row in rows] == pytest.approx([itm for *_, itm, _ in expected], abs=1e-5)
+    assert [row.itc for row in rows] == pytest.approx([itc for *_, itc in expected], abs=1e-5)
     origins = [origin for captions in CAPTIONS for origin in ["web"] * len(captions) + ["synthetic"]]
     assert [row.origin for row in rows] == origins
     assert [row.kept for row in rows] == [row.itm >= 0.5 and row.text != "" for row in rows]
@@ -106,6 +118,28 @@ def test_the_threshold_decides_and_a_text_without_words_is_never_kept(threshold,
     assert not any(row.kept for row in result.rows if not row.text.strip(" ."))
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_a_stream_gives_each_image_with_the_rows_of_a_batch(batch_size):
+    """Several captions an image; of those that pass the best alone is kept."""
+    generation = GenerationConfig(top_p=0.9, max_length=12, min_length=6, n_best=3)
+    config = CapFiltConfig(generation=generation, threshold=0.4, keep="best")
+    batch, tasks = web_batch(), (Captioner(model(1), TOKENIZER), Matcher(model(2), TOKENIZER))
+    images = [WebImage(*image) for image in zip(batch.names, batch.pixels, batch.captions, strict=True)]
+    streamed = list(capfilt_stream(*tasks, iter(images), config, batch_size=batch_size))
+    assert [image for image, _ in streamed] == images
+    expected = run(model(1), model(2), [batch], config).rows
+    rows = [row for _, rows in streamed for row in rows]
+    assert [(row.image, row.text, row.origin, row.kept) for row in rows] == [
+        (row.image, row.text, row.origin, row.kept) for row in expected]
+    assert [(row.itm, row.itc) for row in rows] == [
+        pytest.approx((row.itm, row.itc), abs=1e-6) for row in expected]
+    for image, mine in streamed:
+        assert [row.origin for row in mine] == ["web"] * len(image.captions) + ["synthetic"] * 3
+        passing = [row.itm for row in mine if row.itm >= 0.4 and row.text]
+        assert [row.itm for row in mine if row.kept] == ([max(passing)] if passing else [])
+    assert 0 < sum(row.kept for row in rows) <= len(images)
+
+
 def test_models_in_training_give_the_same_rows_and_go_on_training():
     expected = run(model(1).eval(), model(2).eval(), [web_batch()]).rows
     assert run(model(1).train(), model(2).train(), [web_batch()]).rows == expected
@@ -120,6 +154,10 @@ def test_published_settings():
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"threshold is 1\.5"):
         CapFiltConfig(threshold=1.5)
+    with pytest.raises(ValueError, match="keep is 'all'"):
+        CapFiltConfig(keep="all")
+    with pytest.raises(ValueError, match="the prompt has 4 tokens"):
+        run(model(1), model(2), [web_batch()], CapFiltConfig(generation=GenerationConfig(max_length=4)))
     with pytest.raises(ValueError, match="same images, got 1, 2 and 0"):
         WebBatch(["a"], torch.zeros(2, 3, 16, 16), [])
     with pytest.raises(ValueError, match="captioner takes images of 16 px, the filter of 24"):
@@ -131,11 +169,12 @@ def test_no_image_gives_no_row():
 
 
 def test_jsonl(tmp_path):
-    rows = [CapFiltRow("a.jpg", "café \u2028 “ring”", "web", 0.25, False), CapFiltRow("b", "x", "synthetic", 1.0, True)]
+    rows = [CapFiltRow("a.jpg", "café \u2028 “ring”", "web", 0.25, -0.5, False),
+            CapFiltRow("b", "x", "synthetic", 1.0, 0.75, True)]
     CapFiltResult(rows).write_jsonl(tmp_path / "rows.jsonl")
     lines = (tmp_path / "rows.jsonl").read_text(encoding="utf-8").removesuffix("\n").split("\n")
     assert [CapFiltRow(**json.loads(line)) for line in lines] == rows
-    assert list(json.loads(lines[0])) == ["image", "text", "origin", "itm", "kept"]
+    assert list(json.loads(lines[0])) == ["image", "text", "origin", "itm", "itc", "kept"]
 
 
 # ---------------------------------------------------------------- quality

@@ -1,45 +1,64 @@
-"""Captioning and filtering of web images, batch by batch.
+"""Captioning and filtering of web images: a stream of them, or batches in memory.
 
-Of each image the filter projects the keys and values once; its web captions and its synthetic one, packed, read them
+Of each image the filter projects the keys and values once; its web captions and its synthetic ones, packed, read them
 together.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
+import torch
 from torch import Tensor
 
 from blip_fast.generate import GenerationConfig
-from blip_fast.inference import encode_images, evaluating
-from blip_fast.tasks.caption import PROMPT, Captioner
-from blip_fast.tasks.match import MAX_TOKENS, Matcher, image_of_each
+from blip_fast.images import ImageError
+from blip_fast.tasks.caption import BATCH, PROMPT, Caption, Captioner
+from blip_fast.tasks.match import MAX_TOKENS, Matcher, MatchScores, image_of_each
 from blip_fast.tokenizer import clean_caption
 
 NUCLEUS = GenerationConfig(top_p=0.9, max_length=20, min_length=5)  # beam search was found worse (BLIP table 2)
+
+Keep = Literal["matched", "best"]
+Origin = Literal["web", "synthetic"]
 
 
 @dataclass(frozen=True)
 class CapFiltConfig:
     """How texts are written and kept. Defaults as published.
 
-    `generation.seed` and an image's own pixels are the seed of its synthetic caption, so the caption depends on neither
-    the order nor the batches. A text is kept where ITM's probability of 'matched' is `threshold` or more; the filter
-    sees it behind `first_token`.
+    `generation.seed` and an image's own pixels are the seed of its synthetic captions (`generation.n_best` of them), so
+    they depend on neither the order nor the batches. The filter sees a text behind `first_token`. Kept are `matched`
+    texts, those whose ITM probability of 'matched' is `threshold` or more (0.5: the matching head's arg-max), or of
+    them each image's `best` alone, the first of equal ones.
     """
 
     prompt: str = PROMPT
     generation: GenerationConfig = NUCLEUS
     threshold: float = 0.5
     first_token: str = "[ENC]"
+    keep: Keep = "matched"
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold is {self.threshold}: it is a probability, 0 to 1")
+        if self.keep not in ("matched", "best"):
+            raise ValueError(f"keep is {self.keep!r}: it must be matched or best")
+
+
+@dataclass(frozen=True, eq=False)
+class WebImage:
+    """A web image: its name, pixels float [3, size, size] after the evaluation transform, its captions (any number)."""
+
+    name: str
+    pixels: Tensor
+    captions: Sequence[str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,28 +77,32 @@ class WebBatch:
 
 @dataclass(frozen=True)
 class CapFiltRow:
-    """One text of one image, with ITM's probability that they match."""
+    """One text of one image: ITM's probability that they match, ITC's cosine, and whether it is kept."""
 
     image: str
     text: str
-    origin: Literal["web", "synthetic"]
+    origin: Origin
     itm: float
+    itc: float
     kept: bool
 
 
 @dataclass(frozen=True)
 class CapFiltResult:
-    """All texts, image after image: its web captions, then its synthetic one."""
+    """All texts, image after image: its web captions, then its synthetic ones, likeliest first."""
 
     rows: list[CapFiltRow]
 
-    def of_origin(self, origin: Literal["web", "synthetic"]) -> list[CapFiltRow]:
+    def of_origin(self, origin: Origin) -> list[CapFiltRow]:
         return [row for row in self.rows if row.origin == origin]
 
     def write_jsonl(self, path: str | Path) -> None:
-        """One object a line: `image`, `text`, `origin`, `itm`, `kept`."""
+        """One object a line: `image`, `text`, `origin`, `itm`, `itc`, `kept`."""
         lines = (json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in self.rows)
         Path(path).write_text("".join(lines), encoding="utf-8")
+
+
+Image = TypeVar("Image", bound=WebImage)
 
 
 def capfilt(captioner: Captioner, matcher: Matcher, batches: Iterable[WebBatch],
@@ -89,45 +112,102 @@ def capfilt(captioner: Captioner, matcher: Matcher, batches: Iterable[WebBatch],
 
 
 def capfilt_batch(captioner: Captioner, matcher: Matcher, batch: WebBatch, config: CapFiltConfig) -> list[CapFiltRow]:
-    """Write one synthetic caption per image, score it and the image's web captions, and say which are kept.
+    """`capfilt_stream` over one batch: all of its images are captioned together.
+
+    Returns:
+        The rows, image after image.
+
+    Raises:
+        ValueError: as `capfilt_stream`; ImageError for the first image that got no caption.
+    """
+    images = map(WebImage, batch.names, batch.pixels, batch.captions)
+    rows: list[CapFiltRow] = []
+    for _, found in capfilt_stream(captioner, matcher, images, config, batch_size=max(1, len(batch.names))):
+        if isinstance(found, ImageError):
+            raise found
+        rows += found
+    return rows
+
+
+def capfilt_stream(captioner: Captioner, matcher: Matcher, images: Iterable[Image], config: CapFiltConfig, *,
+                   batch_size: int = BATCH) -> Iterator[tuple[Image, list[CapFiltRow] | ImageError]]:
+    """Write synthetic captions of each image, score them and the image's web captions, and say which are kept.
 
     Args:
         captioner: fine-tuned on clean captions, as is the filter.
         matcher: the filter. A text of more than 30 words is scored by its first 30, as in pre-training.
-        batch: the images that exist at a time, so its size bounds the memory.
+        images: of any number; a few times `batch_size` of them exist at a time.
+        batch_size: images that are captioned, and scored, together.
 
     Returns:
-        The rows, image after image. A text without a word is never kept.
+        In order, each image with its rows, or with an error where no caption has a probability. A text without a word
+        is never kept.
 
     Raises:
-        ValueError: the captioner and the filter take images of different sizes.
+        ValueError: as `check_models`; at once.
     """
+    check_models(captioner, matcher, config)
+    waiting: deque[Image] = deque()  # images whose captions are being written
+
+    def pixels() -> Iterator[Tensor]:
+        for image in images:
+            waiting.append(image)
+            yield image.pixels
+
+    written = captioner.stream_pixels(pixels(), config.prompt, config.generation, strip_prompt=True,
+                                      batch_size=batch_size)
+    return _filtered(matcher, ((waiting.popleft(), result) for result in written), config, batch_size)
+
+
+def check_models(captioner: Captioner, matcher: Matcher, config: CapFiltConfig) -> None:
+    """Raise ValueError where the captioner and the filter take images of different sizes, or where the prompt or
+    the first token does not fit."""
     size, filter_size = (task.model.config.vision.image_size for task in (captioner, matcher))
     if size != filter_size:
         raise ValueError(f"the captioner takes images of {size} px, the filter of {filter_size}: load both with one "
                          "image_size")
-    written = captioner.caption_pixels(batch.pixels, config.prompt, config.generation, strip_prompt=True)
-    texts = [[*web, synthetic.caption] for web, synthetic in zip(batch.captions, written, strict=True)]
-    scores = iter(match_probabilities(matcher, batch.pixels, texts, config.first_token))
-    return [_row(name, text, i == len(mine) - 1, next(scores), config.threshold)
-            for name, mine in zip(batch.names, texts, strict=True) for i, text in enumerate(mine)]
+    captioner.stream_pixels([], config.prompt, config.generation)
+    matcher.pack([], config.first_token)
 
 
-def _row(name: str, text: str, synthetic: bool, itm: float, threshold: float) -> CapFiltRow:
-    has_word = any(char.isalnum() for char in text)
-    return CapFiltRow(name, text, "synthetic" if synthetic else "web", itm, has_word and itm >= threshold)
+def _filtered(matcher: Matcher, written: Iterator[tuple[Image, Caption | ImageError]], config: CapFiltConfig,
+              batch_size: int) -> Iterator[tuple[Image, list[CapFiltRow] | ImageError]]:
+    while some := list(islice(written, batch_size)):
+        captioned = [(image, caption) for image, caption in some if isinstance(caption, Caption)]
+        texts = [[*image.captions, *(c.caption for c in (caption, *caption.others))] for image, caption in captioned]
+        scores = iter(_scored(matcher, [image.pixels for image, _ in captioned], texts, config.first_token))
+        left = iter(texts)
+        for image, caption in some:
+            yield image, caption if isinstance(caption, ImageError) else _rows(image, next(left), scores, config)
 
 
-def match_probabilities(matcher: Matcher, pixels: Tensor, texts: Sequence[Sequence[str]],
-                         first_token: str) -> list[float]:
-    """ITM's probability of 'matched' for the texts of each image, in order; one pass for all of them."""
-    cleaned = [clean_caption(text) for mine in texts for text in mine]
-    packed = matcher.tokenizer.pack(cleaned, first_token, MAX_TOKENS)
-    images = image_of_each(texts)
-    model = matcher.model
-    with evaluating(model):
-        for embeds in encode_images(model, [pixels]):  # one batch, or none where there is no image
-            image_kv = model.stack("encoder").image_kv(embeds)
-            logits = model.match_logits(packed.to(embeds.device), images.to(embeds.device), image_kv)
-            return logits.softmax(-1)[:, 1].tolist()
-    return []
+def _scored(matcher: Matcher, pixels: Sequence[Tensor], texts: Sequence[Sequence[str]],
+            first_token: str) -> Iterable[tuple[float, float]]:
+    """(ITM, ITC) of each text, image after image."""
+    if not pixels:
+        return ()
+    scores = match_scores(matcher, torch.stack(list(pixels)), texts, first_token)
+    return zip(scores.itm.tolist(), scores.itc.tolist(), strict=True)
+
+
+def _rows(image: WebImage, texts: Sequence[str], scores: Iterator[tuple[float, float]],
+          config: CapFiltConfig) -> list[CapFiltRow]:
+    """`scores` gives the next ones for as many texts."""
+    mine = list(islice(scores, len(texts)))
+    passed = [itm >= config.threshold and any(char.isalnum() for char in text)
+              for text, (itm, _) in zip(texts, mine, strict=True)]
+    if config.keep == "best" and any(passed):
+        best = max((i for i, ok in enumerate(passed) if ok), key=lambda i: mine[i][0])
+        passed = [i == best for i in range(len(texts))]
+    return [CapFiltRow(image.name, text, "web" if i < len(image.captions) else "synthetic", itm, itc, kept)
+            for i, (text, (itm, itc), kept) in enumerate(zip(texts, mine, passed, strict=True))]
+
+
+def match_scores(matcher: Matcher, pixels: Tensor, texts: Sequence[Sequence[str]], first_token: str) -> MatchScores:
+    """The filter's scores [texts] of the texts of each image, image after image, cleaned as in pre-training.
+
+    Args:
+        pixels: float [images, 3, size, size] after the evaluation transform.
+    """
+    packed = matcher.tokenizer.pack([clean_caption(text) for mine in texts for text in mine], first_token, MAX_TOKENS)
+    return matcher.score_pairs(pixels, packed, image_of_each(texts))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blip_fast.data.cache import ShardCache
-from blip_fast.data.shards import Shard, is_url, read_index
+from blip_fast.data.shards import INDEX, Shard, is_url, read_index
 from blip_fast.data.tars import LocalTar, RemoteTar
 from blip_fast.images import SUFFIXES, ImageError, StoredImage, local_path
 from blip_fast.stream import read_ahead
@@ -65,12 +65,14 @@ class RemoteTars:
     shards: tuple[Shard, ...]
     cache: ShardCache
 
+    def tars(self) -> list[RemoteTar]:
+        return [RemoteTar(f"{self.root}/{shard.file}", shard, self.cache) for shard in self.shards]
+
     def images(self, share: Share, is_done: Callable[[str, Shard], bool]) -> Iterator[StoredImage]:
         """Those of the share's tars; the next tar is fetched meanwhile, one that is done is not."""
-        urls = {f"{self.root}/{shard.file}": shard for shard in self.shards}
-        tars = (RemoteTar(url, shard, self.cache) for number, (url, shard) in enumerate(urls.items())
-                if share.holds(number) and not is_done(url, shard))
-        for tar, error in read_ahead(tars, _fetched, threads=1, ahead=1):
+        tars = (tar for number, tar in enumerate(self.tars())
+                if share.holds(number) and not is_done(tar.url, tar.shard))
+        for tar, error in read_ahead(tars, fetched, threads=1, ahead=1):
             if error is None:
                 yield from _whole(tar.images(), tar.url)
             else:
@@ -130,13 +132,49 @@ def open_list(name: str) -> Iterable[str]:
     return Path(name).open(encoding="utf-8", errors="surrogateescape")
 
 
+def tars(arguments: Sequence[str], cache: ShardCache) -> list[LocalTar | RemoteTar]:
+    """Tar files as they are, folders by their `shards.json` or else the tars below them (sorted), quoted patterns by
+    the tars that match, URLs as for `expand`.
+
+    Raises what `expand` raises; and ValueError where a folder's `shards.json` does not fit its tars.
+    """
+    return [tar for argument in arguments for tar in _tars(argument, cache)]
+
+
+def _tars(argument: str, cache: ShardCache) -> Sequence[LocalTar | RemoteTar]:
+    if _is_remote(argument):
+        return _remote(argument, cache).tars()
+    path = Path(local_path(argument))
+    if (path / INDEX).is_file():
+        found = [path / shard.file for shard in read_index(path).shards]
+    elif path.is_dir():
+        found = sorted(path.rglob(f"*{TAR}"))
+    elif path.is_file():
+        found = [path]
+    elif glob.has_magic(argument):
+        found = [Path(name) for name in sorted(glob.glob(argument, recursive=True)) if name.endswith(TAR)]  # noqa: PTH207
+    else:
+        raise FileNotFoundError(f"{argument}: no such shard, folder of shards or pattern")
+    if not found or (path.is_file() and path.suffix.lower() != TAR):
+        raise ValueError(f"{argument} holds no shards ({TAR})")
+    return [LocalTar(tar) for tar in found]
+
+
+def _is_remote(argument: str) -> bool:
+    return is_url(argument) and not argument.startswith("file:")
+
+
+def _remote(argument: str, cache: ShardCache) -> RemoteTars:
+    root, _, file = argument.rpartition("/") if argument.endswith(TAR) else (argument.rstrip("/"), "", "")
+    shards = tuple(shard for shard in read_index(root).shards if file in ("", shard.file))
+    if not shards:
+        raise FileNotFoundError(f"{argument} is not in its directory's shards.json")
+    return RemoteTars(root, shards, cache)
+
+
 def _source(argument: str, cache: ShardCache) -> Source:
-    if is_url(argument) and not argument.startswith("file:"):
-        root, _, file = argument.rpartition("/") if argument.endswith(TAR) else (argument.rstrip("/"), "", "")
-        shards = tuple(shard for shard in read_index(root).shards if file in ("", shard.file))
-        if not shards:
-            raise FileNotFoundError(f"{argument} is not in its directory's shards.json")
-        return RemoteTars(root, shards, cache)
+    if _is_remote(argument):
+        return _remote(argument, cache)
     path = Path(local_path(argument))
     if path.is_dir():
         return _with_images(lambda: _walk(path), argument)
@@ -201,7 +239,8 @@ def _is_wanted(name: str) -> bool:
     return Path(name).suffix.lower() in WANTED
 
 
-def _fetched(tar: RemoteTar) -> OSError | None:
+def fetched(tar: RemoteTar) -> OSError | None:
+    """Fetch a tar; the error where that failed for good."""
     try:
         tar.fetch()
     except OSError as error:

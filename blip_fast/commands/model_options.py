@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
 
-def add_model_options(parser: ArgumentParser, required: bool = True) -> None:
-    parser.add_argument("--model", type=str | None, required=required, metavar="DIR_OR_ID",
-                        help="checkpoint directory, Hugging Face Hub name, or a published .pth")
+def add_model_options(parser: ArgumentParser, required: bool = True, models: Sequence[str] = ("model",)) -> None:
+    """`--model`, or other names where a command takes several models; the other options are for all of them."""
+    for model in models:
+        parser.add_argument(f"--{model}", type=str | None, required=required, metavar="DIR_OR_ID",
+                            help="checkpoint directory, Hugging Face Hub name, or a published .pth")
     parser.add_argument("--dtype", default="float32",
                         help="float32, bfloat16 (fastest on a CPU), float16 (for GPUs), or int8: weights in 8 bits for "
                              "less memory, slower than bfloat16 (needs torchao)")

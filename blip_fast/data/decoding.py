@@ -34,6 +34,7 @@ class Batch:
     ids: Tensor  # int64 [batch], on the CPU: equal ids are the same image
     records: list[dict[str, Any]]  # key, image, all captions, and what else the annotations knew
     sources: list[str]  # names
+    origins: list[str]  # of the captions: "web" or "synthetic" where CapFilt wrote the shards, else ""
 
     @property
     def keys(self) -> list[str]:
@@ -75,7 +76,8 @@ def decode(
             tensor = tensor.unflatten(0, (len(items), 2))
         records = [item.record for item in items]
         ids = torch.tensor([record["id"] for record in records], dtype=torch.int64)
-        yield Batch(tensor, [item.caption for item in items], ids, records, [item.source for item in items])
+        yield Batch(tensor, [item.caption for item in items], ids, records, [item.source for item in items],
+                    [item.origin for item in items])
 
 
 def columns(items: list[Item], finished: bool) -> tuple[list[np.ndarray], ...]:

@@ -104,15 +104,20 @@ def _good_samples(folder: Path, records: list[dict[str, Any]], refused: TextIO, 
 
 
 def _read(path: Path) -> bytes | ImageError:
-    """The encoded image, as JPEG, PNG or WebP that the decoder reads, or why there is none."""
+    """The file's image as `checked` gives it."""
     try:
         content = path.read_bytes()
     except OSError as error:
         return ImageError(f"cannot be read: {error.strerror}")
+    return checked(content, path.name)
+
+
+def checked(content: bytes, name: str) -> bytes | ImageError:
+    """An encoded image as JPEG, PNG or WebP that training's decoder reads, or why there is none."""
     if content and image_format(content) is None:
         try:
             stream = io.BytesIO()
-            load_image(content, name=path.name).save(stream, "PNG")
+            load_image(content, name=name).save(stream, "PNG")
             content = stream.getvalue()
         except ImageError as error:
             return error

@@ -110,11 +110,14 @@ class TrainInput:
         order = Order(counts, per_batch, buffer, seed, self.rank, self.world_size)
         return SourceReader(name, shards, order, self._draw, seed, self._pool, config.pairs)
 
-    def _draw(self, record: dict[str, Any], sizes: Sizes, rng: np.random.Generator) -> tuple[list[Drawn], str]:
-        config, captions, caption = self.config, record["captions"], ""
+    def _draw(self, record: dict[str, Any], sizes: Sizes, rng: np.random.Generator) -> tuple[list[Drawn], str, str]:
+        config, captions, caption, origin = self.config, record["captions"], "", ""
         if captions:
-            caption = config.prompt + clean_caption(captions[rng.integers(len(captions))], config.max_words)
-        return [draw(rng, *size, config.crop_scale, config.flip, config.rand_augment) for size in sizes], caption
+            which = rng.integers(len(captions))
+            caption = config.prompt + clean_caption(captions[which], config.max_words)
+            origin = record["origins"][which] if "origins" in record else ""
+        drawn = [draw(rng, *size, config.crop_scale, config.flip, config.rand_augment) for size in sizes]
+        return drawn, caption, origin
 
     @property
     def epoch(self) -> int:
@@ -242,6 +245,7 @@ class EvaluationInput:
         return read_item(opened, number, self._name, _whole)
 
 
-def _whole(record: dict[str, Any], sizes: Sizes) -> tuple[list[Drawn], str]:
-    """The whole image and its first caption."""
-    return [Drawn((0, 0), size) for size in sizes], record["captions"][0] if record["captions"] else ""
+def _whole(record: dict[str, Any], sizes: Sizes) -> tuple[list[Drawn], str, str]:
+    """The whole image, its first caption and where that is from."""
+    caption, origin = (next(iter(record.get(name, ())), "") for name in ("captions", "origins"))
+    return [Drawn((0, 0), size) for size in sizes], caption, origin

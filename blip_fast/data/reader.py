@@ -19,19 +19,21 @@ from blip_fast.data.order import SAMPLE, Order
 from blip_fast.data.shards import OpenShard, is_url, read_index
 
 Sizes = list[tuple[int, int]]
-Draw = Callable[[dict[str, Any], Sizes, np.random.Generator], tuple[list[Drawn], str]]
+Draw = Callable[[dict[str, Any], Sizes, np.random.Generator], tuple[list[Drawn], str, str]]
 OPENING = 2  # shards that are opened, and fetched, at the same time in advance
 
 
 @dataclass(frozen=True)
 class Item:
-    """An undamaged sample that was read: one image, or a pair; what is drawn for each, and its caption."""
+    """An undamaged sample that was read: one image, or a pair; what is drawn for each, its caption and where that is
+    from, if the record tells."""
 
     encoded: list[np.ndarray]  # uint8 [bytes]
     record: dict[str, Any]
     source: str
     drawn: list[Drawn]
     caption: str
+    origin: str
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Damaged:
 
 
 def read_item(
-    shard: OpenShard, number: int, source: str, draw: Callable[[dict[str, Any], Sizes], tuple[list[Drawn], str]],
+    shard: OpenShard, number: int, source: str, draw: Callable[[dict[str, Any], Sizes], tuple[list[Drawn], str, str]],
     pair: bool = False,
 ) -> Item | Damaged:
     """Read a sample, of a `pair` both images, and compare checksums: a damaged image must not reach the decoder, where
@@ -105,7 +107,7 @@ class SourceReader:
 
     Args:
         draw: is given a sample's record, each image's (height, width) and a random generator of its own; gives what is
-            drawn for each image, and the sample's caption.
+            drawn for each image, the sample's caption and its origin ("" where it is not told).
         seed: of the run and of the source, two words.
         pool: reads the samples of a batch.
         pairs: samples are two images each.

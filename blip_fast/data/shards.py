@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain, groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Self
 
 import fsspec
 from webdataset.writer import TarWriter
@@ -32,6 +32,7 @@ from webdataset.writer import TarWriter
 from blip_fast.data.integrity import image_format
 
 INDEX = "shards.json"
+PART = ".part"  # behind the names of files that are being written
 SECOND = "second."  # in front of a pair's second image's
 
 
@@ -81,19 +82,70 @@ def write_shards(samples: Iterable[Sample], directory: str | Path, *, samples_pe
     without_caption = pairs = 0
     left = iter(samples)
     for first in left:
-        path = directory / f"{len(shards):06d}.tar"
-        written = 0
-        with path.open("wb") as stream, TarWriter(stream, encoder=False, mtime=0) as tar:
+        with ShardWriter(directory / f"{len(shards):06d}.tar") as tar:
             for sample in chain([first], islice(left, samples_per_shard - 1)):
-                tar.write(_members(sample))
+                tar.write(sample)
                 without_caption += not (sample.record.get("captions") or "question" in sample.record)
                 pairs += sample.second is not None
-                written += 1
-        path.with_suffix(".idx").write_text(member_index(path), encoding="utf-8")
-        shards.append(Shard(path.name, written, path.stat().st_size, sha256_of(path)))
+            shards.append(tar.finish())
     index = ShardIndex(sum(shard.samples for shard in shards), without_caption, tuple(shards), pairs)
-    (directory / INDEX).write_text(json.dumps(asdict(index), indent=2) + "\n", encoding="utf-8")
+    write_index(index, directory)
     return index
+
+
+def write_index(index: ShardIndex, directory: Path) -> None:
+    """Write `shards.json`; to be called when all shards are there."""
+    replace_file(directory / INDEX, (json.dumps(asdict(index), indent=2) + "\n").encode())
+
+
+class ShardWriter:
+    """A tar file that is being written, beside its name until `finish` gives it. As a context manager it removes what
+    was not finished."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._part, self.samples = path, part_of(path), 0
+        self._stream = self._part.open("wb")
+        self._tar = TarWriter(self._stream, encoder=False, mtime=0)
+
+    def write(self, sample: Sample) -> None:
+        """Raises ValueError for a sample that cannot be stored."""
+        self._tar.write(_members(sample))
+        self.samples += 1
+
+    def finish(self) -> Shard:
+        """Close the tar, write its index of members and name both."""
+        self._tar.close()
+        _sync(self._stream)
+        self._stream.close()
+        replace_file(self._path.with_suffix(".idx"), member_index(self._part).encode())
+        self._part.replace(self._path)
+        return Shard(self._path.name, self.samples, self._path.stat().st_size, sha256_of(self._path))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stream.close()
+        self._part.unlink(missing_ok=True)
+
+
+def part_of(path: Path) -> Path:
+    """Under which name this process writes what `path` will be."""
+    return path.with_name(f"{path.name}.{os.getpid()}{PART}")
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file so that it is whole or not there, whenever the process or the machine ends."""
+    part = part_of(path)
+    with part.open("wb") as stream:
+        stream.write(content)
+        _sync(stream)
+    part.replace(path)
+
+
+def _sync(stream: IO[bytes]) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
 
 
 def claim(directory: str | Path) -> Path:

@@ -1,4 +1,4 @@
-"""Images in webdataset tar files, near or far: listed from the headers, read when they are needed."""
+"""Images and samples in webdataset tar files, near or far: listed from the headers, read when they are needed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ class LocalTar:
 
     path: Path
 
+    @property
+    def name(self) -> str:
+        return str(self.path)
+
     def read(self, start: int, size: int) -> bytes:
         with self.path.open("rb") as stream:
             stream.seek(start)
@@ -30,7 +35,12 @@ class LocalTar:
     def images(self) -> Iterator[StoredImage]:
         """Its images, named TAR/MEMBER. Raises what `images_in` raises."""
         with self.path.open("rb") as stream:
-            yield from images_in(stream.fileno(), str(self.path), self)
+            yield from images_in(stream.fileno(), self.name, self)
+
+    def samples(self) -> Iterator[StoredSample]:
+        """Its samples, named TAR/KEY. Raises what `samples_in` raises."""
+        with self.path.open("rb") as stream:
+            yield from samples_in(stream.fileno(), self.name, self)
 
 
 class RemoteTar:
@@ -40,6 +50,10 @@ class RemoteTar:
         self.url, self.shard, self._cache = url, shard, cache
         self._opened: OpenShard | None = None
         self._lock = threading.Lock()
+
+    @property
+    def name(self) -> str:
+        return self.url
 
     def fetch(self) -> OpenShard:
         """Open it; it stays readable until this object goes, whatever the cache removes. Raises what
@@ -57,8 +71,21 @@ class RemoteTar:
         """As `LocalTar.images`, named URL/MEMBER."""
         yield from images_in(self.fetch().fileno(), self.url, self)
 
+    def samples(self) -> Iterator[StoredSample]:
+        """As `LocalTar.samples`, named URL/KEY."""
+        yield from samples_in(self.fetch().fileno(), self.url, self)
+
     def __reduce__(self) -> tuple[Any, ...]:
         return RemoteTar, (self.url, self.shard, self._cache)
+
+
+@dataclass(frozen=True)
+class StoredSample:
+    """Members of a tar that share a key and stand together, not read yet. `name` stands for the sample."""
+
+    name: str
+    key: str
+    members: dict[str, StoredImage]  # by what stands behind the key: "jpg", "json", "second.jpg"
 
 
 def images_in(descriptor: int, name: str, container: Container) -> Iterator[StoredImage]:
@@ -66,11 +93,30 @@ def images_in(descriptor: int, name: str, container: Container) -> Iterator[Stor
 
     Raises ValueError where it is no whole uncompressed tar file, behind the images that are whole.
     """
+    for member in _members(descriptor, name, container):
+        if Path(member.name).suffix.lower() in SUFFIXES:
+            yield member
+
+
+def samples_in(descriptor: int, name: str, container: Container) -> Iterator[StoredSample]:
+    """The samples of an open tar, as `images_in`: members whose paths are alike up to the file name's first dot. The
+    sample at which a tar is broken may lack members, and is left out."""
+    for where, members in groupby(_members(descriptor, name, container), key=lambda member: _split(member.name)[0]):
+        yield StoredSample(where, where.removeprefix(f"{name}/"), {_split(m.name)[1]: m for m in members})
+
+
+def _split(path: str) -> tuple[str, str]:
+    folder, slash, file = path.rpartition("/")
+    stem, _, extension = file.partition(".")
+    return f"{folder}{slash}{stem}", extension
+
+
+def _members(descriptor: int, name: str, container: Container) -> Iterator[StoredImage]:
     try:
         with os.fdopen(os.dup(descriptor), "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members = []  # pyright: ignore[reportAttributeAccessIssue], else every header stays in memory
-                if member.isfile() and Path(member.name).suffix.lower() in SUFFIXES:
+                if member.isfile():
                     yield StoredImage(f"{name}/{member.name}", container, member.offset_data, member.size)
             stream.seek(tar.offset)
             if any(stream.read(tarfile.BLOCKSIZE)):

@@ -142,13 +142,23 @@ class Captioner(PretrainedTask):
         results = evaluated(self.model, self._captioned(reads, generation, batch_size, strip_prompt))
         return in_order(results, _place) if ordered else results
 
+    def stream_pixels(self, pixels: Iterable[Tensor], prompt: str = PROMPT,
+                      generation: GenerationConfig = CAPTIONING, *, strip_prompt: bool = False,
+                      batch_size: int = BATCH) -> Iterator[Caption | ImageError]:
+        """As `stream`, in order, images after the evaluation transform, each float [3, image_size, image_size]."""
+        prompt_ids = self.prompt_ids(prompt)
+        if reason := _too_long(prompt_ids, generation):
+            raise ValueError(reason)
+        reads = (_Read(place, image, f"image {place}", None, prompt_ids, image) for place, image in enumerate(pixels))
+        results = evaluated(self.model, self._captioned(reads, generation, batch_size, strip_prompt))
+        return (captioned.result for captioned in in_order(results, _place))
+
     def caption_pixels(self, pixels: Tensor, prompt: str = PROMPT, generation: GenerationConfig = CAPTIONING, *,
                        strip_prompt: bool = False) -> list[Caption]:
         """Caption one batch of images after the evaluation transform, float [images, 3, image_size, image_size]."""
-        prompt_ids = self.prompt_ids(prompt)
-        reads = (_Read(place, image, f"image {place}", None, prompt_ids, image) for place, image in enumerate(pixels))
-        results = evaluated(self.model, self._captioned(reads, generation, max(1, len(pixels)), strip_prompt))
-        return [_unless_error(captioned.result) for captioned in in_order(results, _place)]
+        results = self.stream_pixels(pixels, prompt, generation, strip_prompt=strip_prompt,
+                                     batch_size=max(1, len(pixels)))
+        return [_unless_error(result) for result in results]
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """[DEC] and the prompt's tokens; "" is no prompt."""

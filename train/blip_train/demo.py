@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from blip_fast.capfilt.clean import CapFiltConfig, CapFiltResult, WebBatch, capfilt, match_probabilities
+from blip_fast.capfilt.clean import CapFiltConfig, CapFiltResult, WebBatch, capfilt, match_scores
 from blip_fast.capfilt.quality import FilterQuality, calibrated_threshold, filter_quality
 from blip_fast.data.annotated import AnnotatedImage, annotated_images
 from blip_fast.data.scenes import write_scenes
@@ -157,7 +157,7 @@ def _threshold(matcher: Matcher, folder: Path, image_size: int) -> float:
     batches = _batches(annotated_images(folder, None), image_size)
     first_token = CapFiltConfig().first_token
     return calibrated_threshold([probability for batch in batches for probability in
-                                 match_probabilities(matcher, batch.pixels, batch.captions, first_token)])
+                                 match_scores(matcher, batch.pixels, batch.captions, first_token).itm.tolist()])
 
 
 def _batches(images: list[AnnotatedImage], image_size: int) -> Iterator[WebBatch]:

@@ -1,0 +1,205 @@
+"""`blip-fast capfilt`: write captions for shards of web images, filter all texts, and write shards to train on."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from blip_fast.commands import Command
+from blip_fast.commands.model_options import add_model_options, model_options
+
+if TYPE_CHECKING:
+    from blip_fast.capfilt.clean import CapFiltConfig
+    from blip_fast.capfilt.folder import CleanFolder
+    from blip_fast.commands.inputs import Share
+    from blip_fast.data.tars import LocalTar, RemoteTar
+
+    Tar = LocalTar | RemoteTar
+    Work = tuple[int, Tar]  # a tar and its number
+    Outcome = tuple[int, str | None]  # a tar's number, and why it could not be fetched
+
+
+def _arguments(parser: ArgumentParser) -> None:
+    add_model_options(parser, models=("captioner", "filter"))
+    add = parser.add_argument
+    add("shards", nargs="+", metavar="SHARDS",
+        help="webdataset shards (.tar), folders or quoted patterns of them, or URLs of shards that `blip-fast data "
+             "pack` wrote; captions are KEY.json's `captions` or `caption`, or KEY.txt")
+    add("--output", required=True, metavar="DIR",
+        help="folder for the new shards, their index of texts, quarantine.jsonl and report.html; with --ray one that "
+             "all machines of the cluster see")
+    add("--resume", action="store_true", help="go on with the folder, leave out shards that are finished")
+    add("--captions", type=int, default=1, metavar="N", help="synthetic captions per image")
+    add("--prompt", default="a picture of", help='what captions are written behind; "" for nothing')
+    add("--top-p", type=float, default=0.9, help="nucleus sampling: draw from tokens that hold this probability")
+    add("--top-k", type=int, default=50, help="and from so many tokens at most")
+    add("--temperature", type=float, default=1.0, help="above 1 is more varied")
+    add("--beams", type=int | None, help="beam search instead of sampling")
+    add("--max-length", type=int, default=20, help="tokens at most, the first one and the prompt counted")
+    add("--min-length", type=int, default=5, help="a caption cannot end before it has so many tokens, counted alike")
+    add("--seed", type=int, default=0, help="with the image's pixels it decides what is drawn")
+    add("--threshold", type=float, default=0.5, help="ITM's probability from which on a text is kept")
+    add("--keep", default="matched",
+        help="matched: all texts that reach the threshold; best: of them each image's best alone")
+    add("--first-token", default="[ENC]", help="what texts start with before the matching head: [ENC] as in training, "
+                                               "or [CLS]")
+    add("--batch-size", type=int, default=16, help="images at a time")
+    add("--json", action="store_true", help="print what was written as one JSON object")
+    add("--shard", default="0/1", metavar="I/N",
+        help="do the I-th of N parts, for N machines with the same arguments; tars are dealt whole. Who ends last "
+             "writes shards.json and the report")
+    add("--ray", nargs="?", const="", default=None, metavar="ADDRESS",
+        help="spread the work over a Ray cluster (default: that of RAY_ADDRESS or of this machine); write it behind "
+             "the shards, or as --ray=ADDRESS")
+    add("--cache", default="~/.cache/blip_fast/shards", metavar="DIR", help="where tars under URLs are kept")
+    add("--cache-gb", type=float, default=100.0, help="its limit")
+
+
+def _run(args: Namespace) -> int:
+    from filelock import FileLock, Timeout
+
+    from blip_fast.capfilt.folder import CleanFolder
+    from blip_fast.commands.inputs import Share, tars
+    from blip_fast.commands.progress import sigterm_interrupts
+    from blip_fast.data.cache import shard_cache
+
+    config, share = _config(args), Share.parse(args.shard)
+    folder = CleanFolder(Path(args.output).absolute())
+    every = tars(args.shards, shard_cache(args.cache, args.cache_gb))
+    options = {**asdict(config), **{name: getattr(args, name) for name in ("captioner", "filter", "dtype",
+                                                                          "image_size", "heads", "tokenizer")},
+               "shards": [tar.name for tar in every]}
+    folder.begin(options)
+    lock = FileLock(folder.directory / f"part-{share.index}-of-{share.count}.lock", timeout=0)
+    try:
+        with sigterm_interrupts(), lock:
+            return _clean(args, config, folder, every, share)
+    except Timeout:
+        raise ValueError(f"{args.output} is being written by another process: wait until that has ended") from None
+
+
+def _config(args: Namespace) -> CapFiltConfig:
+    from blip_fast.capfilt.clean import CapFiltConfig
+    from blip_fast.generate import GenerationConfig
+
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
+    sampling = {"top_p": args.top_p, "top_k": args.top_k, "temperature": args.temperature, "seed": args.seed}
+    generation = GenerationConfig(max_length=args.max_length, min_length=args.min_length, n_best=args.captions,
+                                  **(sampling if args.beams is None else {"beams": args.beams}))
+    return CapFiltConfig(args.prompt, generation, args.threshold, args.first_token, args.keep)
+
+
+def _clean(args: Namespace, config: CapFiltConfig, folder: CleanFolder, every: Sequence[Tar], share: Share) -> int:
+    """Clean the share's shards that are left; end the run if these were the last."""
+    from blip_fast.commands.progress import Stopped, progress_bar
+
+    mine = [(number, tar) for number, tar in enumerate(every) if share.holds(number)]
+    left = [(number, tar) for number, tar in mine if not folder.is_done(number)]
+    if len(left) < len(mine) and not args.resume:
+        raise FileExistsError(f"{args.output} holds finished shards: go on with them (--resume) or name another folder")
+    failed, done = [], 0
+    clean = _on_ray if args.ray is not None else _here
+    try:
+        with progress_bar("shards", "shards", lambda: len(left)) as advance, \
+                closing(clean(args, config, folder, left)) as outcomes:
+            for number, error in outcomes:
+                if error is not None:
+                    print(f"blip-fast: {error}", file=sys.stderr)
+                    failed.append(number)
+                elif not folder.is_done(number):
+                    raise ValueError(f"shard {number} was cleaned, but not into {args.output}: name a folder that all "
+                                     "machines of the cluster see")
+                done += 1
+                advance()
+    except KeyboardInterrupt as stop:
+        print(f"blip-fast: interrupted after {done} shards; the same command with --resume goes on", file=sys.stderr)
+        return 143 if isinstance(stop, Stopped) else 130
+    _end(args, folder, len(every))
+    return 1 if failed else 0
+
+
+def _end(args: Namespace, folder: CleanFolder, count: int) -> None:
+    """Write the indexes and the report where all shards are done; say what there is."""
+    from blip_fast.capfilt.report import write_report
+    from blip_fast.data.pack import QUARANTINE
+
+    there = sum(folder.is_done(number) for number in range(count))
+    if there < count:
+        print(f"blip-fast: {there} of {count} shards are done; whoever does the last one (--resume) writes the index "
+              "and the report", file=sys.stderr)
+        return
+    counts, page = write_report(folder, folder.finish(count))
+    if args.json:
+        print(json.dumps({**counts, "directory": args.output, "report": str(page)}))
+        return
+    print(f"{args.output}: {counts['images']:,} images, {counts['images_kept']:,} of them with a text to train on; "
+          f"{counts['web_kept']:,} of {counts['web']:,} web texts and {counts['synthetic_kept']:,} of "
+          f"{counts['synthetic']:,} synthetic ones are kept")
+    if counts["refused"]:
+        print(f"{args.output}/{QUARANTINE}: {counts['refused']:,} images left out, and why")
+    print(f"look at {page}")
+
+
+def _here(args: Namespace, config: CapFiltConfig, folder: CleanFolder, work: Sequence[Work]) -> Generator[Outcome]:
+    if work:
+        yield from _worker(args, config, folder)(work)
+
+
+def _on_ray(args: Namespace, config: CapFiltConfig, folder: CleanFolder, work: Sequence[Work]) -> Generator[Outcome]:
+    from blip_fast.cluster import on_ray
+
+    if work:
+        yield from on_ray(args.ray or None, ([one] for one in work), partial(_worker, args, config, folder),
+                          gpus=args.device != "cpu")
+
+
+def _worker(args: Namespace, config: CapFiltConfig,
+            folder: CleanFolder) -> Callable[[Sequence[Work]], Iterator[Outcome]]:
+    """Loads the models; cleans shards."""
+    from blip_fast.capfilt.clean import check_models
+    from blip_fast.capfilt.shard import clean_shard
+    from blip_fast.search.encoding import fingerprint
+    from blip_fast.stream import read_ahead
+    from blip_fast.tasks.caption import Captioner
+    from blip_fast.tasks.match import Matcher
+
+    options: dict[str, Any] = model_options(args)
+    matcher = Matcher.from_pretrained(args.filter, **options)
+    captioner = (Captioner(matcher.model, matcher.tokenizer) if args.captioner == args.filter
+                 else Captioner.from_pretrained(args.captioner, **options))
+    check_models(captioner, matcher, config)
+    folder.check_weights([fingerprint(task.model) for task in (captioner, matcher)])
+
+    def clean(work: Sequence[Work]) -> Iterator[Outcome]:
+        for (number, tar), error in read_ahead(work, _fetched, threads=1, ahead=1):
+            if error is None:
+                clean_shard(tar, number, folder, captioner, matcher, config, args.batch_size)
+            yield number, error
+
+    return clean
+
+
+def _fetched(work: Work) -> str | None:
+    """Fetch a tar under a URL; why it cannot be had."""
+    from blip_fast.commands.inputs import fetched
+    from blip_fast.data.tars import RemoteTar
+
+    error = fetched(work[1]) if isinstance(work[1], RemoteTar) else None
+    return None if error is None else str(error)
+
+
+COMMAND = Command(
+    help="clean shards of web images: write captions, filter all texts (CapFilt)",
+    example="blip-fast capfilt shards/ --captioner models/captioner --filter models/filter --output cleaned/",
+    arguments=_arguments,
+    run=_run,
+)

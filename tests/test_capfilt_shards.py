@@ -1,0 +1,428 @@
+"""`blip-fast capfilt`: shards in, shards out; killed and resumed, shared out, on Ray, with broken images among them."""
+
+import io
+import json
+import signal
+import subprocess
+import sys
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import odd_files
+import pytest
+import torch
+from hf_models import save_model, small_tokenizer
+
+from blip_fast.capfilt.clean import NUCLEUS
+from blip_fast.capfilt.shard import clean_shard
+from blip_fast.cli import main
+from blip_fast.data.shards import INDEX, Sample, iterate, read_index, write_shards
+from blip_fast.generate import GenerationConfig
+from blip_fast.images import load_image
+from blip_fast.tasks.caption import Captioner
+from blip_fast.tasks.match import Matcher
+from blip_fast.tokenizer import clean_caption
+
+pq = pytest.importorskip("pyarrow.parquet", reason="capfilt needs the extra `capfilt`")
+pytest.importorskip("nvidia.nvimgcodec", reason="packing needs the extra `train`")
+
+CAPTIONS = [["two dogs run over the green grass"], [], ["a man rides a horse", "a red ball"], ["people eat!"], ["..."]]
+SHARDS, IMAGES = 3, 5  # of each shard
+SHORT = ("--max-length", "10", "--batch-size", "2")
+
+
+def picture(number: int) -> bytes:
+    return odd_files.encoded(odd_files.picture(60, 40, seed=number), "JPEG")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    directory, tokenizer = tmp_path_factory.mktemp("models"), small_tokenizer()
+    save_model("BlipForConditionalGeneration", tokenizer, directory / "captioner", sep_bias=4.0, seed=2)
+    save_model("BlipForImageTextRetrieval", tokenizer, directory / "filter", seed=3)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("shards") / "web"
+    samples = (Sample(f"{i:03d}", picture(i), {"image": f"images/{i}.jpg", "captions": CAPTIONS[i % IMAGES], "note": i})
+               for i in range(SHARDS * IMAGES))
+    write_shards(samples, directory, samples_per_shard=IMAGES)
+    return directory
+
+
+def arguments(models: Path, *more: object) -> list[str]:
+    return ["capfilt", "--captioner", str(models / "captioner"), "--filter", str(models / "filter"), *SHORT,
+            *map(str, more)]
+
+
+@pytest.fixture(scope="module")
+def whole(models, shards, tmp_path_factory) -> Path:
+    """An undisturbed run."""
+    output = tmp_path_factory.mktemp("whole") / "clean"
+    assert main(arguments(models, shards, "--output", output)) == 0
+    return output
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files but locks and what names the run's own folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.suffix != ".lock"}
+
+
+def texts_of(folder: Path) -> list[dict]:
+    return pq.read_table(folder / "texts").to_pylist()
+
+
+def samples_of(folder: Path) -> list[Sample]:
+    return [sample for part in (folder, folder / "dropped") for sample in iterate(part)]
+
+
+def test_texts_scores_and_verdicts_equal_those_made_one_at_a_time(models, shards, whole):
+    captioner, matcher = Captioner.from_pretrained(models / "captioner"), Matcher.from_pretrained(models / "filter")
+    found = {sample.record["image"]: sample for sample in samples_of(whole)}
+    assert len(found) == SHARDS * IMAGES == len(samples_of(whole))
+    for sample in iterate(shards):
+        (caption,) = captioner(sample.image, "a picture of", replace(NUCLEUS, max_length=10), strip_prompt=True)
+        texts = [*sample.record["captions"], caption.caption]
+        written = found[sample.record["image"]]
+        assert [text["text"] for text in written.record["texts"]] == texts
+        assert [t["origin"] for t in written.record["texts"]] == ["web"] * (len(texts) - 1) + ["synthetic"]
+        for text, row in zip(texts, written.record["texts"], strict=True):
+            if not any(map(str.isalnum, text)):
+                assert not row["kept"]
+                continue
+            scores = matcher.score(load_image(sample.image), clean_caption(text), first_token="[ENC]")
+            assert (row["itm"], row["itc"]) == pytest.approx((scores.itm.item(), scores.itc.item()), abs=1e-5)
+            assert row["kept"] == (row["itm"] >= 0.5)
+        kept = [row for row in written.record["texts"] if row["kept"]]
+        assert written.record["captions"] == [row["text"] for row in kept]
+        assert written.record["origins"] == [row["origin"] for row in kept]
+        assert (written.image, written.key, written.record["id"], written.record["note"]) == (
+            sample.image, sample.key, sample.record["id"], sample.record["note"])
+
+
+def test_shards_and_index_agree(whole):
+    """Shards with kept texts hold nothing else; the rows of the index are the records' texts."""
+    assert read_index(whole).without_caption == 0
+    assert all(sample.record["captions"] for sample in iterate(whole))
+    assert not any(sample.record["captions"] for sample in iterate(whole / "dropped"))
+    assert len(list(iterate(whole))) > 0 and len(list(iterate(whole / "dropped"))) > 0
+    rows = texts_of(whole)
+    by_key = {(row["file"], row["key"]): [] for row in rows}
+    for row in rows:
+        by_key[row["file"], row["key"]].append((row["text"], row["origin"], np.float32(row["itm"]),
+                                                np.float32(row["itc"]), row["kept"]))
+    for part in ("", "dropped"):
+        for shard in read_index(whole / part).shards:
+            with tarfile.open(whole / part / shard.file) as tar:
+                for name in tar.getnames():
+                    if name.endswith(".json"):
+                        record = json.loads(tar.extractfile(name).read())
+                        told = [tuple(text.values()) for text in record["texts"]]
+                        assert by_key.pop((f"{part}/{shard.file}".strip("/"), record["key"])) == told
+    assert not by_key
+    assert len(rows) == SHARDS * (IMAGES + sum(map(len, CAPTIONS)))
+
+
+def test_the_best_of_several_captions(models, shards, tmp_path):
+    """n samples of an image are n texts; of those that pass, the likeliest alone is kept, and an image with none is
+    dropped; beam search is an option."""
+    output = tmp_path / "best"
+    assert main(arguments(models, shards / "000000.tar", "--output", output, "--captions", 3, "--keep", "best",
+                          "--threshold", 0.3)) == 0
+    for sample in samples_of(output):
+        texts = sample.record["texts"]
+        assert [text["origin"] for text in texts].count("synthetic") == 3
+        passing = [text["itm"] for text in texts if text["itm"] >= 0.3 and any(map(str.isalnum, text["text"]))]
+        assert [text["itm"] for text in texts if text["kept"]] == ([max(passing)] if passing else [])
+    beams = tmp_path / "beams"
+    assert main(arguments(models, shards / "000000.tar", "--output", beams, "--beams", 2)) == 0
+    made = {row["image"]: row["text"] for row in texts_of(beams) if row["origin"] == "synthetic"}
+    captioner = Captioner.from_pretrained(models / "captioner")
+    for sample in iterate(shards):
+        if (name := sample.record["image"]) in made:
+            (caption,) = captioner(sample.image, "a picture of", GenerationConfig(beams=2, max_length=10, min_length=5),
+                                   strip_prompt=True)
+            assert made[name] == caption.caption
+
+
+# ---------------------------------------------------------------- restarts and shares
+
+
+# Counts what changes the folder, members of tars and renames, and dies in front of one of them.
+DYING = """
+import os, signal, sys
+from pathlib import Path
+from webdataset.writer import TarWriter
+
+left = int(sys.argv[1])
+
+def dying(method):
+    def call(*arguments):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return method(*arguments)
+    return call
+
+Path.replace, TarWriter.write = dying(Path.replace), dying(TarWriter.write)
+from blip_fast.capfilt.shard import clean_shard
+from blip_fast.cli import main
+main(sys.argv[2:])
+"""
+
+
+def test_killed_five_times_and_resumed(models, shards, whole, tmp_path):
+    """SIGKILL within the first tar; within the second, behind the first's mark; in front of renames of the second's
+    tar, texts and mark: the files of an undisturbed run."""
+    output = tmp_path / "killed"
+    command = arguments(models, shards, "--output", output, "--resume")
+    marks = []
+    for moment in (4, 13, 6, 10, 11):
+        process = subprocess.run([sys.executable, "-c", DYING, str(moment), *command], capture_output=True)
+        assert process.returncode == -signal.SIGKILL, process.stderr
+        marks.append(len(list((output / "done").glob("*.json"))))
+        assert not (output / INDEX).exists()
+    assert marks == sorted(marks) and marks[:2] == [0, 1]
+    assert any(path.suffix == ".part" for path in output.rglob("*"))
+    assert main(command) == 0
+    assert contents(output) == contents(whole)
+
+
+def test_an_interrupted_run_says_how_to_go_on(models, shards, whole, tmp_path, monkeypatch, capsys):
+    def interrupted(tar, number, *more):
+        if number == 1:
+            raise KeyboardInterrupt
+        return clean_shard(tar, number, *more)
+
+    monkeypatch.setattr("blip_fast.capfilt.shard.clean_shard", interrupted)
+    assert main(arguments(models, shards, "--output", tmp_path / "clean")) == 130
+    assert "interrupted after 1 shards; the same command with --resume goes on" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main(arguments(models, shards, "--output", tmp_path / "clean", "--resume")) == 0
+    assert contents(tmp_path / "clean") == contents(whole)
+
+
+@pytest.mark.parametrize("finished", [0, 1, 2])
+def test_every_half_written_shard_is_done_again(models, shards, whole, tmp_path, finished):
+    """What a kill can leave, made by hand: some files of a shard are there, its mark is not."""
+    output = tmp_path / "half"
+    assert main(arguments(models, shards, "--output", output)) == 0
+    (output / INDEX).unlink()
+    (output / "done" / f"{finished:06d}.json").unlink()
+    (output / "texts" / f"{finished:06d}.parquet").write_bytes(b"PAR1")
+    (output / f"{finished:06d}.tar.77.part").write_bytes(b"cut short")
+    assert main(arguments(models, shards, "--output", output, "--resume")) == 0
+    assert contents(output) == contents(whole)
+
+
+def test_finished_shards_are_left_alone(models, shards, whole, tmp_path, capsys):
+    output = tmp_path / "twice"
+    assert main(arguments(models, shards, "--output", output)) == 0
+    tars = {path: path.stat().st_mtime_ns for path in output.rglob("*.tar")}
+    assert main(arguments(models, shards, "--output", output)) == 2
+    assert "holds finished shards: go on with them (--resume)" in capsys.readouterr().err
+    assert main(arguments(models, shards, "--output", output, "--resume")) == 0
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*.tar")} == tars
+    assert contents(output) == contents(whole)
+    assert main(arguments(models, shards, "--output", output, "--resume", "--threshold", 0.6)) == 2
+    assert "other options (threshold was 0.5, is 0.6)" in capsys.readouterr().err
+
+
+def test_other_weights_are_refused(models, shards, tmp_path, capsys):
+    output = tmp_path / "clean"
+    own = tmp_path / "models"
+    save_model("BlipForConditionalGeneration", small_tokenizer(), own / "captioner", sep_bias=4.0, seed=2)
+    save_model("BlipForImageTextRetrieval", small_tokenizer(), own / "filter", seed=3)
+    assert main(arguments(own, shards, "--output", output, "--shard", "0/3")) == 0
+    save_model("BlipForImageTextRetrieval", small_tokenizer(), own / "filter", seed=4)
+    assert main(arguments(own, shards, "--output", output, "--resume")) == 2
+    assert "other weights" in capsys.readouterr().err
+
+
+def test_shares_together_are_the_whole(models, shards, whole, tmp_path, capsys):
+    output = tmp_path / "shared"
+    for i in (1, 0):
+        assert not (output / INDEX).exists()
+        assert main(arguments(models, shards, "--output", output, "--shard", f"{i}/2")) == 0
+        if i:
+            assert "1 of 3 shards are done" in capsys.readouterr().err
+            assert [path.name for path in sorted((output / "done").iterdir())] == ["000001.json"]
+    assert contents(output) == contents(whole)
+
+
+def test_ray_gives_the_same_folder(models, shards, whole, tmp_path):
+    pytest.importorskip("ray", reason="--ray needs the extra `scale`")
+    output = tmp_path / "ray"
+    assert main(arguments(models, shards, "--output", output, "--ray=local")) == 0
+    assert contents(output) == contents(whole)
+
+
+def test_without_ray_there_is_one_clear_line(models, shards, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert main(arguments(models, shards, "--output", tmp_path / "ray", "--ray")) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "ray" in said
+
+
+# ---------------------------------------------------------------- what is read
+
+
+def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+def test_broken_images_are_quarantined_and_lose_nothing_else(models, tmp_path, capsys):
+    """A foreign tar with every kind of broken image, odd records, and a break within its last sample."""
+    path, output = tmp_path / "web.tar", tmp_path / "clean"
+    good = {**odd_files.good_files(), **odd_files.grey_files()}
+    with tarfile.open(path, "w") as tar:
+        for i, (name, content) in enumerate([*good.items(), *odd_files.bad_files().items()]):
+            add_member(tar, f"part one/{i:03d}.{name.rpartition('.')[2]}", content)
+            add_member(tar, f"part one/{i:03d}.txt", f"a man with number {i}\n".encode())
+        add_member(tar, "odd/json.jpg", picture(1))
+        add_member(tar, "odd/json.json", b"{")
+        add_member(tar, "odd/lone.jpg", picture(2))
+        add_member(tar, "odd/lone.json", b'{"caption": "a \\ud800 dog", "id": "x7", "url": "http://a.b"}')
+        add_member(tar, "odd/list.jpg", picture(3))
+        add_member(tar, "odd/list.json", b'{"captions": [1]}')
+        add_member(tar, "odd/text alone.txt", b"no picture")
+        add_member(tar, "odd/two.jpg", picture(4))
+        add_member(tar, "odd/two.second.jpg", picture(5))
+        add_member(tar, "odd/damaged.jpg", picture(6))
+        add_member(tar, "odd/damaged.json", b'{"crc32": 1, "captions": []}')
+        add_member(tar, "odd/last.jpg", picture(7))
+        add_member(tar, "odd/last.json", b"{}")
+    content = bytearray(path.read_bytes())
+    cut = content.index(b"odd/last.json")
+    content[cut : cut + 512] = b"x" * 512
+    path.write_bytes(content)
+
+    assert main(arguments(models, path, "--output", output, "--json")) == 0
+    said = json.loads(capsys.readouterr().out)
+    refused = [json.loads(line) for line in (output / "quarantine.jsonl").read_text().splitlines()]
+    bad = len(odd_files.bad_files())
+    # An SVG is no image by its name, so its sample holds none.
+    assert (said["images"], said["refused"]) == (len(good) + 1, bad + 6) == (len(good) + 1, len(refused))
+    names = [row["image"] for row in refused]
+    assert names[:bad] == [f"{path}/part one/{len(good) + i:03d}" for i in range(bad)]
+    reasons = {row["image"].removeprefix(f"{path}/odd/"): row["reason"] for row in refused[bad:]}
+    assert reasons["json"] == "its record is no JSON object" and "no list of texts" in reasons["list"]
+    assert "holds 0 images" in reasons["text alone"] and "holds 2 images" in reasons["two"]
+    assert "checksum differs" in reasons["damaged"] and "no whole uncompressed tar" in reasons[str(path)]
+    samples = {sample.record["image"]: sample.record for sample in samples_of(output)}
+    assert set(samples) == {f"part one/{i:03d}" for i in range(len(good))} | {"odd/lone"}
+    assert samples["part one/004"]["texts"][0]["text"] == "a man with number 4"
+    assert samples["odd/lone"]["texts"][0]["text"] == "a ? dog" and samples["odd/lone"]["url"] == "http://a.b"
+    assert all(isinstance(record["id"], int) for record in samples.values())
+    assert refused[0]["reason"] in (page := (output / "report.html").read_text()) and "Images left out" in page
+
+
+def test_urls_and_a_tar_that_cannot_be_fetched(models, shards, whole, tmp_path, capsys):
+    """The others are done, the run fails with that tar's name, and a resume goes on when it is there."""
+    system = fsspec.filesystem("memory")
+    system.store.clear()
+    for path in shards.iterdir():
+        if path.name != "000001.tar":
+            system.pipe_file(f"/capfilt/{path.name}", path.read_bytes())
+    output = tmp_path / "clean"
+    command = arguments(models, "memory://capfilt", "--output", output, "--cache", tmp_path / "cache")
+    assert main(command) == 1
+    said = capsys.readouterr().err
+    assert "000001.tar is missing" in said and "2 of 3 shards are done" in said
+    system.pipe_file("/capfilt/000001.tar", (shards / "000001.tar").read_bytes())
+    assert main([*command, "--resume"]) == 0
+    assert {name: content for name, content in contents(output).items() if name.endswith((".tar", ".parquet", INDEX))} \
+        == {name: content for name, content in contents(whole).items() if name.endswith((".tar", ".parquet", INDEX))}
+
+
+def test_shards_are_named_as_files_folders_and_patterns(models, shards, tmp_path, capsys):
+    (tmp_path / "flat" / "deep").mkdir(parents=True)
+    for i in (0, 1):
+        (tmp_path / "flat" / "deep" / f"{i}.tar").write_bytes((shards / f"00000{i}.tar").read_bytes())
+    outputs = []
+    for name, argument in (("folder", tmp_path / "flat"), ("pattern", tmp_path / "flat" / "*" / "*.tar")):
+        outputs.append(tmp_path / name)
+        assert main(arguments(models, argument, "--output", outputs[-1])) == 0
+    assert texts_of(outputs[0]) == texts_of(outputs[1]) and len(read_index(outputs[0]).shards) <= 2
+    for argument, sentence in ((tmp_path / "nowhere", "no such shard"), (__file__, "holds no shards"),
+                               (tmp_path / "models", "no such shard"), (tmp_path / "flat" / "*.tar", "no shards")):
+        assert main(arguments(models, argument, "--output", tmp_path / "none")) == 2
+        assert sentence in capsys.readouterr().err
+    assert main(arguments(models, shards, "--output", shards)) == 2
+    assert "holds shards already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("option", "value", "sentence"), [
+    ("--threshold", "2", "it is a probability"), ("--keep", "most", "must be matched or best"),
+    ("--batch-size", "0", "must be at least 1"), ("--captions", "0", "n_best is 0"), ("--shard", "3/3", "is none")])
+def test_bad_options_are_refused_before_anything_is_written(models, shards, tmp_path, capsys, option, value, sentence):
+    assert main(arguments(models, shards, "--output", tmp_path / "none", option, value)) == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_options_that_do_not_fit_the_models_begin_nothing(models, shards, whole, tmp_path, capsys):
+    """They are refused when the models are there, and the same folder takes others."""
+    output = tmp_path / "clean"
+    assert main(arguments(models, shards, "--output", output, "--first-token", "[SEP]")) == 2
+    assert "first token '[SEP]' is none of" in capsys.readouterr().err
+    assert main(arguments(models, shards, "--output", output)) == 0
+    assert contents(output) == contents(whole)
+
+
+def test_without_pyarrow_there_is_one_clear_line(models, shards, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("blip_fast.capfilt.folder.find_spec", lambda name: None)
+    assert main(arguments(models, shards, "--output", tmp_path / "none")) == 2
+    assert "pip install 'blip-fast[capfilt]'" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- what is written
+
+
+def test_training_reads_kept_texts_with_their_origins(whole):
+    """Both origins are drawn, each text under its own."""
+    pytest.importorskip("nvidia.dali", reason="training input needs the extra `train`")
+    from blip_fast.data.pipeline import InputConfig, TrainInput
+    from blip_fast.data.sources import Source
+
+    config = InputConfig([Source("web", str(whole))], image_size=32, batch_size=2, threads=1, flip=False,
+                         rand_augment=False)
+    reader, seen = TrainInput(config), set()
+    for _ in range(6):
+        for batch in reader:
+            assert batch.images.shape == (2, 3, 32, 32) and batch.sources == ["web", "web"]
+            for caption, origin, record in zip(batch.captions, batch.origins, batch.records, strict=True):
+                assert origin in {o for text, o in zip(record["captions"], record["origins"], strict=True)
+                                  if clean_caption(text) == caption}
+                seen.add((record["key"], caption, origin))
+    assert {origin for *_, origin in seen} == {"web", "synthetic"}
+    assert torch.isfinite(batch.images).all()
+
+
+def test_the_report_counts_what_the_index_holds(whole):
+    page, rows = (whole / "report.html").read_text(), texts_of(whole)
+    for origin in ("web", "synthetic"):
+        total, kept = (sum(row["origin"] == origin and row["kept"] in verdicts for row in rows)
+                       for verdicts in ((True, False), (True,)))
+        assert (f"<td>{origin}</td><td class=\"number\">{total}</td><td class=\"number\">{kept}</td>"
+                f"<td class=\"number\">{total - kept}</td>") in page
+    changed = {key: (max(web, default=-1), max(made, default=-1)) for key, web, made in (
+        (key, [r["itm"] for r in rows if r["key"] == key and r["origin"] == "web"],
+         [r["itm"] for r in rows if r["key"] == key and r["origin"] == "synthetic" and r["kept"]])
+        for key in dict.fromkeys(row["key"] for row in rows)
+        if not any(r["kept"] for r in rows if r["key"] == key and r["origin"] == "web"))}
+    wanted = sorted((web - made, key) for key, (web, made) in changed.items() if web >= 0 and made >= 0)
+    section = page.split("Most changed captions")[1].split("</section>")[0] if wanted else ""
+    shown = [section.index(next(r["text"] for r in rows if r["key"] == key and r["origin"] == "synthetic"))
+             for _, key in wanted]
+    assert len(section.split("<article")) - 1 == len(wanted) and len(shown) == len(wanted)
+    assert page.count("<img") >= 3 and "<script" not in page
