@@ -58,7 +58,7 @@ def _retrieval(args: Namespace, images: list[AnnotatedImage]) -> dict[str, Any]:
         result, image_of_text = evaluate_retrieval(model, tokenizer, images, top_k=args.top_k,
                                                    first_token=args.first_token, track=track, progress=pairs_done)
     return {"texts": len(image_of_text), "top_k": args.top_k, "pairs": result.pairs, **result.recalls(image_of_text),
-            "chance": result.chances(image_of_text)}
+            **result.median_ranks(image_of_text), "chance": result.chances(image_of_text)}
 
 
 def _caption(args: Namespace, images: list[AnnotatedImage]) -> dict[str, Any]:
