@@ -14,12 +14,14 @@ from blip_fast.data.annotated import AnnotatedImage
 from blip_fast.data.scenes import scene_from_slots
 from blip_fast.generate import GenerationConfig
 from blip_fast.images import ImageError
+from blip_fast.metrics.captions import CaptionMetrics, check_references
 from blip_fast.metrics.language import caption_loss, unigram_cross_entropy, unigram_entropy
 from blip_fast.metrics.slots import SlotScores, slot_scores
 from blip_fast.model import BlipModel
 from blip_fast.packing import PackedTexts
 from blip_fast.tasks.caption import Captioner
 from blip_fast.tasks.loading import read_pixels
+from blip_fast.tasks.match import Matcher
 from blip_fast.tasks.ranking import RetrievalResult
 from blip_fast.tasks.retrieve import retrieve
 from blip_fast.tokenizer import Tokenizer, clean_caption
@@ -37,7 +39,8 @@ class CaptionEvaluation:
 
     `loss` is that of the human captions; `unigram_entropy` that of their own token frequencies, which no model without
     image and context can beat; `unigram_cross_entropy` theirs under the training captions' frequencies, None without
-    training captions. All in nats per token, [SEP] counted. `slots` is there where every image is a drawn scene.
+    training captions. All in nats per token, [SEP] counted. `slots` is there where every image is a drawn scene,
+    `metrics` where they were asked for.
     """
 
     captions: list[str]
@@ -45,6 +48,7 @@ class CaptionEvaluation:
     unigram_entropy: float
     unigram_cross_entropy: float | None
     slots: SlotScores | None
+    metrics: dict[str, float]
 
 
 def evaluate_retrieval(model: BlipModel, tokenizer: Tokenizer, images: Sequence[AnnotatedImage], *, top_k: int = 256,
@@ -73,18 +77,22 @@ def evaluate_retrieval(model: BlipModel, tokenizer: Tokenizer, images: Sequence[
 
 
 def evaluate_captions(captioner: Captioner, images: Sequence[AnnotatedImage], generation: GenerationConfig, *,
-                      prompt: str, train_captions: Sequence[str] = (), track: Track = iter) -> CaptionEvaluation:
+                      prompt: str, train_captions: Sequence[str] = (), metrics: CaptionMetrics | None = None,
+                      track: Track = iter) -> CaptionEvaluation:
     """Caption every image, and hold the captions that people wrote against the model's expectation.
 
     Args:
         prompt: what captions begin with, in generation and in the loss (where its tokens do not count).
         train_captions: for `unigram_cross_entropy`.
+        metrics: what else to measure by.
         track: wraps the images while they are captioned.
 
     Raises:
         ImageError: for the first image that cannot be read.
-        ValueError: there is no caption at all.
+        ValueError: there is no caption at all, or one of an image that `metrics` have nothing to compare with.
     """
+    if metrics is not None:
+        check_references((image.name, image.captions) for image in images)
     model, prompt_tokens = captioner.model, len(captioner.prompt_ids(prompt))
     written: list[str] = []
 
@@ -103,7 +111,34 @@ def evaluate_captions(captioner: Captioner, images: Sequence[AnnotatedImage], ge
         cross_entropy = unigram_cross_entropy(train, texts, captioner.tokenizer.vocab_size, prompt_tokens)
     scenes = [scene_from_slots(image.row["scene"]) for image in images if "scene" in image.row]
     return CaptionEvaluation(written, loss, unigram_entropy(texts, prompt_tokens), cross_entropy,
-                             slot_scores(written, scenes) if len(scenes) == len(images) else None)
+                             slot_scores(written, scenes) if len(scenes) == len(images) else None,
+                             metrics(written, [image.captions for image in images]) if metrics is not None else {})
+
+
+def itm_score(matcher: Matcher, images: Sequence[AnnotatedImage], captions: Sequence[str], *,
+              track: Track = iter) -> float:
+    """How well captions describe their images, by no reference but a matching head: the mean probability that both
+    belong together. Captions are cleaned as in training, behind [ENC]; one without a word has probability 0.
+
+    Args:
+        matcher: better not a part of the model that wrote the captions.
+        captions: one an image.
+        track: wraps the images while they are read.
+
+    Raises:
+        ImageError: for the first image that cannot be read.
+        ValueError: there is no image, or another number of captions.
+    """
+    if not images or len(captions) != len(images):
+        raise ValueError(f"one caption an image is needed, got {len(captions)} captions of {len(images)} images")
+    cleaned = [clean_caption(caption) for caption in captions]
+    total, done = 0.0, 0
+    for pixels in _pixel_batches(track(images), matcher.model):
+        said = [i for i in range(len(pixels)) if cleaned[done + i]]
+        packed = matcher.pack([cleaned[done + i] for i in said], "[ENC]")
+        total += float(matcher.score_pairs(pixels, packed, torch.tensor(said, dtype=torch.int64)).itm.double().sum())
+        done += len(pixels)
+    return total / len(images)
 
 
 def _prompted(tokenizer: Tokenizer, captions: Sequence[str], prompt: str) -> PackedTexts:

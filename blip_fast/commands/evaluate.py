@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -20,30 +20,48 @@ if TYPE_CHECKING:
 
 
 def _arguments(parser: ArgumentParser) -> None:
+    tasks = parser.add_subcommands(dest="task", metavar="TASK")
+    for name, (help, add, _, example) in TASKS.items():
+        task = ArgumentParser(description=help, epilog=f"example: blip-fast evaluate {name} {example}",
+                              exit_on_error=False)
+        add_model_options(task)
+        task.add_argument("--data", required=True, metavar="DIR",
+                          help="folder with annotations.jsonl and images, or packed shards")
+        task.add_argument("--split", type=str | None, default="test", help="rows to take; null takes all")
+        add(task)
+        task.add_argument("--json", action="store_true", help="print the figures as one JSON object")
+        tasks.add_subcommand(name, task, help=help)
+
+
+def _retrieval_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("task", choices=("retrieval", "caption"), help="what to evaluate")
-    add_model_options(parser)
-    add("--data", required=True, metavar="DIR", help="folder with annotations.jsonl and images, or packed shards")
-    add("--split", type=str | None, default="test", help="rows to take; null takes all")
-    add("--top-k", type=int, default=256, help="retrieval: candidates that the matching head re-ranks, of each image "
-                                               "and of each text; 0 for cosines alone")
-    add("--first-token", default="[ENC]", help="retrieval: what the matching head's texts start with, [ENC] or [CLS]")
-    add("--prompt", default="a picture of", help='caption: what captions begin with; "" for nothing')
-    add("--beams", type=int, default=3, help="caption: 1 is greedy")
-    add("--max-length", type=int, default=20, help="caption: tokens at most, the prompt counted")
-    add("--min-length", type=int, default=5, help="caption: tokens before the end may come")
-    add("--output", type=str | None, metavar="FILE.jsonl", help="caption: write image, caption, references here")
-    add("--json", action="store_true", help="print the figures as one JSON object")
+    add("--top-k", type=int, default=256,
+        help="candidates that the matching head re-ranks, of each image and of each text; 0 for cosines alone")
+    add("--first-token", default="[ENC]", help="what the matching head's texts start with, [ENC] or [CLS]")
+
+
+def _caption_arguments(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--prompt", default="a picture of", help='what captions begin with; "" for nothing')
+    add("--beams", type=int, default=3, help="1 is greedy")
+    add("--max-length", type=int, default=20, help="tokens at most, the prompt counted")
+    add("--min-length", type=int, default=5, help="tokens before the end may come")
+    add("--metrics", type=str | None,
+        help="also measure by java-free (BLEU, ROUGE-L and CIDEr, words split without Java), coco-without-spice (these "
+             "and METEOR over PTB tokens, as published; needs Java) or coco (SPICE too); needs blip-fast[eval]")
+    add("--matcher", type=str | None, metavar="DIR_OR_ID",
+        help="also itm_score: the mean probability, by this checkpoint's matching head, that a caption belongs to its "
+             "image")
+    add("--output", type=str | None, metavar="FILE.jsonl", help="write image, caption, references here")
 
 
 def _run(args: Namespace) -> None:
     from blip_fast.data.annotated import annotated_images
 
-    if args.output is not None and args.task != "caption":
-        raise ValueError("--output is for captions: `evaluate retrieval` has figures only")
-    images = annotated_images(args.data, args.split)
-    figures = (_retrieval if args.task == "retrieval" else _caption)(args, images)
-    if args.json:
+    options = getattr(args, args.task)
+    images = annotated_images(options.data, options.split)
+    figures = TASKS[args.task].run(options, images)
+    if options.json:
         print(json.dumps({"task": args.task, "images": len(images), **figures}))
     else:
         _print_table(args.task, len(images), figures)
@@ -63,16 +81,23 @@ def _retrieval(args: Namespace, images: list[AnnotatedImage]) -> dict[str, Any]:
 
 def _caption(args: Namespace, images: list[AnnotatedImage]) -> dict[str, Any]:
     from blip_fast.data.annotated import annotated_images
-    from blip_fast.evaluation import evaluate_captions
+    from blip_fast.evaluation import evaluate_captions, itm_score
     from blip_fast.generate import GenerationConfig
+    from blip_fast.metrics.captions import CaptionMetrics
     from blip_fast.tasks.caption import Captioner
+    from blip_fast.tasks.match import Matcher
 
     generation = GenerationConfig(beams=args.beams, max_length=args.max_length, min_length=args.min_length)
     train = [] if args.split == "train" else [caption for image in annotated_images(args.data, None)
                                               if image.row.get("split") == "train" for caption in image.captions]
+    metrics = None if args.metrics is None else CaptionMetrics(args.metrics)
     captioner = Captioner.from_pretrained(args.model, **model_options(args))
+    matcher = None if args.matcher is None else Matcher.from_pretrained(
+        args.matcher, **{**model_options(args), "image_size": None})
     with _progress(len(images)) as (track, _):
-        result = evaluate_captions(captioner, images, generation, prompt=args.prompt, train_captions=train, track=track)
+        result = evaluate_captions(captioner, images, generation, prompt=args.prompt, train_captions=train,
+                                   metrics=metrics, track=track)
+        matched = None if matcher is None else itm_score(matcher, images, result.captions, track=track)
     if args.output is not None:
         rows = ({"image": image.name, "caption": caption, "references": image.captions}
                 for image, caption in zip(images, result.captions, strict=True))
@@ -80,6 +105,8 @@ def _caption(args: Namespace, images: list[AnnotatedImage]) -> dict[str, Any]:
         Path(args.output).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
     figures = {"lm_loss": result.loss, "unigram_entropy": result.unigram_entropy,
                "unigram_cross_entropy": result.unigram_cross_entropy}
+    figures |= {} if metrics is None else {"metrics": metrics.which, **result.metrics}
+    figures |= {} if matched is None else {"itm_score": matched}
     if result.slots is not None:
         scores = asdict(result.slots)
         chance = {name: scores.pop(f"chance_{name}") for name in ("slot_accuracy", "exact_match")}
@@ -111,11 +138,30 @@ def _print_table(task: str, images: int, figures: dict[str, Any]) -> None:
     if chance:
         table.add_column("chance", justify="right")
     for name, value in figures.items():
-        shown = "–" if value is None else f"{100 * value:.1f} %" if name in chance else f"{value:.4g}"
         beside = [f"{100 * chance[name]:.1f} %" if name in chance else ""] if chance else []
-        table.add_row(name, shown, *beside)
+        table.add_row(name, _shown(value, name in chance), *beside)
     Console().print(table)
 
+
+def _shown(value: float | str | None, percent: bool) -> str:
+    if value is None or isinstance(value, str):
+        return value or "–"
+    return f"{100 * value:.1f} %" if percent else f"{value:.4g}"
+
+
+class _Task(NamedTuple):
+    help: str
+    add_arguments: Callable[[ArgumentParser], None]
+    run: Callable[[Namespace, list[AnnotatedImage]], dict[str, Any]]
+    example: str
+
+
+TASKS = {
+    "retrieval": _Task("texts found for images and images for texts", _retrieval_arguments, _retrieval,
+                       "--model Salesforce/blip-itm-base-flickr --data flickr8k --top-k 128"),
+    "caption": _Task("captions, and the loss of those of people", _caption_arguments, _caption,
+                     "--model Salesforce/blip-image-captioning-base --data flickr8k --metrics java-free"),
+}
 
 COMMAND = Command(
     help="measure a model: retrieval recalls, or captions and their loss",

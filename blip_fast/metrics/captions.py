@@ -11,12 +11,14 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from blip_fast.doctor import look_for_java
 
 SETS = {
     "java-free": ("bleu", "rouge_l", "cider"),
@@ -60,9 +62,10 @@ class CaptionMetrics:
             ValueError: there is no image, another number of references, an image without a reference that has a word,
                 or a Java program fails.
         """
-        check_references(references)
-        if len(captions) != len(references):
-            raise ValueError(f"{len(captions)} captions but references of {len(references)} images: one each is needed")
+        if not captions or len(captions) != len(references):
+            raise ValueError(f"one caption an image and one image at least are needed, got {len(captions)} captions "
+                             f"and the references of {len(references)} images")
+        check_references((f"image {image}", texts) for image, texts in enumerate(references))
         split = words if self.which == JAVA_FREE else _ptb
         written, human = split(captions, references)
         found: dict[str, float] = {}
@@ -72,13 +75,12 @@ class CaptionMetrics:
         return found
 
 
-def check_references(references: Sequence[Sequence[str]]) -> None:
-    """Raise ValueError where there is no image, or one without a caption that has a word."""
-    if not references:
-        raise ValueError("caption metrics need one image at least")
-    for image, texts in enumerate(references):
+def check_references(references: Iterable[tuple[str, Sequence[str]]]) -> None:
+    """Raise ValueError naming the first image, of (name, captions), that has no caption with a word."""
+    for name, texts in references:
         if not any(WORD.search(text.lower()) for text in texts):
-            raise ValueError(f"image {image} has no caption to compare with: caption metrics need one with a word")
+            raise ValueError(f"{name} has no caption with a word: caption metrics need one of every image to compare "
+                             "with")
 
 
 def words(captions: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[Texts, Texts]:
@@ -140,11 +142,10 @@ def _library(module: str) -> Any:
 
 
 def _require_java() -> None:
-    try:
-        subprocess.run(["java", "-version"], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):  # macOS has a `java` that only says where to get one
-        raise ValueError("METEOR, SPICE and the PTB tokenizer need Java, and `java` does not run here: install a Java "
-                         f"runtime, or take the metrics {JAVA_FREE}") from None
+    java = look_for_java()
+    if not java.usable:
+        raise ValueError(f"METEOR, SPICE and the PTB tokenizer need Java ({java.detail}): or take the metrics "
+                         f"{JAVA_FREE}")
 
 
 def _require_spice_models() -> None:
