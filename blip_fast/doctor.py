@@ -288,5 +288,6 @@ def _caption_metrics(found: Mapping[str, Finding]) -> Part:
         return Part("caption metrics", "LM loss, unigram entropy, slots of scenes",
                     {"BLEU, METEOR, ROUGE-L, CIDEr, SPICE": coco.detail})
     if not java.usable:
-        return Part("caption metrics", "BLEU, ROUGE-L and CIDEr, words split without Java", {java.purpose: java.detail})
+        return Part("caption metrics", "BLEU, ROUGE-L and CIDEr, words split without Java",
+                    {"PTB tokenizer, METEOR, SPICE": java.detail})
     return Part("caption metrics", "BLEU, METEOR, ROUGE-L, CIDEr; SPICE once its models are fetched")

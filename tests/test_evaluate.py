@@ -143,7 +143,7 @@ def test_an_empty_caption_has_no_itm_score(folder):
     captions = [image.captions[0] for image in images]
     whole = itm_score(matcher, images, captions)
     alone = matcher.score(images[2].load(), captions[2], first_token="[ENC]").itm.item()
-    assert itm_score(matcher, images, [*captions[:2], " ?! ", *captions[3:]]) == pytest.approx(whole - alone / COUNT)
+    assert itm_score(matcher, images, [*captions[:2], " .! ", *captions[3:]]) == pytest.approx(whole - alone / COUNT)
     assert itm_score(matcher, images, [""] * COUNT) == 0
     for some, texts in (([], []), (images, captions[1:])):
         with pytest.raises(ValueError, match="one caption an image"):

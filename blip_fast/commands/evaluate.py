@@ -55,6 +55,20 @@ def _caption_arguments(parser: ArgumentParser) -> None:
     add("--output", type=str | None, metavar="FILE.jsonl", help="write image, caption, references here")
 
 
+def _vqa_arguments(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--answers", type=str | None, metavar="FILE",
+        help="choose from these, as published: an answer a line, or a .json list; without it answers are written")
+    add("--top-k", type=int, default=128,
+        help="with --answers: how many, chosen by their first tokens, are compared in full")
+    add("--beams", type=int, default=3, help="without --answers: 1 is greedy")
+    add("--max-length", type=int, default=10, help="without --answers: tokens at most, the first one counted")
+    add("--min-length", type=int, default=1, help="without --answers: tokens before the end may come, counted alike")
+    add("--first-token", default="[ENC]", help="what questions start with: [ENC] as published, [CLS] in transformers")
+    add("--output", type=str | None, metavar="FILE.json",
+        help="write the test server's list of question_id and answer; rows need a question_id")
+
+
 def _run(args: Namespace) -> None:
     from blip_fast.data.annotated import annotated_images
 
@@ -114,6 +128,38 @@ def _caption(args: Namespace, images: list[AnnotatedImage]) -> dict[str, Any]:
     return figures
 
 
+def _vqa(args: Namespace, images: list[AnnotatedImage]) -> dict[str, Any]:
+    from blip_fast.commands.ask import read_answers
+    from blip_fast.evaluation import evaluate_answers
+    from blip_fast.generate import GenerationConfig
+    from blip_fast.tasks.answer import Answerer
+
+    generation = GenerationConfig(beams=args.beams, max_length=args.max_length, min_length=args.min_length)
+    choices = [] if args.answers is None else read_answers(args.answers)
+    if args.output is not None and (unnamed := next((i.name for i in images if "question_id" not in i.row), None)):
+        raise ValueError(f"{unnamed} has a row without question_id: --output needs one in every row")
+    answerer = Answerer.from_pretrained(args.model, **model_options(args))
+    with _progress(len(images)) as (track, _):
+        found = evaluate_answers(answerer, images, generation, choices=choices, top_k=args.top_k,
+                                 first_token=args.first_token, track=track)
+    if args.output is not None:
+        content = [{"question_id": image.row["question_id"], "answer": answer}
+                   for image, answer in zip(images, found.answers, strict=True)]
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.output).write_text(json.dumps(content), "utf-8")
+    by_type = {f"vqa_accuracy_{name}": value for name, value in sorted(found.by_type.items())}
+    return {"vqa_accuracy": found.vqa_accuracy, **by_type, "commonest_answer": found.commonest}
+
+
+def _nlvr2(args: Namespace, images: list[AnnotatedImage]) -> dict[str, Any]:
+    from blip_fast.evaluation import evaluate_pairs
+    from blip_fast.tasks.reason import Reasoner
+
+    reasoner = Reasoner.from_pretrained(args.model, **model_options(args))
+    with _progress(len(images)) as (track, _):
+        return evaluate_pairs(reasoner, images, track=track)
+
+
 @contextmanager
 def _progress(images: int) -> Iterator[tuple[Callable[[Iterable[Any]], Iterable[Any]], Callable[[int, int], None]]]:
     """Bars on the terminal's error stream: (wraps the images, is told of re-ranked pairs)."""
@@ -161,10 +207,14 @@ TASKS = {
                        "--model Salesforce/blip-itm-base-flickr --data flickr8k --top-k 128"),
     "caption": _Task("captions, and the loss of those of people", _caption_arguments, _caption,
                      "--model Salesforce/blip-image-captioning-base --data flickr8k --metrics java-free"),
+    "vqa": _Task("answers to questions, by VQA's official accuracy", _vqa_arguments, _vqa,
+                 "--model Salesforce/blip-vqa-base --data vqa --split val --answers answer_list.json"),
+    "nlvr2": _Task("whether sentences are true of pairs of images", lambda parser: None, _nlvr2,
+                   "--model model_base_nlvr.pth --tokenizer bert-base-uncased --data nlvr2 --split dev"),
 }
 
 COMMAND = Command(
-    help="measure a model: retrieval recalls, or captions and their loss",
+    help="measure a model: retrieval, captions, answers (VQA), pairs (NLVR2)",
     example="blip-fast evaluate retrieval --model Salesforce/blip-itm-base-flickr --data flickr8k --top-k 128 --json",
     arguments=_arguments,
     run=_run,
