@@ -22,6 +22,7 @@ from blip_fast.metrics.slots import SlotScores, slot_scores
 from blip_fast.metrics.vqa import VOTES, commonest_answer, normalised_answer, vqa_accuracy
 from blip_fast.model import BlipModel
 from blip_fast.packing import PackedTexts
+from blip_fast.ranks import ALONE, Ranks
 from blip_fast.tasks.answer import ANSWERING, SHORTLIST, Answerer
 from blip_fast.tasks.caption import Captioner
 from blip_fast.tasks.loading import read_pixels
@@ -161,7 +162,7 @@ class AnswerEvaluation:
 
 def evaluate_answers(answerer: Answerer, images: Sequence[AnnotatedImage], generation: GenerationConfig = ANSWERING, *,
                      choices: Sequence[str] = (), top_k: int = SHORTLIST, first_token: str = "[ENC]",
-                     track: Track = iter) -> AnswerEvaluation:
+                     track: Track = iter, ranks: Ranks = ALONE) -> AnswerEvaluation:
     """Answer the `question` of every row, as published: cleaned, behind [ENC].
 
     Args:
@@ -169,6 +170,7 @@ def evaluate_answers(answerer: Answerer, images: Sequence[AnnotatedImage], gener
         choices: the answers to choose from, of which `top_k` are compared in full.
         first_token: what a question starts with.
         track: wraps the images while they are read; one that several questions in a row are about is read once.
+        ranks: share the images out; all have the result.
 
     Raises:
         ImageError: for the first image that cannot be read.
@@ -177,18 +179,21 @@ def evaluate_answers(answerer: Answerer, images: Sequence[AnnotatedImage], gener
     if silent := next((image.name for image in images if "question" not in image.row), None):
         raise ValueError(f'{silent} has no "question": VQA needs one in every row')
     groups = [list(same) for _, same in groupby(images, lambda image: image.name)]
-    answers: list[str] = []
     listed = answerer.answer_list(choices) if choices else None
-    done = 0
-    for pixels in _pixel_batches(track([group[0] for group in groups]), answerer.model):
-        here = [[clean_question(image.row["question"]) for image in group] for group in groups[done:done + len(pixels)]]
-        packed, about = answerer.pack([text for mine in here for text in mine], first_token), image_of_each(here)
-        if listed is None:
-            answers += [found.answer for found in answerer.answer_pixels(pixels, packed, generation, about)]
-        else:
-            ranked = answerer.rank_pixels(pixels, packed, listed, about, top_k=top_k)
-            answers += [best[0].answer for best in ranked]
-        done += len(pixels)
+
+    def answer(groups: list[list[AnnotatedImage]]) -> list[list[str]]:
+        answers: list[list[str]] = []
+        for pixels in _pixel_batches(track([group[0] for group in groups]), answerer.model):
+            here = [[clean_question(image.row["question"]) for image in group]
+                    for group in groups[len(answers) : len(answers) + len(pixels)]]
+            packed, about = answerer.pack([text for mine in here for text in mine], first_token), image_of_each(here)
+            found = (answerer.answer_pixels(pixels, packed, generation, about) if listed is None else
+                     [best[0] for best in answerer.rank_pixels(pixels, packed, listed, about, top_k=top_k)])
+            in_order = iter(found)
+            answers += [[each.answer for each in islice(in_order, len(mine))] for mine in here]
+        return answers
+
+    answers = [answer for mine in ranks.share(answer, groups) for answer in mine]
     return _scored_answers(answers, [image.row for image in images])
 
 
@@ -211,8 +216,9 @@ def _scored_answers(answers: list[str], rows: Sequence[dict[str, Any]]) -> Answe
     return AnswerEvaluation(answers, sum(accuracies) / len(accuracies), by_type, commonest)
 
 
-def evaluate_pairs(reasoner: Reasoner, images: Sequence[AnnotatedImage], *, track: Track = iter) -> dict[str, float]:
-    """Judge the caption of every pair of images (NLVR2).
+def evaluate_pairs(reasoner: Reasoner, images: Sequence[AnnotatedImage], *, track: Track = iter,
+                   ranks: Ranks = ALONE) -> dict[str, float]:
+    """Judge the caption of every pair of images (NLVR2); `ranks` share them out.
 
     Returns:
         `accuracy`, and `consistency`: pairs of one sentence are those of one `sentence_id`, or else of one caption.
@@ -225,13 +231,18 @@ def evaluate_pairs(reasoner: Reasoner, images: Sequence[AnnotatedImage], *, trac
         if image.second is None or len(image.captions) != 1:
             raise ValueError(f'{image.name} is no pair with a sentence: NLVR2 needs "second_image", "label" and one '
                              '"caption" in every row')
-    sentences = reasoner.pack([image.captions[0] for image in images])
-    both = (one for image in track(images) for one in (image, image.second) if one is not None)
-    found: list[float] = []
-    for pixels in _pixel_batches(both, reasoner.model):
-        pairs = pixels.unflatten(0, (-1, 2))
-        here = sentences.select(torch.arange(len(found), len(found) + len(pairs)))
-        found += reasoner.judge_pixels(pairs, here).tolist()
+
+    def judge(images: list[AnnotatedImage]) -> list[float]:
+        sentences = reasoner.pack([image.captions[0] for image in images])
+        both = (one for image in track(images) for one in (image, image.second) if one is not None)
+        found: list[float] = []
+        for pixels in _pixel_batches(both, reasoner.model):
+            pairs = pixels.unflatten(0, (-1, 2))
+            here = sentences.select(torch.arange(len(found), len(found) + len(pairs)))
+            found += reasoner.judge_pixels(pairs, here).tolist()
+        return found
+
+    found = ranks.share(judge, images)
     judged, labels = [probability > 0.5 for probability in found], [image.row["label"] for image in images]
     named = [image.row.get("sentence_id", image.captions[0]) for image in images]
     return {"accuracy": pair_accuracy(judged, labels), "consistency": pair_consistency(judged, labels, named)}

@@ -1,6 +1,9 @@
 """`blip-fast evaluate vqa` and `nlvr2`: figures of the tasks run question by question and pair by pair."""
 
 import json
+import subprocess
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import odd_files
@@ -13,6 +16,7 @@ from blip_fast.cli import main
 from blip_fast.data.shards import Sample, write_shards
 from blip_fast.generate import GenerationConfig
 from blip_fast.metrics.vqa import vqa_accuracy
+from blip_fast.ranks import Ranks
 from blip_fast.tasks.answer import Answerer
 from blip_fast.tasks.reason import Reasoner
 from blip_fast.tokenizer import clean_question
@@ -126,6 +130,32 @@ def test_nlvr2_of_a_folder_and_of_shards(nlvr2, folder, tmp_path, capsys):
     write_shards(samples, tmp_path / "shards", samples_per_shard=16)
     found = evaluate(capsys, "nlvr2", "--model", nlvr2, "--data", tmp_path / "shards")
     assert found == pytest.approx(expected | {"consistency": expected["accuracy"]})
+
+
+def test_ranks_share_the_work(vqa, nlvr2, folder, tmp_path):
+    """Three processes, three images with five questions and 40 pairs: what one process says, said once."""
+    for name in ("vqa", "nlvr2"):
+        (tmp_path / name).mkdir()
+    votes = [["dog"] * 10] * 5
+    runs = {("vqa", vqa, data(tmp_path / "vqa", folder, questions(votes))): ["--output", str(tmp_path / "out.json")],
+            ("nlvr2", nlvr2, data(tmp_path / "nlvr2", folder, pairs())): []}
+    for (task, model, place), options in runs.items():
+        command = ["evaluate", task, "--model", model, "--data", place, *options, "--json"]
+        said = []
+        for start in ([sys.executable], [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                         "--nproc-per-node", "3"]):
+            done = subprocess.run([*start, "-m", "blip_fast", *command], capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, done.stderr
+            written = (tmp_path / "out.json").read_text() if options else ""
+            said.append((done.stdout, written))
+        assert said[0] == said[1] and len(said[0][0].splitlines()) == 1
+
+
+def test_one_process_is_enough_for_the_others(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("blip_fast.ranks.torchrun_ranks", lambda: nullcontext(Ranks(0, 2)))
+    place = data(tmp_path, folder, [{"image": "0.png", "caption": "a"}])
+    err = evaluate(capsys, "retrieval", "--model", "x", "--data", place, status=2)
+    assert "evaluate retrieval is the work of one process: start it without torchrun" in err
 
 
 def test_what_is_refused(vqa, nlvr2, folder, tmp_path, capsys):

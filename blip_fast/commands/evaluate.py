@@ -17,20 +17,21 @@ from blip_fast.commands.model_options import add_model_options, model_options
 
 if TYPE_CHECKING:
     from blip_fast.data.annotated import AnnotatedImage
+    from blip_fast.ranks import Ranks
 
 
 def _arguments(parser: ArgumentParser) -> None:
     tasks = parser.add_subcommands(dest="task", metavar="TASK")
-    for name, (help, add, _, example) in TASKS.items():
-        task = ArgumentParser(description=help, epilog=f"example: blip-fast evaluate {name} {example}",
+    for name, named in TASKS.items():
+        task = ArgumentParser(description=named.help, epilog=f"example: blip-fast evaluate {name} {named.example}",
                               exit_on_error=False)
         add_model_options(task)
         task.add_argument("--data", required=True, metavar="DIR",
                           help="folder with annotations.jsonl and images, or packed shards")
         task.add_argument("--split", type=str | None, default="test", help="rows to take; null takes all")
-        add(task)
+        named.add_arguments(task)
         task.add_argument("--json", action="store_true", help="print the figures as one JSON object")
-        tasks.add_subcommand(name, task, help=help)
+        tasks.add_subcommand(name, task, help=named.help)
 
 
 def _retrieval_arguments(parser: ArgumentParser) -> None:
@@ -71,29 +72,35 @@ def _vqa_arguments(parser: ArgumentParser) -> None:
 
 def _run(args: Namespace) -> None:
     from blip_fast.data.annotated import annotated_images
+    from blip_fast.ranks import torchrun_ranks
 
     options = getattr(args, args.task)
     images = annotated_images(options.data, options.split)
-    figures = TASKS[args.task].run(options, images)
+    with torchrun_ranks() as ranks:
+        if ranks.count > 1 and not TASKS[args.task].shared:
+            raise ValueError(f"evaluate {args.task} is the work of one process: start it without torchrun")
+        figures = TASKS[args.task].run(options, images, ranks)
+    if ranks.rank > 0:
+        return
     if options.json:
         print(json.dumps({"task": args.task, "images": len(images), **figures}))
     else:
         _print_table(args.task, len(images), figures)
 
 
-def _retrieval(args: Namespace, images: list[AnnotatedImage]) -> dict[str, Any]:
+def _retrieval(args: Namespace, images: list[AnnotatedImage], ranks: Ranks) -> dict[str, Any]:
     from blip_fast.evaluation import evaluate_retrieval
     from blip_fast.tasks.loading import load_for_task
 
     model, tokenizer = load_for_task(args.model, **model_options(args))
-    with _progress(len(images)) as (track, pairs_done):
+    with _progress(ranks) as (track, pairs_done):
         result, image_of_text = evaluate_retrieval(model, tokenizer, images, top_k=args.top_k,
                                                    first_token=args.first_token, track=track, progress=pairs_done)
     return {"texts": len(image_of_text), "top_k": args.top_k, "pairs": result.pairs, **result.recalls(image_of_text),
             **result.median_ranks(image_of_text), "chance": result.chances(image_of_text)}
 
 
-def _caption(args: Namespace, images: list[AnnotatedImage]) -> dict[str, Any]:
+def _caption(args: Namespace, images: list[AnnotatedImage], ranks: Ranks) -> dict[str, Any]:
     from blip_fast.data.annotated import annotated_images
     from blip_fast.evaluation import evaluate_captions, itm_score
     from blip_fast.generate import GenerationConfig
@@ -108,7 +115,7 @@ def _caption(args: Namespace, images: list[AnnotatedImage]) -> dict[str, Any]:
     captioner = Captioner.from_pretrained(args.model, **model_options(args))
     matcher = None if args.matcher is None else Matcher.from_pretrained(
         args.matcher, **{**model_options(args), "image_size": None})
-    with _progress(len(images)) as (track, _):
+    with _progress(ranks) as (track, _):
         result = evaluate_captions(captioner, images, generation, prompt=args.prompt, train_captions=train,
                                    metrics=metrics, track=track)
         matched = None if matcher is None else itm_score(matcher, images, result.captions, track=track)
@@ -128,7 +135,7 @@ def _caption(args: Namespace, images: list[AnnotatedImage]) -> dict[str, Any]:
     return figures
 
 
-def _vqa(args: Namespace, images: list[AnnotatedImage]) -> dict[str, Any]:
+def _vqa(args: Namespace, images: list[AnnotatedImage], ranks: Ranks) -> dict[str, Any]:
     from blip_fast.commands.ask import read_answers
     from blip_fast.evaluation import evaluate_answers
     from blip_fast.generate import GenerationConfig
@@ -139,10 +146,10 @@ def _vqa(args: Namespace, images: list[AnnotatedImage]) -> dict[str, Any]:
     if args.output is not None and (unnamed := next((i.name for i in images if "question_id" not in i.row), None)):
         raise ValueError(f"{unnamed} has a row without question_id: --output needs one in every row")
     answerer = Answerer.from_pretrained(args.model, **model_options(args))
-    with _progress(len(images)) as (track, _):
+    with _progress(ranks) as (track, _):
         found = evaluate_answers(answerer, images, generation, choices=choices, top_k=args.top_k,
-                                 first_token=args.first_token, track=track)
-    if args.output is not None:
+                                 first_token=args.first_token, track=track, ranks=ranks)
+    if args.output is not None and ranks.rank == 0:
         content = [{"question_id": image.row["question_id"], "answer": answer}
                    for image, answer in zip(images, found.answers, strict=True)]
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
@@ -151,25 +158,26 @@ def _vqa(args: Namespace, images: list[AnnotatedImage]) -> dict[str, Any]:
     return {"vqa_accuracy": found.vqa_accuracy, **by_type, "commonest_answer": found.commonest}
 
 
-def _nlvr2(args: Namespace, images: list[AnnotatedImage]) -> dict[str, Any]:
+def _nlvr2(args: Namespace, images: list[AnnotatedImage], ranks: Ranks) -> dict[str, Any]:
     from blip_fast.evaluation import evaluate_pairs
     from blip_fast.tasks.reason import Reasoner
 
     reasoner = Reasoner.from_pretrained(args.model, **model_options(args))
-    with _progress(len(images)) as (track, _):
-        return evaluate_pairs(reasoner, images, track=track)
+    with _progress(ranks) as (track, _):
+        return evaluate_pairs(reasoner, images, track=track, ranks=ranks)
 
 
 @contextmanager
-def _progress(images: int) -> Iterator[tuple[Callable[[Iterable[Any]], Iterable[Any]], Callable[[int, int], None]]]:
-    """Bars on the terminal's error stream: (wraps the images, is told of re-ranked pairs)."""
+def _progress(ranks: Ranks) -> Iterator[tuple[Callable[[Iterable[Any]], Iterable[Any]], Callable[[int, int], None]]]:
+    """Bars on the first rank's terminal, its error stream: (wraps the images, is told of re-ranked pairs)."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+    hidden = ranks.rank > 0 or not sys.stderr.isatty()
+    with Progress(*columns, console=Console(stderr=True), disable=hidden) as progress:
         pairs = progress.add_task("pairs", total=None, visible=False)
-        yield (lambda items: progress.track(items, total=images, description="images"),
+        yield (lambda items: progress.track(items, description="images"),
                lambda done, total: progress.update(pairs, completed=done, total=total, visible=True))
 
 
@@ -198,8 +206,9 @@ def _shown(value: float | str | None, percent: bool) -> str:
 class _Task(NamedTuple):
     help: str
     add_arguments: Callable[[ArgumentParser], None]
-    run: Callable[[Namespace, list[AnnotatedImage]], dict[str, Any]]
+    run: Callable[[Namespace, list[AnnotatedImage], Ranks], dict[str, Any]]
     example: str
+    shared: bool = False  # whether ranks share the work
 
 
 TASKS = {
@@ -208,9 +217,9 @@ TASKS = {
     "caption": _Task("captions, and the loss of those of people", _caption_arguments, _caption,
                      "--model Salesforce/blip-image-captioning-base --data flickr8k --metrics java-free"),
     "vqa": _Task("answers to questions, by VQA's official accuracy", _vqa_arguments, _vqa,
-                 "--model Salesforce/blip-vqa-base --data vqa --split val --answers answer_list.json"),
+                 "--model Salesforce/blip-vqa-base --data vqa --split val --answers answer_list.json", shared=True),
     "nlvr2": _Task("whether sentences are true of pairs of images", lambda parser: None, _nlvr2,
-                   "--model model_base_nlvr.pth --tokenizer bert-base-uncased --data nlvr2 --split dev"),
+                   "--model model_base_nlvr.pth --tokenizer bert-base-uncased --data nlvr2 --split dev", shared=True),
 }
 
 COMMAND = Command(
