@@ -284,6 +284,10 @@ def _input(found: Mapping[str, Finding]) -> Part:
 
 def _caption_metrics(found: Mapping[str, Finding]) -> Part:
     coco, java = found["pycocoevalcap"], found["Java"]
-    missing = coco if not coco.usable else java
-    reason = "not used by this version" if missing.usable else missing.detail
-    return Part("caption metrics", "LM loss, unigram entropy, slots of scenes", {"BLEU, METEOR, CIDEr, SPICE": reason})
+    if not coco.usable:
+        return Part("caption metrics", "LM loss, unigram entropy, slots of scenes",
+                    {"BLEU, METEOR, ROUGE-L, CIDEr, SPICE": coco.detail})
+    if not java.usable:
+        return Part("caption metrics", "BLEU, ROUGE-L and CIDEr, words split without Java",
+                    {"PTB tokenizer, METEOR, SPICE": java.detail})
+    return Part("caption metrics", "BLEU, METEOR, ROUGE-L, CIDEr; SPICE once its models are fetched")

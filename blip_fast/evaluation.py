@@ -1,11 +1,12 @@
-"""A model on annotated images: retrieval recalls, captions and what they are worth. Used by `blip-fast evaluate`, by
-training reports and by the demo."""
+"""A model on annotated images: retrieval recalls, captions and what they are worth, answers, judged pairs. Used by
+`blip-fast evaluate`, by training reports and by the demo."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,16 +14,23 @@ from torch import Tensor
 from blip_fast.data.annotated import AnnotatedImage
 from blip_fast.data.scenes import scene_from_slots
 from blip_fast.generate import GenerationConfig
-from blip_fast.images import ImageError
+from blip_fast.images import ImageError, StoredImage
+from blip_fast.metrics.captions import CaptionMetrics, check_references
 from blip_fast.metrics.language import caption_loss, unigram_cross_entropy, unigram_entropy
+from blip_fast.metrics.pairs import pair_accuracy, pair_consistency
 from blip_fast.metrics.slots import SlotScores, slot_scores
+from blip_fast.metrics.vqa import VOTES, commonest_answer, normalised_answer, vqa_accuracy
 from blip_fast.model import BlipModel
 from blip_fast.packing import PackedTexts
+from blip_fast.ranks import ALONE, Ranks
+from blip_fast.tasks.answer import ANSWERING, SHORTLIST, Answerer
 from blip_fast.tasks.caption import Captioner
 from blip_fast.tasks.loading import read_pixels
+from blip_fast.tasks.match import Matcher, image_of_each
 from blip_fast.tasks.ranking import RetrievalResult
+from blip_fast.tasks.reason import Reasoner
 from blip_fast.tasks.retrieve import retrieve
-from blip_fast.tokenizer import Tokenizer, clean_caption
+from blip_fast.tokenizer import Tokenizer, clean_caption, clean_question
 
 RETRIEVAL_TOKENS = 35  # of a text, as published
 CAPTION_TOKENS = 40
@@ -37,7 +45,8 @@ class CaptionEvaluation:
 
     `loss` is that of the human captions; `unigram_entropy` that of their own token frequencies, which no model without
     image and context can beat; `unigram_cross_entropy` theirs under the training captions' frequencies, None without
-    training captions. All in nats per token, [SEP] counted. `slots` is there where every image is a drawn scene.
+    training captions. All in nats per token, [SEP] counted. `slots` is there where every image is a drawn scene,
+    `metrics` where they were asked for.
     """
 
     captions: list[str]
@@ -45,6 +54,7 @@ class CaptionEvaluation:
     unigram_entropy: float
     unigram_cross_entropy: float | None
     slots: SlotScores | None
+    metrics: dict[str, float]
 
 
 def evaluate_retrieval(model: BlipModel, tokenizer: Tokenizer, images: Sequence[AnnotatedImage], *, top_k: int = 256,
@@ -73,18 +83,22 @@ def evaluate_retrieval(model: BlipModel, tokenizer: Tokenizer, images: Sequence[
 
 
 def evaluate_captions(captioner: Captioner, images: Sequence[AnnotatedImage], generation: GenerationConfig, *,
-                      prompt: str, train_captions: Sequence[str] = (), track: Track = iter) -> CaptionEvaluation:
+                      prompt: str, train_captions: Sequence[str] = (), metrics: CaptionMetrics | None = None,
+                      track: Track = iter) -> CaptionEvaluation:
     """Caption every image, and hold the captions that people wrote against the model's expectation.
 
     Args:
         prompt: what captions begin with, in generation and in the loss (where its tokens do not count).
         train_captions: for `unigram_cross_entropy`.
+        metrics: what else to measure by.
         track: wraps the images while they are captioned.
 
     Raises:
         ImageError: for the first image that cannot be read.
-        ValueError: there is no caption at all.
+        ValueError: there is no caption at all, or one of an image that `metrics` have nothing to compare with.
     """
+    if metrics is not None:
+        check_references((image.name, image.captions) for image in images)
     model, prompt_tokens = captioner.model, len(captioner.prompt_ids(prompt))
     written: list[str] = []
 
@@ -103,7 +117,135 @@ def evaluate_captions(captioner: Captioner, images: Sequence[AnnotatedImage], ge
         cross_entropy = unigram_cross_entropy(train, texts, captioner.tokenizer.vocab_size, prompt_tokens)
     scenes = [scene_from_slots(image.row["scene"]) for image in images if "scene" in image.row]
     return CaptionEvaluation(written, loss, unigram_entropy(texts, prompt_tokens), cross_entropy,
-                             slot_scores(written, scenes) if len(scenes) == len(images) else None)
+                             slot_scores(written, scenes) if len(scenes) == len(images) else None,
+                             metrics(written, [image.captions for image in images]) if metrics is not None else {})
+
+
+def itm_score(matcher: Matcher, images: Sequence[AnnotatedImage], captions: Sequence[str], *,
+              track: Track = iter) -> float:
+    """How well captions describe their images, by no reference but a matching head: the mean probability that both
+    belong together. Captions are cleaned as in training, behind [ENC]; one of which nothing is left has
+    probability 0.
+
+    Args:
+        matcher: better not a part of the model that wrote the captions.
+        captions: one an image.
+        track: wraps the images while they are read.
+
+    Raises:
+        ImageError: for the first image that cannot be read.
+        ValueError: there is no image, or another number of captions.
+    """
+    if not images or len(captions) != len(images):
+        raise ValueError(f"one caption an image is needed, got {len(captions)} captions of {len(images)} images")
+    cleaned = [clean_caption(caption) for caption in captions]
+    total, done = 0.0, 0
+    for pixels in _pixel_batches(track(images), matcher.model):
+        said = [i for i in range(len(pixels)) if cleaned[done + i]]
+        packed = matcher.pack([cleaned[done + i] for i in said], "[ENC]")
+        total += float(matcher.score_pairs(pixels, packed, torch.tensor(said, dtype=torch.int64)).itm.double().sum())
+        done += len(pixels)
+    return total / len(images)
+
+
+@dataclass(frozen=True)
+class AnswerEvaluation:
+    """`answers` are the model's, one a question. `vqa_accuracy` is the official one, and `by_type` that of each answer
+    type that rows name; None and empty unless every question has ten human answers. `commonest` is the share of answers
+    that are what most people said, None unless every question has a human answer."""
+
+    answers: list[str]
+    vqa_accuracy: float | None
+    by_type: dict[str, float]
+    commonest: float | None
+
+
+def evaluate_answers(answerer: Answerer, images: Sequence[AnnotatedImage], generation: GenerationConfig = ANSWERING, *,
+                     choices: Sequence[str] = (), top_k: int = SHORTLIST, first_token: str = "[ENC]",
+                     track: Track = iter, ranks: Ranks = ALONE) -> AnswerEvaluation:
+    """Answer the `question` of every row, as published: cleaned, behind [ENC].
+
+    Args:
+        generation: how answers are written where there are no `choices`.
+        choices: the answers to choose from, of which `top_k` are compared in full.
+        first_token: what a question starts with.
+        track: wraps the images while they are read; one that several questions in a row are about is read once.
+        ranks: share the images out; all have the result.
+
+    Raises:
+        ImageError: for the first image that cannot be read.
+        ValueError: a row asks nothing; no answer to choose has a token; another first token.
+    """
+    if silent := next((image.name for image in images if "question" not in image.row), None):
+        raise ValueError(f'{silent} has no "question": VQA needs one in every row')
+    groups = [list(same) for _, same in groupby(images, lambda image: image.name)]
+    listed = answerer.answer_list(choices) if choices else None
+
+    def answer(groups: list[list[AnnotatedImage]]) -> list[list[str]]:
+        answers: list[list[str]] = []
+        for pixels in _pixel_batches(track([group[0] for group in groups]), answerer.model):
+            here = [[clean_question(image.row["question"]) for image in group]
+                    for group in groups[len(answers) : len(answers) + len(pixels)]]
+            packed, about = answerer.pack([text for mine in here for text in mine], first_token), image_of_each(here)
+            found = (answerer.answer_pixels(pixels, packed, generation, about) if listed is None else
+                     [best[0] for best in answerer.rank_pixels(pixels, packed, listed, about, top_k=top_k)])
+            in_order = iter(found)
+            answers += [[each.answer for each in islice(in_order, len(mine))] for mine in here]
+        return answers
+
+    answers = [answer for mine in ranks.share(answer, groups) for answer in mine]
+    return _scored_answers(answers, [image.row for image in images])
+
+
+def _scored_answers(answers: list[str], rows: Sequence[dict[str, Any]]) -> AnswerEvaluation:
+    if not all(row["answers"] for row in rows):
+        return AnswerEvaluation(answers, None, {}, None)
+    # Weights stand for no number of people; the heaviest answer is the commonest.
+    said = [given if isinstance(given, list) else [max(given, key=given.__getitem__)]
+            for given in (row["answers"] for row in rows)]
+    both = list(zip(answers, said, strict=True))
+    commonest = sum(normalised_answer(answer) == commonest_answer(votes) for answer, votes in both) / len(both)
+    if any(len(votes) != VOTES for votes in said):
+        return AnswerEvaluation(answers, None, {}, commonest)
+    accuracies = [vqa_accuracy(answer, votes) for answer, votes in both]
+    of_type: dict[str, list[float]] = {}
+    for row, accuracy in zip(rows, accuracies, strict=True):
+        if "answer_type" in row:
+            of_type.setdefault(row["answer_type"], []).append(accuracy)
+    by_type = {name: sum(mine) / len(mine) for name, mine in of_type.items()}
+    return AnswerEvaluation(answers, sum(accuracies) / len(accuracies), by_type, commonest)
+
+
+def evaluate_pairs(reasoner: Reasoner, images: Sequence[AnnotatedImage], *, track: Track = iter,
+                   ranks: Ranks = ALONE) -> dict[str, float]:
+    """Judge the caption of every pair of images (NLVR2); `ranks` share them out.
+
+    Returns:
+        `accuracy`, and `consistency`: pairs of one sentence are those of one `sentence_id`, or else of one caption.
+
+    Raises:
+        ImageError: for the first image that cannot be read.
+        ValueError: a row has no second image, or not one caption.
+    """
+    for image in images:
+        if image.second is None or len(image.captions) != 1:
+            raise ValueError(f'{image.name} is no pair with a sentence: NLVR2 needs "second_image", "label" and one '
+                             '"caption" in every row')
+
+    def judge(images: list[AnnotatedImage]) -> list[float]:
+        sentences = reasoner.pack([image.captions[0] for image in images])
+        both = (one for image in track(images) for one in (image, image.second) if one is not None)
+        found: list[float] = []
+        for pixels in _pixel_batches(both, reasoner.model):
+            pairs = pixels.unflatten(0, (-1, 2))
+            here = sentences.select(torch.arange(len(found), len(found) + len(pairs)))
+            found += reasoner.judge_pixels(pairs, here).tolist()
+        return found
+
+    found = ranks.share(judge, images)
+    judged, labels = [probability > 0.5 for probability in found], [image.row["label"] for image in images]
+    named = [image.row.get("sentence_id", image.captions[0]) for image in images]
+    return {"accuracy": pair_accuracy(judged, labels), "consistency": pair_consistency(judged, labels, named)}
 
 
 def _prompted(tokenizer: Tokenizer, captions: Sequence[str], prompt: str) -> PackedTexts:
@@ -111,7 +253,8 @@ def _prompted(tokenizer: Tokenizer, captions: Sequence[str], prompt: str) -> Pac
     return tokenizer.pack(texts, first="[DEC]", max_tokens=CAPTION_TOKENS)
 
 
-def _pixel_batches(images: Iterable[AnnotatedImage], model: BlipModel) -> Iterator[Tensor]:
+def _pixel_batches(images: Iterable[StoredImage], model: BlipModel) -> Iterator[Tensor]:
+    """Of an even number of images each, but for the last."""
     pixels = read_pixels(images, model.config.vision.image_size)
     while batch := list(islice(pixels, BATCH)):
         for read in batch:

@@ -118,8 +118,8 @@ def test_a_machine_with_everything():
     ("DeepSpeed", "training", "DeepSpeed"),
     ("NVIDIA Apex", "optimiser", "NVIDIA Apex FusedAdam"),
     ("DALI on the GPU", "training input", "DALI on the GPU"),
-    ("pycocoevalcap", "caption metrics", "BLEU, METEOR, CIDEr, SPICE"),
-    ("Java", "caption metrics", "BLEU, METEOR, CIDEr, SPICE"),
+    ("pycocoevalcap", "caption metrics", "BLEU, METEOR, ROUGE-L, CIDEr, SPICE"),
+    ("Java", "caption metrics", "PTB tokenizer, METEOR, SPICE"),
 ])
 def test_a_part_says_why_it_does_without(missing, part, alternative):
     assert parts(found(**{missing: "because"}))[part].why_not[alternative] == "because"

@@ -12,6 +12,7 @@ from blip_fast.config import BlipConfig, SpecialTokens, TextConfig, VisionConfig
 from blip_fast.data.annotated import annotated_images
 from blip_fast.data.scenes import VOCABULARY, caption, chance_levels, sample_scenes, write_scenes
 from blip_fast.data.shards import Sample, write_shards
+from blip_fast.evaluation import itm_score
 from blip_fast.images import evaluation_transform, load_image
 from blip_fast.metrics.slots import slot_scores
 from blip_fast.model import BlipModel
@@ -118,6 +119,37 @@ def test_caption_figures_and_rows(checkpoint, folder, tmp_path, capsys):
     assert {"slot_accuracy", "exact_match"} <= set(said) and said["chance"]["slot_accuracy"] > 0
 
 
+def test_caption_metrics_and_the_itm_score(checkpoint, folder, tmp_path, capsys):
+    pytest.importorskip("pycocoevalcap", reason="caption metrics need the extra `eval`")
+    from blip_fast.metrics.captions import CaptionMetrics
+
+    output = tmp_path / "captions.jsonl"
+    arguments = ["caption", "--model", checkpoint, "--data", str(folder), "--metrics", "java-free"]
+    said = evaluate(capsys, *arguments, "--matcher", checkpoint, "--output", str(output))
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    captions = [row["caption"] for row in rows]
+    assert said["metrics"] == "java-free"
+    figures = CaptionMetrics("java-free")(captions, [row["references"] for row in rows])
+    assert {name: said[name] for name in figures} == pytest.approx(figures)
+    matcher = Matcher(tiny_model(), TOKENIZER)
+    each = [matcher.score(folder / row["image"], row["caption"], first_token="[ENC]").itm.item() for row in rows]
+    assert said["itm_score"] == pytest.approx(sum(each) / len(each), abs=1e-6)
+    assert main(["evaluate", *arguments]) == 0
+    assert "java-free" in capsys.readouterr().out
+
+
+def test_an_empty_caption_has_no_itm_score(folder):
+    images, matcher = annotated_images(folder, "test"), Matcher(tiny_model(), TOKENIZER)
+    captions = [image.captions[0] for image in images]
+    whole = itm_score(matcher, images, captions)
+    alone = matcher.score(images[2].load(), captions[2], first_token="[ENC]").itm.item()
+    assert itm_score(matcher, images, [*captions[:2], " .! ", *captions[3:]]) == pytest.approx(whole - alone / COUNT)
+    assert itm_score(matcher, images, [""] * COUNT) == 0
+    for some, texts in (([], []), (images, captions[1:])):
+        with pytest.raises(ValueError, match="one caption an image"):
+            itm_score(matcher, some, texts)
+
+
 def prompted_loss(folder, images):
     """Mean cross-entropy token by token, the prompt's tokens not counted."""
     model, losses = tiny_model(), []
@@ -159,7 +191,9 @@ def test_slot_scores_of_the_truth_and_of_another_scene():
     (["retrieval", "--data", "{folder}", "--split", "validation"], "no image of split 'validation'"),
     (["retrieval", "--data", "{folder}", "--top-k", "-1"], "top_k is -1"),
     (["retrieval", "--data", "{folder}", "--first-token", "[DEC]"], "first_token is '[DEC]'"),
-    (["retrieval", "--data", "{folder}", "--output", "x.jsonl"], "--output is for captions"),
+    (["retrieval", "--data", "{folder}", "--output", "x.jsonl"], "--output"),
+    (["caption", "--data", "{folder}", "--metrics", "meteor"], "java-free, coco-without-spice, coco, got 'meteor'"),
+    (["caption", "--data", "{bare}", "--metrics", "java-free"], "000000.png has no caption with a word"),
     (["caption", "--data", "{folder}", "--beams", "0"], "beams must be at least 1"),
     (["retrieval", "--data", "{broken}"], "row 2 is not JSON"),
     (["caption", "--data", "{lost}"], "lost.png: no such file"),

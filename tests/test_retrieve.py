@@ -1,6 +1,7 @@
 """Retrieval scores against the published evaluation written pair by pair; recalls and losses against plain counting."""
 
 import math
+import statistics
 from functools import cache
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from blip_fast.config import BlipConfig, SpecialTokens, TextConfig, VisionConfig
 from blip_fast.metrics.language import caption_loss, target_tokens, unigram_cross_entropy, unigram_entropy
-from blip_fast.metrics.recall import chance_recalls, recalls, right_ranks
+from blip_fast.metrics.recall import chance_recalls, median_rank, recalls, right_ranks
 from blip_fast.model import BlipModel
 from blip_fast.packing import PackedTexts
 from blip_fast.tasks import match
@@ -178,6 +179,8 @@ def test_ranks_equal_counting_with_the_right_one_last_among_equals(data, queries
         expected.append(next(place for place, j in enumerate(order) if marks[j]))
     for k, value in dense_recalls(scores.float(), right).items():
         assert value == pytest.approx(sum(rank < k for rank in expected) / queries)
+    ranks = right_ranks(scores.float(), right, right.sum(1), candidates, NOT_CANDIDATE)
+    assert median_rank(ranks) == statistics.median(expected) + 1
     k = data.draw(st.integers(1, candidates))
     best, items = scores.float().topk(k)
     ranks = right_ranks(best, right.gather(1, items), right.sum(1), candidates, best[:, -1])
@@ -224,6 +227,7 @@ def test_several_captions_of_one_image():
     result = RetrievalResult(ranking(image_to_text), ranking(image_to_text.T), 0)
     found = result.recalls(image_of_text)
     assert found == {"i2t_r1": 0.5, "i2t_r5": 1, "i2t_r10": 1, "t2i_r1": 0.5, "t2i_r5": 1, "t2i_r10": 1}
+    assert result.median_ranks(image_of_text) == {"i2t_median_rank": 2, "t2i_median_rank": 1.5}
     chances = result.chances(image_of_text)
     assert chances["i2t_r1"] == pytest.approx(0.5) and chances["t2i_r1"] == pytest.approx(0.5)
     with pytest.raises(ValueError, match="query 1 has no right candidate"):

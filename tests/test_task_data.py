@@ -136,7 +136,7 @@ def rows_of(texts) -> list[list[int]]:
 def test_captions_are_no_questions(folder, tmp_path):
     pack(folder, write(folder, [{"image": f"{i}.png", "caption": "a"} for i in range(3)]), tmp_path / "shards")
     read = next(iter(TrainInput(config(tmp_path / "shards"))))
-    with pytest.raises(ValueError, match=r'png has no question: VQA needs rows with "question" and "answers"'):
+    with pytest.raises(ValueError, match=r'png has no question with answers: VQA needs rows with "question"'):
         QuestionBatch.collate(read, Tokenizer([*BERT_TOKENS]), 35, 50)
 
 

@@ -1,4 +1,5 @@
-"""`blip-fast data`: pack images into the shards that training reads, or draw scenes to train and evaluate on."""
+"""`blip-fast data`: pack images into the shards that training reads, turn published annotations into rows, or draw
+scenes to train and evaluate on."""
 
 from __future__ import annotations
 
@@ -16,6 +17,8 @@ def _arguments(parser: ArgumentParser) -> None:
     for name, add, help, example in (
         ("pack", _pack_arguments, "pack a folder of images and captions into shards",
          "blip-fast data pack photos/ --annotations captions.csv --output shards/"),
+        ("annotations", _annotations_arguments, "turn a published data set's annotations into annotations.jsonl",
+         "blip-fast data annotations karpathy dataset_coco.json --output coco/annotations.jsonl"),
         ("scenes", _scenes_arguments, "draw pictures with captions whose truth is known",
          "blip-fast data scenes scenes/train --count 20000 --noise 0.3"),
     ):
@@ -40,6 +43,18 @@ def _pack_arguments(parser: ArgumentParser) -> None:
         help="shuffle first: training itself shuffles within a buffer only")
 
 
+def _annotations_arguments(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("format", choices=("karpathy", "coco", "vqa", "visual-genome", "nlvr2"),
+        help="karpathy (COCO, Flickr30k), coco (also NoCaps), vqa (v2), visual-genome or nlvr2; each but visual-genome "
+             "also as beside the published BLIP")
+    add("files", nargs="+", metavar="FILE", help="as published; vqa: questions and annotations, a test set's questions "
+                                                 "alone; visual-genome: question_answers.json image_data.json")
+    add("--output", required=True, metavar="FILE.jsonl", help="annotations.jsonl in the folder of images")
+    add("--split", type=str | None, help="give this to rows that have no split of their own")
+    add("--prefix", default="", metavar="FOLDER", help="put before every image: its folder's place below that")
+
+
 def _scenes_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("folder", metavar="DIR", help="new folder for the PNG files and their annotations.jsonl")
@@ -52,10 +67,7 @@ def _scenes_arguments(parser: ArgumentParser) -> None:
 
 
 def _run(args: Namespace) -> None:
-    if args.action == "pack":
-        _pack(args.pack)
-    else:
-        _scenes(args.scenes)
+    {"pack": _pack, "annotations": _annotations, "scenes": _scenes}[args.action](getattr(args, args.action))
 
 
 def _pack(args: Namespace) -> None:
@@ -76,6 +88,24 @@ def _pack(args: Namespace) -> None:
         print(f"{quarantine}: {report.quarantined} images left out, and why")
 
 
+def _annotations(args: Namespace) -> None:
+    from blip_fast.data.published import published_rows
+
+    output, partial, count = Path(args.output), Path(f"{args.output}.partial"), 0
+    if output.exists():
+        raise FileExistsError(f"{output} exists: remove it or name another file")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with partial.open("w", encoding="utf-8") as stream:
+            for row in published_rows(args.format, args.files, args.split, args.prefix):
+                stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+                count += 1
+        partial.rename(output)
+    finally:
+        partial.unlink(missing_ok=True)
+    print(json.dumps({"annotations": str(output), "rows": count}) if args.json else f"{output}: {count} rows")
+
+
 def _scenes(args: Namespace) -> None:
     from blip_fast.data.scenes import write_scenes
 
@@ -93,7 +123,7 @@ def _scenes(args: Namespace) -> None:
 
 
 COMMAND = Command(
-    help="pack images into shards, or draw scenes",
+    help="pack images into shards, read published annotations, or draw scenes",
     example="blip-fast data pack photos/ --annotations captions.csv --output shards/",
     arguments=_arguments,
     run=_run,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -17,62 +17,108 @@ from blip_fast.commands.model_options import add_model_options, model_options
 
 if TYPE_CHECKING:
     from blip_fast.data.annotated import AnnotatedImage
+    from blip_fast.ranks import Ranks
 
 
 def _arguments(parser: ArgumentParser) -> None:
+    tasks = parser.add_subcommands(dest="task", metavar="TASK")
+    for name, named in TASKS.items():
+        task = ArgumentParser(description=named.help, epilog=f"example: blip-fast evaluate {name} {named.example}",
+                              exit_on_error=False)
+        add_model_options(task)
+        task.add_argument("--data", required=True, metavar="DIR",
+                          help="folder with annotations.jsonl and images, or packed shards")
+        task.add_argument("--split", type=str | None, default="test", help="rows to take; null takes all")
+        named.add_arguments(task)
+        task.add_argument("--json", action="store_true", help="print the figures as one JSON object")
+        tasks.add_subcommand(name, task, help=named.help)
+
+
+def _retrieval_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("task", choices=("retrieval", "caption"), help="what to evaluate")
-    add_model_options(parser)
-    add("--data", required=True, metavar="DIR", help="folder with annotations.jsonl and images, or packed shards")
-    add("--split", type=str | None, default="test", help="rows to take; null takes all")
-    add("--top-k", type=int, default=256, help="retrieval: candidates that the matching head re-ranks, of each image "
-                                               "and of each text; 0 for cosines alone")
-    add("--first-token", default="[ENC]", help="retrieval: what the matching head's texts start with, [ENC] or [CLS]")
-    add("--prompt", default="a picture of", help='caption: what captions begin with; "" for nothing')
-    add("--beams", type=int, default=3, help="caption: 1 is greedy")
-    add("--max-length", type=int, default=20, help="caption: tokens at most, the prompt counted")
-    add("--min-length", type=int, default=5, help="caption: tokens before the end may come")
-    add("--output", type=str | None, metavar="FILE.jsonl", help="caption: write image, caption, references here")
-    add("--json", action="store_true", help="print the figures as one JSON object")
+    add("--top-k", type=int, default=256,
+        help="candidates that the matching head re-ranks, of each image and of each text; 0 for cosines alone")
+    add("--first-token", default="[ENC]", help="what the matching head's texts start with, [ENC] or [CLS]")
+
+
+def _caption_arguments(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--prompt", default="a picture of", help='what captions begin with; "" for nothing')
+    add("--beams", type=int, default=3, help="1 is greedy")
+    add("--max-length", type=int, default=20, help="tokens at most, the prompt counted")
+    add("--min-length", type=int, default=5, help="tokens before the end may come")
+    add("--metrics", type=str | None,
+        help="also measure by java-free (BLEU, ROUGE-L and CIDEr, words split without Java), coco-without-spice (these "
+             "and METEOR over PTB tokens, as published; needs Java) or coco (SPICE too); needs blip-fast[eval]")
+    add("--matcher", type=str | None, metavar="DIR_OR_ID",
+        help="also itm_score: the mean probability, by this checkpoint's matching head, that a caption belongs to its "
+             "image")
+    add("--output", type=str | None, metavar="FILE.jsonl", help="write image, caption, references here")
+
+
+def _vqa_arguments(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--answers", type=str | None, metavar="FILE",
+        help="choose from these, as published: an answer a line, or a .json list; without it answers are written")
+    add("--top-k", type=int, default=128,
+        help="with --answers: how many, chosen by their first tokens, are compared in full")
+    add("--beams", type=int, default=3, help="without --answers: 1 is greedy")
+    add("--max-length", type=int, default=10, help="without --answers: tokens at most, the first one counted")
+    add("--min-length", type=int, default=1, help="without --answers: tokens before the end may come, counted alike")
+    add("--first-token", default="[ENC]", help="what questions start with: [ENC] as published, [CLS] in transformers")
+    add("--output", type=str | None, metavar="FILE.json",
+        help="write the test server's list of question_id and answer; rows need a question_id")
 
 
 def _run(args: Namespace) -> None:
     from blip_fast.data.annotated import annotated_images
+    from blip_fast.ranks import torchrun_ranks
 
-    if args.output is not None and args.task != "caption":
-        raise ValueError("--output is for captions: `evaluate retrieval` has figures only")
-    images = annotated_images(args.data, args.split)
-    figures = (_retrieval if args.task == "retrieval" else _caption)(args, images)
-    if args.json:
+    options = getattr(args, args.task)
+    images = annotated_images(options.data, options.split)
+    with torchrun_ranks() as ranks:
+        if ranks.count > 1 and not TASKS[args.task].shared:
+            raise ValueError(f"evaluate {args.task} is the work of one process: start it without torchrun")
+        figures = TASKS[args.task].run(options, images, ranks)
+    if ranks.rank > 0:
+        return
+    if options.json:
         print(json.dumps({"task": args.task, "images": len(images), **figures}))
     else:
         _print_table(args.task, len(images), figures)
 
 
-def _retrieval(args: Namespace, images: list[AnnotatedImage]) -> dict[str, Any]:
+def _retrieval(args: Namespace, images: list[AnnotatedImage], ranks: Ranks) -> dict[str, Any]:
     from blip_fast.evaluation import evaluate_retrieval
     from blip_fast.tasks.loading import load_for_task
 
     model, tokenizer = load_for_task(args.model, **model_options(args))
-    with _progress(len(images)) as (track, pairs_done):
+    with _progress(ranks) as (track, pairs_done):
         result, image_of_text = evaluate_retrieval(model, tokenizer, images, top_k=args.top_k,
                                                    first_token=args.first_token, track=track, progress=pairs_done)
     return {"texts": len(image_of_text), "top_k": args.top_k, "pairs": result.pairs, **result.recalls(image_of_text),
-            "chance": result.chances(image_of_text)}
+            **result.median_ranks(image_of_text), "chance": result.chances(image_of_text)}
 
 
-def _caption(args: Namespace, images: list[AnnotatedImage]) -> dict[str, Any]:
+def _caption(args: Namespace, images: list[AnnotatedImage], ranks: Ranks) -> dict[str, Any]:
     from blip_fast.data.annotated import annotated_images
-    from blip_fast.evaluation import evaluate_captions
+    from blip_fast.evaluation import evaluate_captions, itm_score
     from blip_fast.generate import GenerationConfig
+    from blip_fast.metrics.captions import CaptionMetrics
     from blip_fast.tasks.caption import Captioner
+    from blip_fast.tasks.match import Matcher
 
     generation = GenerationConfig(beams=args.beams, max_length=args.max_length, min_length=args.min_length)
     train = [] if args.split == "train" else [caption for image in annotated_images(args.data, None)
                                               if image.row.get("split") == "train" for caption in image.captions]
+    metrics = None if args.metrics is None else CaptionMetrics(args.metrics)
     captioner = Captioner.from_pretrained(args.model, **model_options(args))
-    with _progress(len(images)) as (track, _):
-        result = evaluate_captions(captioner, images, generation, prompt=args.prompt, train_captions=train, track=track)
+    matcher = None if args.matcher is None else Matcher.from_pretrained(
+        args.matcher, **{**model_options(args), "image_size": None})
+    with _progress(ranks) as (track, _):
+        result = evaluate_captions(captioner, images, generation, prompt=args.prompt, train_captions=train,
+                                   metrics=metrics, track=track)
+        matched = None if matcher is None else itm_score(matcher, images, result.captions, track=track)
     if args.output is not None:
         rows = ({"image": image.name, "caption": caption, "references": image.captions}
                 for image, caption in zip(images, result.captions, strict=True))
@@ -80,6 +126,8 @@ def _caption(args: Namespace, images: list[AnnotatedImage]) -> dict[str, Any]:
         Path(args.output).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
     figures = {"lm_loss": result.loss, "unigram_entropy": result.unigram_entropy,
                "unigram_cross_entropy": result.unigram_cross_entropy}
+    figures |= {} if metrics is None else {"metrics": metrics.which, **result.metrics}
+    figures |= {} if matched is None else {"itm_score": matched}
     if result.slots is not None:
         scores = asdict(result.slots)
         chance = {name: scores.pop(f"chance_{name}") for name in ("slot_accuracy", "exact_match")}
@@ -87,16 +135,49 @@ def _caption(args: Namespace, images: list[AnnotatedImage]) -> dict[str, Any]:
     return figures
 
 
+def _vqa(args: Namespace, images: list[AnnotatedImage], ranks: Ranks) -> dict[str, Any]:
+    from blip_fast.commands.ask import read_answers
+    from blip_fast.evaluation import evaluate_answers
+    from blip_fast.generate import GenerationConfig
+    from blip_fast.tasks.answer import Answerer
+
+    generation = GenerationConfig(beams=args.beams, max_length=args.max_length, min_length=args.min_length)
+    choices = [] if args.answers is None else read_answers(args.answers)
+    if args.output is not None and (unnamed := next((i.name for i in images if "question_id" not in i.row), None)):
+        raise ValueError(f"{unnamed} has a row without question_id: --output needs one in every row")
+    answerer = Answerer.from_pretrained(args.model, **model_options(args))
+    with _progress(ranks) as (track, _):
+        found = evaluate_answers(answerer, images, generation, choices=choices, top_k=args.top_k,
+                                 first_token=args.first_token, track=track, ranks=ranks)
+    if args.output is not None and ranks.rank == 0:
+        content = [{"question_id": image.row["question_id"], "answer": answer}
+                   for image, answer in zip(images, found.answers, strict=True)]
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.output).write_text(json.dumps(content), "utf-8")
+    by_type = {f"vqa_accuracy_{name}": value for name, value in sorted(found.by_type.items())}
+    return {"vqa_accuracy": found.vqa_accuracy, **by_type, "commonest_answer": found.commonest}
+
+
+def _nlvr2(args: Namespace, images: list[AnnotatedImage], ranks: Ranks) -> dict[str, Any]:
+    from blip_fast.evaluation import evaluate_pairs
+    from blip_fast.tasks.reason import Reasoner
+
+    reasoner = Reasoner.from_pretrained(args.model, **model_options(args))
+    with _progress(ranks) as (track, _):
+        return evaluate_pairs(reasoner, images, track=track, ranks=ranks)
+
+
 @contextmanager
-def _progress(images: int) -> Iterator[tuple[Callable[[Iterable[Any]], Iterable[Any]], Callable[[int, int], None]]]:
-    """Bars on the terminal's error stream: (wraps the images, is told of re-ranked pairs)."""
+def _progress(ranks: Ranks) -> Iterator[tuple[Callable[[Iterable[Any]], Iterable[Any]], Callable[[int, int], None]]]:
+    """Bars on the first rank's terminal, its error stream: (wraps the images, is told of re-ranked pairs)."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+    hidden = ranks.rank > 0 or not sys.stderr.isatty()
+    with Progress(*columns, console=Console(stderr=True), disable=hidden) as progress:
         pairs = progress.add_task("pairs", total=None, visible=False)
-        yield (lambda items: progress.track(items, total=images, description="images"),
+        yield (lambda items: progress.track(items, description="images"),
                lambda done, total: progress.update(pairs, completed=done, total=total, visible=True))
 
 
@@ -111,14 +192,38 @@ def _print_table(task: str, images: int, figures: dict[str, Any]) -> None:
     if chance:
         table.add_column("chance", justify="right")
     for name, value in figures.items():
-        shown = "–" if value is None else f"{100 * value:.1f} %" if name in chance else f"{value:.4g}"
         beside = [f"{100 * chance[name]:.1f} %" if name in chance else ""] if chance else []
-        table.add_row(name, shown, *beside)
+        table.add_row(name, _shown(value, name in chance), *beside)
     Console().print(table)
 
 
+def _shown(value: float | str | None, percent: bool) -> str:
+    if value is None or isinstance(value, str):
+        return value or "–"
+    return f"{100 * value:.1f} %" if percent else f"{value:.4g}"
+
+
+class _Task(NamedTuple):
+    help: str
+    add_arguments: Callable[[ArgumentParser], None]
+    run: Callable[[Namespace, list[AnnotatedImage], Ranks], dict[str, Any]]
+    example: str
+    shared: bool = False  # whether ranks share the work
+
+
+TASKS = {
+    "retrieval": _Task("texts found for images and images for texts", _retrieval_arguments, _retrieval,
+                       "--model Salesforce/blip-itm-base-flickr --data flickr8k --top-k 128"),
+    "caption": _Task("captions, and the loss of those of people", _caption_arguments, _caption,
+                     "--model Salesforce/blip-image-captioning-base --data flickr8k --metrics java-free"),
+    "vqa": _Task("answers to questions, by VQA's official accuracy", _vqa_arguments, _vqa,
+                 "--model Salesforce/blip-vqa-base --data vqa --split val --answers answer_list.json", shared=True),
+    "nlvr2": _Task("whether sentences are true of pairs of images", lambda parser: None, _nlvr2,
+                   "--model model_base_nlvr.pth --tokenizer bert-base-uncased --data nlvr2 --split dev", shared=True),
+}
+
 COMMAND = Command(
-    help="measure a model: retrieval recalls, or captions and their loss",
+    help="measure a model: retrieval, captions, answers (VQA), pairs (NLVR2)",
     example="blip-fast evaluate retrieval --model Salesforce/blip-itm-base-flickr --data flickr8k --top-k 128 --json",
     arguments=_arguments,
     run=_run,

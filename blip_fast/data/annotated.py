@@ -20,10 +20,11 @@ ANNOTATIONS = "annotations.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class AnnotatedImage(StoredImage):
-    """One image, its captions and its whole row or record."""
+    """One image, its captions, its whole row or record, and the other image of a pair."""
 
     captions: list[str]
     row: dict[str, Any]
+    second: StoredImage | None = None
 
 
 def annotated_images(data: str | Path, split: str | None) -> list[AnnotatedImage]:
@@ -57,8 +58,9 @@ def read_annotations(path: str | Path) -> list[dict[str, Any]]:
 
     A row has `image`, a path, and `caption`, or in JSONL `captions`, a list; where wanted `split`, an integer `id` and
     whatever else. It is given back with `captions` as a list, perhaps an empty one, and all else as it was. In JSONL a
-    row may ask instead (VQA: `question`, and `answers` as a list of votes or an object of weights), or tell whether its
-    caption is true of two images (NLVR2: `image`, `second_image` and `label`, true or false).
+    row may ask instead (VQA: `question`, and `answers` as a list of votes, an object of weights, or null in a test set
+    that keeps them), or tell whether its caption is true of two images (NLVR2: `image`, `second_image` and `label`,
+    true or false).
 
     Raises FileNotFoundError, and ValueError that names the first row that is not understood.
     """
@@ -67,13 +69,13 @@ def read_annotations(path: str | Path) -> list[dict[str, Any]]:
         raise ValueError(f"{path} must be JSONL or CSV, named .jsonl or .csv")
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
-            rows = enumerate(csv.DictReader(stream), start=1) if path.suffix == ".csv" else _json_rows(stream, path)
+            rows = enumerate(csv.DictReader(stream), start=1) if path.suffix == ".csv" else json_rows(stream, path)
             return [_row(row, f"{path}, row {number}") for number, row in rows]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read as {path.suffix[1:].upper()} in UTF-8: {error}") from None
 
 
-def _json_rows(lines: Iterable[str], path: Path) -> Iterator[tuple[int, Any]]:
+def json_rows(lines: Iterable[str], path: Path) -> Iterator[tuple[int, Any]]:
     """Each line's number, from 1, and what it holds; blank ones are left out."""
     for number, line in enumerate(lines, start=1):
         if line.strip():
@@ -101,15 +103,17 @@ def _row(row: Any, where: str) -> dict[str, Any]:
         except (TypeError, ValueError):
             raise ValueError(f'{where}: "id" is {row["id"]!r}, not an integer') from None
     if "question" in row and not _has_answers(row):
-        raise ValueError(f'{where}: a "question" (a text) needs "answers": a list of texts, one a vote, or an object '
-                         "of texts and their weights above 0")
+        raise ValueError(f'{where}: a "question" (a text) needs "answers": a list of texts, one a vote, an object '
+                         "of texts and their weights above 0, or null")
     if "second_image" in row and not (isinstance(row["second_image"], str) and isinstance(row.get("label"), bool)):
         raise ValueError(f'{where}: a "second_image" (a path) needs a "label", true or false')
     return {**row, "captions": captions}
 
 
 def _has_answers(row: dict[str, Any]) -> bool:
-    answers = row.get("answers")
+    answers = row.get("answers", [])
+    if answers is None:
+        return isinstance(row["question"], str)
     weights = answers.values() if isinstance(answers, dict) else [1.0]
     return (isinstance(row["question"], str) and isinstance(answers, list | dict) and len(answers) > 0
             and all(isinstance(answer, str) for answer in answers)
@@ -118,7 +122,8 @@ def _has_answers(row: dict[str, Any]) -> bool:
 
 def _of_folder(folder: Path) -> Iterator[AnnotatedImage]:
     for row in read_annotations(folder / ANNOTATIONS):
-        yield AnnotatedImage(row["image"], folder / row["image"], captions=row["captions"], row=row)
+        second = StoredImage(row["second_image"], folder / row["second_image"]) if "second_image" in row else None
+        yield AnnotatedImage(row["image"], folder / row["image"], captions=row["captions"], row=row, second=second)
 
 
 def _of_shards(directory: Path) -> Iterator[AnnotatedImage]:
@@ -126,14 +131,18 @@ def _of_shards(directory: Path) -> Iterator[AnnotatedImage]:
         path = directory / shard.file
         records: dict[str, dict[str, Any]] = {}
         images: dict[str, tuple[int, int]] = {}
+        seconds: dict[str, tuple[int, int]] = {}
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 key, _, extension = member.name.partition(".")
                 stream = tar.extractfile(member) if extension == "json" else None
                 if stream is not None:
                     records[key] = json.loads(stream.read())
-                elif not extension.startswith(SECOND):
-                    images[key] = (member.offset_data, member.size)
+                else:
+                    place = seconds if extension.startswith(SECOND) else images
+                    place[key] = (member.offset_data, member.size)
         for key, content in records.items():
             record = _row(content, f"{path}, sample {key}")
-            yield AnnotatedImage(record["image"], LocalTar(path), *images[key], captions=record["captions"], row=record)
+            second = StoredImage(record["second_image"], LocalTar(path), *seconds[key]) if key in seconds else None
+            yield AnnotatedImage(record["image"], LocalTar(path), *images[key], captions=record["captions"], row=record,
+                                 second=second)

@@ -1,4 +1,4 @@
-"""Recall at k of a retrieval: the share of queries with a right item among their k best.
+"""Recall at k of a retrieval, the share of queries with a right item among their k best, and the median rank.
 
 Of each query the scores of some candidates are given; all other items of the gallery score no more than `elsewhere`.
 Ties count against the model: a wrong item that scores as high as the best right one stands before it. A model that
@@ -48,6 +48,11 @@ def right_ranks(scores: Tensor, right: Tensor, rights: Tensor, gallery: int, els
 def recalls(ranks: Tensor) -> dict[int, float]:
     """Recall at each of `RECALL_RANKS`, 0 to 1, of `right_ranks`' result."""
     return {k: float((ranks < k).double().mean()) for k in RECALL_RANKS}
+
+
+def median_rank(ranks: Tensor) -> float:
+    """The median of `right_ranks`' result, 1 is best; of an even number of queries the mean of the middle two."""
+    return float(ranks.double().quantile(0.5)) + 1
 
 
 def chance_recalls(rights: Tensor, gallery: int) -> dict[int, float]:

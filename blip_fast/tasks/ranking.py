@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blip_fast.metrics.recall import chance_recalls, recalls, right_ranks
+from blip_fast.metrics.recall import chance_recalls, median_rank, recalls, right_ranks
 
 NOT_CANDIDATE = -100.0  # the published score of pairs that were not re-ranked
 
@@ -49,16 +49,27 @@ class RetrievalResult:
 
         image_of_text: int64 [texts], the image that each text describes. Every image needs a text.
         """
+        named = {}
+        for direction, ranks in self._ranks(image_of_text).items():
+            named |= _named(direction, recalls(ranks))
+        return named
+
+    def median_ranks(self, image_of_text: Tensor) -> dict[str, float]:
+        """`i2t_median_rank`, `t2i_median_rank` of the best right item, 1 is best; else as `recalls`. Where an item was
+        no candidate of a query it counts as the last that it may be."""
+        return {f"{direction}_median_rank": median_rank(ranks)
+                for direction, ranks in self._ranks(image_of_text).items()}
+
+    def _ranks(self, image_of_text: Tensor) -> dict[str, Tensor]:
+        """`right_ranks` of the queries of each direction."""
         image_of_text = self._checked(image_of_text)
+        named = {}
+        if (found := self.image_to_text) is not None:
+            right = image_of_text[found.items] == torch.arange(len(found.items))[:, None]
+            named["i2t"] = found.ranks(right, image_of_text.bincount(minlength=len(found.items)))
         found = self.text_to_image
-        ranks = found.ranks(found.items == image_of_text[:, None], torch.ones_like(image_of_text))
-        named = _named("t2i", recalls(ranks))
-        if self.image_to_text is None:
-            return named
-        found = self.image_to_text
-        right = image_of_text[found.items] == torch.arange(len(found.items))[:, None]
-        ranks = found.ranks(right, image_of_text.bincount(minlength=len(found.items)))
-        return _named("i2t", recalls(ranks)) | named
+        named["t2i"] = found.ranks(found.items == image_of_text[:, None], torch.ones_like(image_of_text))
+        return named
 
     def chances(self, image_of_text: Tensor) -> dict[str, float]:
         """The recalls of a random order, under the names of `recalls`."""

@@ -40,7 +40,7 @@ class Reasoner(PretrainedTask):
         """
         if len(pairs) != len(sentences):
             raise ValueError(f"{len(pairs)} pairs of images but {len(sentences)} sentences: pass one sentence per pair")
-        texts = self.tokenizer.pack([clean_caption(sentence, MAX_WORDS) for sentence in sentences], "[ENC]")
+        texts = self.pack(sentences)
         images = [image for pair in pairs for image in pair]
         found = [torch.empty(0)]
         for batch in pixel_batches(images, self.model.config.vision.image_size, 2 * batch_size):
@@ -48,6 +48,10 @@ class Reasoner(PretrainedTask):
             which = torch.arange(start, start + len(batch) // 2)
             found.append(self.judge_pixels(batch.unflatten(0, (-1, 2)), texts.select(which)))
         return torch.cat(found)
+
+    def pack(self, sentences: Sequence[str]) -> PackedTexts:
+        """Sentences, cleaned as published → [ENC] and their tokens, packed."""
+        return self.tokenizer.pack([clean_caption(sentence, MAX_WORDS) for sentence in sentences], "[ENC]")
 
     def judge_pixels(self, pixels: Tensor, sentences: PackedTexts) -> Tensor:
         """As above, of one batch [pairs, 2, 3, image_size, image_size] after the evaluation transform; sentences start

@@ -42,10 +42,11 @@ class QuestionBatch:
     @classmethod
     def collate(cls, read: ReadBatch, tokenizer: Tokenizer, max_tokens: int, max_words: int) -> QuestionBatch:
         """Read samples → a batch. Questions are cleaned and cut at `max_words` and `max_tokens`; answers are taken as
-        they are. Raises ValueError for a sample that asks nothing."""
+        they are. Raises ValueError for a sample without question or answers."""
         for record in read.records:
-            if "question" not in record:
-                raise ValueError(f"{record['image']} has no question: VQA needs rows with \"question\" and \"answers\"")
+            if record.get("answers") is None:
+                raise ValueError(f"{record['image']} has no question with answers: VQA needs rows with \"question\" "
+                                 "and \"answers\"")
         questions = [clean_question(record["question"], max_words) for record in read.records]
         answers = [(text, weight, i) for i, record in enumerate(read.records)
                    for text, weight in answer_weights(record["answers"]).items()]

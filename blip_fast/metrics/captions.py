@@ -1,0 +1,168 @@
+"""What written captions are worth beside those of people: BLEU, METEOR, ROUGE-L, CIDEr and SPICE, all computed by
+pycocoevalcap, the field's own implementation.
+
+Its tokenizer (Stanford's PTB), METEOR and SPICE are Java programs. The set `java-free` leaves METEOR and SPICE out and
+splits words by `words` below, so its figures stand beside published ones only as far as that splits alike.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from blip_fast.doctor import look_for_java
+
+SETS = {
+    "java-free": ("bleu", "rouge_l", "cider"),
+    "coco-without-spice": ("bleu", "meteor", "rouge_l", "cider"),
+    "coco": ("bleu", "meteor", "rouge_l", "cider", "spice"),
+}
+JAVA_FREE = "java-free"
+# Clitics stand apart as in the Penn Treebank: does n't, man 's, can not.
+WORD = re.compile(r"n't\b|'(?:s|re|ve|ll|d|m)\b|\w+?(?=n't\b)|can(?=not\b)|\w+(?:[-.,/]\w+)*")
+
+Texts = dict[int, list[str]]  # of each image
+
+
+class CaptionMetrics:
+    """The metrics of one of `SETS`. Everything that they need is looked for when this is made."""
+
+    def __init__(self, which: str) -> None:
+        """Raises ValueError for another set, and where the extra `eval`, Java or SPICE's models are missing."""
+        if which not in SETS:
+            raise ValueError(f"the caption metrics are {', '.join(SETS)}, got {which!r}")
+        if find_spec("pycocoevalcap") is None:
+            raise ValueError("caption metrics need pycocoevalcap: pip install 'blip-fast[eval]'")
+        self.which, self._names = which, SETS[which]
+        if which != JAVA_FREE:
+            _require_java()
+        if "spice" in self._names:
+            _require_spice_models()
+
+    def __call__(self, captions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+        """Score one caption of each image against what people wrote about it.
+
+        Args:
+            captions: one an image; an empty one scores nothing.
+            references: of each image, one or more captions with a word.
+
+        Returns:
+            `bleu_1` to `bleu_4`, `meteor`, `rouge_l` and `spice`, 0 to 1 (published: 0 to 100), and `cider`, 0 to 10
+            (published: 0 to 1000). CIDEr weighs words by how few of these images have them: of one image it is 0.
+
+        Raises:
+            ValueError: there is no image, another number of references, an image without a reference that has a word,
+                or a Java program fails.
+        """
+        if not captions or len(captions) != len(references):
+            raise ValueError(f"one caption an image and one image at least are needed, got {len(captions)} captions "
+                             f"and the references of {len(references)} images")
+        check_references((f"image {image}", texts) for image, texts in enumerate(references))
+        split = words if self.which == JAVA_FREE else _ptb
+        written, human = split(captions, references)
+        found: dict[str, float] = {}
+        for name in self._names:
+            value = _SCORERS[name](human, written)
+            found |= {f"bleu_{n}": float(v) for n, v in enumerate(value, 1)} if name == "bleu" else {name: float(value)}
+        return found
+
+
+def check_references(references: Iterable[tuple[str, Sequence[str]]]) -> None:
+    """Raise ValueError naming the first image, of (name, captions), that has no caption with a word."""
+    for name, texts in references:
+        if not any(WORD.search(text.lower()) for text in texts):
+            raise ValueError(f"{name} has no caption with a word: caption metrics need one of every image to compare "
+                             "with")
+
+
+def words(captions: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[Texts, Texts]:
+    """Lower-cased words with a space between, without Java: runs of letters, digits and underscores, perhaps with a
+    hyphen, slash, point or comma within; clitics apart (`does n't`, `man 's`); everything else left out."""
+    return ({image: [_words(caption)] for image, caption in enumerate(captions)},
+            {image: [_words(text) for text in texts] for image, texts in enumerate(references)})
+
+
+def _words(text: str) -> str:
+    return " ".join(WORD.findall(text.lower().replace("’", "'")))
+
+
+def _ptb(captions: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[Texts, Texts]:
+    """As `words`, by Stanford's PTB tokenizer without punctuation, as published; both in one run of it."""
+    both = [[caption, *texts] for caption, texts in zip(captions, references, strict=True)]
+    # It reads a text a line, and takes more for a line's end than \n.
+    given = {image: [{"caption": " ".join(text.split())} for text in texts] for image, texts in enumerate(both)}
+    split = _library("tokenizer.ptbtokenizer").PTBTokenizer().tokenize(given)
+    if [len(split.get(image, ())) for image in range(len(both))] != [len(texts) for texts in both]:
+        raise ValueError("the PTB tokenizer gave other lines than it got: see what Java says above")
+    return {image: split[image][:1] for image in split}, {image: split[image][1:] for image in split}
+
+
+def _bleu(human: Texts, written: Texts) -> Any:
+    return _library("bleu.bleu").Bleu(4).compute_score(human, written, verbose=0)[0]
+
+
+def _meteor(human: Texts, written: Texts) -> Any:
+    try:
+        return _library("meteor.meteor").Meteor().compute_score(human, written)[0]
+    except (OSError, ValueError) as error:  # what it meets where its program has ended
+        raise ValueError(f"METEOR's Java program failed ({error})") from None
+
+
+def _rouge(human: Texts, written: Texts) -> Any:
+    return _library("rouge.rouge").Rouge().compute_score(human, written)[0]
+
+
+def _cider(human: Texts, written: Texts) -> Any:
+    return _library("cider.cider").Cider().compute_score(human, written)[0]
+
+
+def _spice(human: Texts, written: Texts) -> Any:
+    try:
+        with _stdout_to_stderr():
+            return _library("spice.spice").Spice().compute_score(human, written)[0]
+    except subprocess.CalledProcessError as error:
+        raise ValueError(f"SPICE's Java program failed with status {error.returncode}: see what it says above, or take "
+                         "the metrics coco-without-spice") from None
+
+
+_SCORERS: dict[str, Callable[[Texts, Texts], Any]] = {
+    "bleu": _bleu, "meteor": _meteor, "rouge_l": _rouge, "cider": _cider, "spice": _spice}
+
+
+def _library(module: str) -> Any:
+    return import_module(f"pycocoevalcap.{module}")
+
+
+def _require_java() -> None:
+    java = look_for_java()
+    if not java.usable:
+        raise ValueError(f"METEOR, SPICE and the PTB tokenizer need Java ({java.detail}): or take the metrics "
+                         f"{JAVA_FREE}")
+
+
+def _require_spice_models() -> None:
+    """pycocoevalcap would fetch them without a question, hundreds of megabytes behind all other work."""
+    if not list(Path(_library("spice").__file__).parent.glob("lib/stanford-corenlp-*-models.jar")):
+        raise ValueError("SPICE needs the models of Stanford CoreNLP 3.6.0: fetch them once by `python -m "
+                         "pycocoevalcap.spice.get_stanford_models`, or take the metrics coco-without-spice")
+
+
+@contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """SPICE's program says on standard output, which is for figures, how it gets on."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
