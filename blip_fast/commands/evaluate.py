@@ -136,13 +136,13 @@ def _caption(args: Namespace, images: list[AnnotatedImage], ranks: Ranks) -> dic
 
 
 def _vqa(args: Namespace, images: list[AnnotatedImage], ranks: Ranks) -> dict[str, Any]:
-    from blip_fast.commands.ask import read_answers
+    from blip_fast.commands.lists import read_list
     from blip_fast.evaluation import evaluate_answers
     from blip_fast.generate import GenerationConfig
     from blip_fast.tasks.answer import Answerer
 
     generation = GenerationConfig(beams=args.beams, max_length=args.max_length, min_length=args.min_length)
-    choices = [] if args.answers is None else read_answers(args.answers)
+    choices = [] if args.answers is None else read_list(args.answers, "answer")
     if args.output is not None and (unnamed := next((i.name for i in images if "question_id" not in i.row), None)):
         raise ValueError(f"{unnamed} has a row without question_id: --output needs one in every row")
     answerer = Answerer.from_pretrained(args.model, **model_options(args))
