@@ -50,8 +50,10 @@ def command(model: Path, *arguments: object) -> list[str]:
 
 
 def start(model: Path, *arguments: object) -> subprocess.Popen:
+    """With SIGINT as a terminal has it; a shell's background jobs ignore it, and so would what they start."""
     return subprocess.Popen([sys.executable, "-m", "blip_fast", *command(model, *arguments)], stderr=subprocess.PIPE,
-                            stdout=subprocess.PIPE, text=True)
+                            stdout=subprocess.PIPE, text=True,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def rows(path: Path) -> list[dict]:
