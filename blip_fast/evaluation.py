@@ -1,5 +1,5 @@
-"""A model on annotated images: retrieval recalls, captions and what they are worth, answers, judged pairs. Used by
-`blip-fast evaluate`, by training reports and by the demo."""
+"""A model on annotated images: retrieval recalls, captions and what they are worth, answers, judged pairs, ranked
+dialogues. Used by `blip-fast evaluate`, by training reports and by the demo."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from blip_fast.data.scenes import scene_from_slots
 from blip_fast.generate import GenerationConfig
 from blip_fast.images import ImageError, StoredImage
 from blip_fast.metrics.captions import CaptionMetrics, check_references
+from blip_fast.metrics.dialog import dialog_figures, ndcg
 from blip_fast.metrics.language import caption_loss, unigram_cross_entropy, unigram_entropy
 from blip_fast.metrics.pairs import pair_accuracy, pair_consistency
+from blip_fast.metrics.recall import chance_recalls
 from blip_fast.metrics.slots import SlotScores, slot_scores
 from blip_fast.metrics.vqa import VOTES, commonest_answer, normalised_answer, vqa_accuracy
 from blip_fast.model import BlipModel
@@ -25,6 +27,7 @@ from blip_fast.packing import PackedTexts
 from blip_fast.ranks import ALONE, Ranks
 from blip_fast.tasks.answer import ANSWERING, SHORTLIST, Answerer
 from blip_fast.tasks.caption import Captioner
+from blip_fast.tasks.dialog import DialogRanker, Dialogue, Round
 from blip_fast.tasks.loading import read_pixels
 from blip_fast.tasks.match import Matcher, image_of_each
 from blip_fast.tasks.ranking import RetrievalResult
@@ -246,6 +249,54 @@ def evaluate_pairs(reasoner: Reasoner, images: Sequence[AnnotatedImage], *, trac
     judged, labels = [probability > 0.5 for probability in found], [image.row["label"] for image in images]
     named = [image.row.get("sentence_id", image.captions[0]) for image in images]
     return {"accuracy": pair_accuracy(judged, labels), "consistency": pair_consistency(judged, labels, named)}
+
+
+def evaluate_dialogues(ranker: DialogRanker, images: Sequence[AnnotatedImage], *, caption_in: str = "attention",
+                       track: Track = iter, ranks: Ranks = ALONE) -> dict[str, Any]:
+    """Rank the candidate answers of every round of the `dialog` of every row (VisDial); `ranks` share the images out.
+
+    Args:
+        caption_in: see `DialogRanker`.
+        track: wraps the images while they are read.
+
+    Returns:
+        `rounds`, how many there are with candidates; what `dialog_figures` returns; `ndcg` over the rounds that have a
+        relevant candidate, None where no round has; `chance`, the recalls of a random order.
+
+    Raises:
+        ImageError: for the first image that cannot be read.
+        ValueError: a row has no dialogue or not one caption; there is no candidate; a round's right answer is not told,
+            or it has another number of candidates than others; as `DialogRanker`.
+    """
+    for image in images:
+        if "dialog" not in image.row or len(image.captions) != 1:
+            raise ValueError(f'{image.name} is no dialogue: VisDial needs "dialog" and one "caption" in every row')
+    asked = [(image.name, one) for image in images for one in image.row["dialog"] if one.get("candidates")]
+    if not asked:
+        raise ValueError("no round has candidates: there is nothing to rank")
+    count = len(asked[0][1]["candidates"])
+    if odd := next((name for name, one in asked if "right" not in one or len(one["candidates"]) != count), None):
+        raise ValueError(f'{odd} has a round without "right", or without {count} candidates as other rounds have')
+
+    def score(images: list[AnnotatedImage]) -> list[list[Tensor]]:
+        found: list[list[Tensor]] = []
+        for pixels in _pixel_batches(track(images), ranker.model):
+            here = [_dialogue(image) for image in images[len(found) : len(found) + len(pixels)]]
+            found += ranker.score_pixels(pixels, here, caption_in=caption_in)
+        return found
+
+    scores = torch.stack([one for mine in ranks.share(score, images) for one in mine])
+    figures: dict[str, Any] = dialog_figures(scores, torch.tensor([one["right"] for _, one in asked]))
+    relevance = torch.tensor([one.get("relevance", [0.0] * count) for _, one in asked])
+    told = (relevance > 0).any(dim=1)
+    chance = {f"r{k}": value for k, value in chance_recalls(torch.ones(len(asked)), count).items()}
+    return {"rounds": len(asked), **figures, "ndcg": ndcg(scores[told], relevance[told]) if bool(told.any()) else None,
+            "chance": chance}
+
+
+def _dialogue(image: AnnotatedImage) -> Dialogue:
+    rounds = [Round(one["question"], one.get("answer", ""), one.get("candidates", [])) for one in image.row["dialog"]]
+    return Dialogue(image.captions[0], rounds)
 
 
 def _prompted(tokenizer: Tokenizer, captions: Sequence[str], prompt: str) -> PackedTexts:

@@ -149,7 +149,7 @@ def test_what_is_not_understood_is_named(tmp_path, name, content, said):
 
 
 def test_formats_and_files_that_are_not_there(tmp_path):
-    with pytest.raises(ValueError, match="formats are karpathy, coco, vqa, visual-genome, nlvr2, got 'flickr'"):
+    with pytest.raises(ValueError, match="karpathy, coco, vqa, visual-genome, nlvr2, visdial, got 'flickr'"):
         rows("flickr", "a.json")
     for name, files in (("karpathy", ["a", "b"]), ("nlvr2", []), ("visual-genome", ["a"])):
         with pytest.raises(ValueError, match=f"{name} takes {FORMATS[name].files[:4]}.*, got {len(files)} files"):

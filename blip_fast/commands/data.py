@@ -45,11 +45,12 @@ def _pack_arguments(parser: ArgumentParser) -> None:
 
 def _annotations_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("format", choices=("karpathy", "coco", "vqa", "visual-genome", "nlvr2"),
-        help="karpathy (COCO, Flickr30k), coco (also NoCaps), vqa (v2), visual-genome or nlvr2; each but visual-genome "
-             "also as beside the published BLIP")
+    add("format", choices=("karpathy", "coco", "vqa", "visual-genome", "nlvr2", "visdial"),
+        help="karpathy (COCO, Flickr30k), coco (also NoCaps), vqa (v2), visual-genome, nlvr2 or visdial (1.0); the "
+             "first three and nlvr2 also as beside the published BLIP")
     add("files", nargs="+", metavar="FILE", help="as published; vqa: questions and annotations, a test set's questions "
-                                                 "alone; visual-genome: question_answers.json image_data.json")
+                                                 "alone; visual-genome: question_answers.json image_data.json; "
+                                                 "visdial: dialogues, perhaps dense annotations too")
     add("--output", required=True, metavar="FILE.jsonl", help="annotations.jsonl in the folder of images")
     add("--split", type=str | None, help="give this to rows that have no split of their own")
     add("--prefix", default="", metavar="FOLDER", help="put before every image: its folder's place below that")

@@ -70,6 +70,13 @@ def _vqa_arguments(parser: ArgumentParser) -> None:
         help="write the test server's list of question_id and answer; rows need a question_id")
 
 
+def _visdial_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--caption-in", choices=("attention", "text"), default="attention",
+                        help="where the image's caption stands: in the cross-attention beside the image, as in the "
+                             "paper, or in the text before the history, for models whose images and texts differ in "
+                             "width or that were not trained on dialogues")
+
+
 def _run(args: Namespace) -> None:
     from blip_fast.data.annotated import annotated_images
     from blip_fast.ranks import torchrun_ranks
@@ -167,6 +174,15 @@ def _nlvr2(args: Namespace, images: list[AnnotatedImage], ranks: Ranks) -> dict[
         return evaluate_pairs(reasoner, images, track=track, ranks=ranks)
 
 
+def _visdial(args: Namespace, images: list[AnnotatedImage], ranks: Ranks) -> dict[str, Any]:
+    from blip_fast.evaluation import evaluate_dialogues
+    from blip_fast.tasks.dialog import DialogRanker
+
+    ranker = DialogRanker.from_pretrained(args.model, **model_options(args))
+    with _progress(ranks) as (track, _):
+        return evaluate_dialogues(ranker, images, caption_in=args.caption_in, track=track, ranks=ranks)
+
+
 @contextmanager
 def _progress(ranks: Ranks) -> Iterator[tuple[Callable[[Iterable[Any]], Iterable[Any]], Callable[[int, int], None]]]:
     """Bars on the first rank's terminal, its error stream: (wraps the images, is told of re-ranked pairs)."""
@@ -220,10 +236,12 @@ TASKS = {
                  "--model Salesforce/blip-vqa-base --data vqa --split val --answers answer_list.json", shared=True),
     "nlvr2": _Task("whether sentences are true of pairs of images", lambda parser: None, _nlvr2,
                    "--model model_base_nlvr.pth --tokenizer bert-base-uncased --data nlvr2 --split dev", shared=True),
+    "visdial": _Task("answers ranked in dialogues, by VisDial's measures", _visdial_arguments, _visdial,
+                     "--model models/visdial --data visdial --split val", shared=True),
 }
 
 COMMAND = Command(
-    help="measure a model: retrieval, captions, answers (VQA), pairs (NLVR2)",
+    help="measure a model: retrieval, captions, answers (VQA), pairs (NLVR2), dialogues (VisDial)",
     example="blip-fast evaluate retrieval --model Salesforce/blip-itm-base-flickr --data flickr8k --top-k 128 --json",
     arguments=_arguments,
     run=_run,

@@ -59,8 +59,10 @@ def read_annotations(path: str | Path) -> list[dict[str, Any]]:
     A row has `image`, a path, and `caption`, or in JSONL `captions`, a list; where wanted `split`, an integer `id` and
     whatever else. It is given back with `captions` as a list, perhaps an empty one, and all else as it was. In JSONL a
     row may ask instead (VQA: `question`, and `answers` as a list of votes, an object of weights, or null in a test set
-    that keeps them), or tell whether its caption is true of two images (NLVR2: `image`, `second_image` and `label`,
-    true or false).
+    that keeps them), tell whether its caption is true of two images (NLVR2: `image`, `second_image` and `label`, true
+    or false), or hold a dialogue (VisDial: `dialog`, a list of rounds with `question`, `answer`, which the last may
+    lack, and where answers are to be ranked `candidates`, `right`, the place of the one that was given, and
+    `relevance`, a number for each).
 
     Raises FileNotFoundError, and ValueError that names the first row that is not understood.
     """
@@ -107,6 +109,10 @@ def _row(row: Any, where: str) -> dict[str, Any]:
                          "of texts and their weights above 0, or null")
     if "second_image" in row and not (isinstance(row["second_image"], str) and isinstance(row.get("label"), bool)):
         raise ValueError(f'{where}: a "second_image" (a path) needs a "label", true or false')
+    if "dialog" in row and not _has_rounds(row["dialog"]):
+        raise ValueError(f'{where}: a "dialog" needs rounds, each with a "question" and, but for the last, an "answer" '
+                         '(texts); "candidates" are a list of texts, "right" is a place in it, "relevance" a number of '
+                         "0 or more for each")
     return {**row, "captions": captions}
 
 
@@ -118,6 +124,24 @@ def _has_answers(row: dict[str, Any]) -> bool:
     return (isinstance(row["question"], str) and isinstance(answers, list | dict) and len(answers) > 0
             and all(isinstance(answer, str) for answer in answers)
             and all(isinstance(weight, int | float) and weight > 0 for weight in weights))
+
+
+def _has_rounds(dialog: Any) -> bool:
+    if not isinstance(dialog, list) or not dialog:
+        return False
+    return all(isinstance(one, dict) and isinstance(one.get("question"), str)
+               and isinstance(one.get("answer", None if i < len(dialog) - 1 else ""), str)
+               and _has_candidates(one) for i, one in enumerate(dialog))
+
+
+def _has_candidates(one: dict[str, Any]) -> bool:
+    candidates = one.get("candidates", [])
+    if not isinstance(candidates, list) or not all(isinstance(candidate, str) for candidate in candidates):
+        return False
+    right, relevance = one.get("right", 0), one.get("relevance", [0] * len(candidates))
+    return (isinstance(right, int) and (0 <= right < len(candidates) or "right" not in one)
+            and isinstance(relevance, list) and len(relevance) == len(candidates)
+            and all(isinstance(value, int | float) and value >= 0 for value in relevance))
 
 
 def _of_folder(folder: Path) -> Iterator[AnnotatedImage]:

@@ -174,6 +174,45 @@ def nlvr2_rows(path: Path) -> Iterator[Row]:
         yield {"image": first, "second_image": second, **row, "sentence_id": f"{subset}-{number}-{sentence}"}
 
 
+def visdial_rows(dialogues: Path, dense: Path | None = None) -> Iterator[Row]:
+    """VisDial 1.0's `visdial_1.0_val.json`, perhaps with `visdial_1.0_val_dense_annotations.json`, or its test set: an
+    image, its caption and `dialog`, the rounds as `read_annotations` wants them. Its training set is on COCO's images
+    without saying in which of their folders, and is refused."""
+    content = _load(dialogues)
+    content = content if isinstance(content, dict) else {}
+    split = _get(content, "split", str, str(dialogues))
+    data: Row = content["data"] if isinstance(content.get("data"), dict) else {}
+    if split not in ("val", "test"):
+        raise ValueError(f"{dialogues} is VisDial's split {split!r}, whose images it does not place: take val or test")
+    relevance = {} if dense is None else {
+        (_get(entry, "image_id", int, where), _get(entry, "round_id", int, where)):
+            _get(entry, "gt_relevance", list, where) for entry, where in _each(_load(dense), dense)}
+    for entry, where in _entries(data, "dialogs", dialogues):
+        image, rounds = _get(entry, "image_id", int, where), []
+        dialog = _each(_get(entry, "dialog", list, where), dialogues, f" of the dialogue about image {image}")
+        for number, (asked, place) in enumerate(dialog, 1):
+            one: Row = {"question": _numbered(data, "questions", asked.get("question"), place)}
+            if "answer" in asked:
+                one["answer"] = _numbered(data, "answers", asked["answer"], place)
+            if "answer_options" in asked:
+                options = _get(asked, "answer_options", list, place)
+                one["candidates"] = [_numbered(data, "answers", option, place) for option in options]
+            one |= {"right": asked["gt_index"]} if "gt_index" in asked else {}
+            one |= {"relevance": relevance[image, number]} if (image, number) in relevance else {}
+            rounds.append(one)
+        folder = f"VisualDialog_{split}2018"
+        yield {"image": f"{folder}/{folder}_{image:012d}.jpg", "captions": [_get(entry, "caption", str, where)],
+               "split": split, "id": image, "dialog": rounds}
+
+
+def _numbered(data: Row, key: str, number: Any, where: str) -> str:
+    """The text that VisDial names by its place in a list."""
+    texts = data.get(key)
+    if not isinstance(texts, list) or not isinstance(number, int) or not 0 <= number < len(texts):
+        raise ValueError(f'{where} names {number!r} of "{key}", which is not there')
+    return texts[number]
+
+
 def _load(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -219,4 +258,5 @@ FORMATS = {
     "vqa": Format("QUESTIONS ANNOTATIONS, QUESTIONS of a test set, or FILE of the published BLIP", vqa_rows, most=2),
     "visual-genome": Format("question_answers.json image_data.json", visual_genome_rows, least=2, most=2),
     "nlvr2": Format("FILE as published, or the published BLIP's", nlvr2_rows),
+    "visdial": Format("DIALOGUES, or DIALOGUES DENSE_ANNOTATIONS", visdial_rows, most=2),
 }
