@@ -68,5 +68,6 @@ def torchrun_ranks() -> Iterator[Ranks]:
     dist.init_process_group("gloo")  # results are objects, in host memory
     try:
         yield Ranks(dist.get_rank(), count)
+        dist.barrier()  # none leaves while another still hears from it
     finally:
         dist.destroy_process_group()
