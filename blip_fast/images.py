@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -60,6 +60,16 @@ ImageSource = str | Path | bytes | Image.Image | np.ndarray | Tensor | StoredIma
 
 class ImageError(ValueError):
     """An image that cannot be read; the message names it and says why."""
+
+
+Result = TypeVar("Result")
+
+
+def unless_error(result: Result | ImageError) -> Result:
+    """What was made of an image, or raise the error that stands in its place."""
+    if isinstance(result, ImageError):
+        raise result
+    return result
 
 
 def load_image(source: ImageSource, name: str | None = None) -> Image.Image:

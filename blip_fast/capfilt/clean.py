@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from blip_fast.generate import GenerationConfig
-from blip_fast.images import ImageError
+from blip_fast.images import ImageError, unless_error
 from blip_fast.tasks.caption import BATCH, PROMPT, Caption, Captioner
 from blip_fast.tasks.match import MAX_TOKENS, Matcher, MatchScores, image_of_each
 from blip_fast.tokenizer import clean_caption
@@ -123,9 +123,7 @@ def capfilt_batch(captioner: Captioner, matcher: Matcher, batch: WebBatch, confi
     images = map(WebImage, batch.names, batch.pixels, batch.captions)
     rows: list[CapFiltRow] = []
     for _, found in capfilt_stream(captioner, matcher, images, config, batch_size=max(1, len(batch.names))):
-        if isinstance(found, ImageError):
-            raise found
-        rows += found
+        rows += unless_error(found)
     return rows
 
 

@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from blip_fast.commands import Command
 from blip_fast.commands.model_options import add_model_options, model_options
+from blip_fast.commands.sharing import add_sharing_options
 
 if TYPE_CHECKING:
     from blip_fast.capfilt.clean import CapFiltConfig
@@ -53,14 +54,8 @@ def _arguments(parser: ArgumentParser) -> None:
                                                "or [CLS]")
     add("--batch-size", type=int, default=16, help="images at a time")
     add("--json", action="store_true", help="print what was written as one JSON object")
-    add("--shard", default="0/1", metavar="I/N",
-        help="do the I-th of N parts, for N machines with the same arguments; tars are dealt whole. Who ends last "
-             "writes shards.json and the report")
-    add("--ray", nargs="?", const="", default=None, metavar="ADDRESS",
-        help="spread the work over a Ray cluster (default: that of RAY_ADDRESS or of this machine); write it behind "
-             "the shards, or as --ray=ADDRESS")
-    add("--cache", default="~/.cache/blip_fast/shards", metavar="DIR", help="where tars under URLs are kept")
-    add("--cache-gb", type=float, default=100.0, help="its limit")
+    add_sharing_options(parser, "for N machines with the same arguments; tars are dealt whole. Who ends last writes "
+                                "shards.json and the report", "shards")
 
 
 def _run(args: Namespace) -> int:

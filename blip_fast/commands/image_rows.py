@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
+from blip_fast.commands.sharing import add_sharing_options
+
 if TYPE_CHECKING:
     from blip_fast.commands.inputs import Share
     from blip_fast.commands.jsonl import DoneRows, JsonLines
@@ -40,14 +42,8 @@ def add_image_options(parser: ArgumentParser, listed: str = "one a line") -> Non
     add("--batch-size", type=int, default=16, help="images at a time")
     add("--output", type=str | None, metavar="FILE.jsonl", help="write JSON lines here instead of printing")
     add("--resume", action="store_true", help="with --output: go on with the file, leave out images that it holds")
-    add("--shard", default="0/1", metavar="I/N",
-        help="do the I-th of N parts, for N machines that see the same files: images are dealt one by one, tars under "
-             "URLs whole")
-    add("--ray", nargs="?", const="", default=None, metavar="ADDRESS",
-        help="spread the work over a Ray cluster (default: that of RAY_ADDRESS or of this machine); write it behind "
-             "the images, or as --ray=ADDRESS")
-    add("--cache", default="~/.cache/blip_fast/shards", metavar="DIR", help="where tars under URLs are kept")
-    add("--cache-gb", type=float, default=100.0, help="its limit")
+    add_sharing_options(parser, "for N machines that see the same files: images are dealt one by one, tars under URLs "
+                                "whole", "images")
 
 
 def run_images(args: Namespace, make_worker: Callable[[], Worker], lines: Callable[[Row], Iterable[str]]) -> int:

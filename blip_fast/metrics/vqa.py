@@ -54,7 +54,8 @@ def vqa_accuracy(answer: str, votes: Sequence[str]) -> float:
     """
     if len(votes) != VOTES:
         raise ValueError(f"VQA's accuracy is defined by {VOTES} human answers a question, got {len(votes)}")
-    equal = [normalised_answer(vote) == normalised_answer(answer) for vote in votes]
+    said = normalised_answer(answer)
+    equal = [normalised_answer(vote) == said for vote in votes]
     return sum(min(1.0, (sum(equal) - left_out) / AGREEING) for left_out in equal) / VOTES
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from blip_fast.generate import Generated, GenerationConfig, Request, generate_stream
-from blip_fast.images import ImageError, ImageSource, name_of
+from blip_fast.images import ImageError, ImageSource, name_of, unless_error
 from blip_fast.inference import PACKED_TOGETHER, encode_images, evaluated
 from blip_fast.model import BlipModel
 from blip_fast.stream import in_order, read_ahead
@@ -109,7 +109,7 @@ class Captioner(PretrainedTask):
             raise ValueError(f"{len(sources)} images but {len(prompts)} prompts: pass one for all or one for each")
         stream = self.stream(zip(sources, prompts, strict=True), "", generation, banned=banned,
                              strip_prompt=strip_prompt, batch_size=batch_size)
-        return [_unless_error(captioned.result) for captioned in stream]
+        return [unless_error(captioned.result) for captioned in stream]
 
     def stream(self, images: Iterable[ImageSource | tuple[ImageSource, str]], prompt: str = PROMPT,
                generation: GenerationConfig = CAPTIONING, *, banned: Sequence[str] = (), strip_prompt: bool = False,
@@ -158,7 +158,7 @@ class Captioner(PretrainedTask):
         """Caption one batch of images after the evaluation transform, float [images, 3, image_size, image_size]."""
         results = self.stream_pixels(pixels, prompt, generation, strip_prompt=strip_prompt,
                                      batch_size=max(1, len(pixels)))
-        return [_unless_error(result) for result in results]
+        return [unless_error(result) for result in results]
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """[DEC] and the prompt's tokens; "" is no prompt."""
@@ -230,12 +230,6 @@ def _place(captioned: Captioned) -> int:
 def _drained(refused: deque[Captioned]) -> Iterator[Captioned]:
     while refused:
         yield refused.popleft()
-
-
-def _unless_error(result: Caption | ImageError) -> Caption:
-    if isinstance(result, ImageError):
-        raise result
-    return result
 
 
 def _too_long(prompt_ids: Sequence[int], generation: GenerationConfig) -> str | None:

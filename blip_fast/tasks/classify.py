@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blip_fast.images import ImageError, ImageSource, name_of
+from blip_fast.images import ImageError, ImageSource, name_of, unless_error
 from blip_fast.inference import encode_images, evaluating
 from blip_fast.model import BlipModel
 from blip_fast.stream import read_ahead
@@ -72,7 +72,7 @@ class Classifier(PretrainedTask):
             ValueError: as `labels` and `stream`.
         """
         stream = self.stream(as_sources(images), self.labels(labels, templates), top_k=top_k, batch_size=batch_size)
-        return [_unless_error(classified.result) for classified in stream]
+        return [unless_error(classified.result) for classified in stream]
 
     def labels(self, labels: Sequence[str], templates: Sequence[str] = TEMPLATES) -> Labels:
         """Encode a list of labels, once for all images.
@@ -139,9 +139,3 @@ class Classifier(PretrainedTask):
             found = iter(self.classify_pixels(torch.stack(pixels), labels, top_k) if pixels else ())
             for name, seen in batch:
                 yield Classified(name, seen if isinstance(seen, ImageError) else next(found))
-
-
-def _unless_error(result: list[ScoredLabel] | ImageError) -> list[ScoredLabel]:
-    if isinstance(result, ImageError):
-        raise result
-    return result
