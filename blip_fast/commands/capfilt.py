@@ -95,7 +95,7 @@ def _config(args: Namespace) -> CapFiltConfig:
 
 def _clean(args: Namespace, config: CapFiltConfig, folder: CleanFolder, every: Sequence[Tar], share: Share) -> int:
     """Clean the share's shards that are left; end the run if these were the last."""
-    from blip_fast.commands.progress import Stopped, progress_bar
+    from blip_fast.commands.progress import exit_status, progress_bar
 
     mine = [(number, tar) for number, tar in enumerate(every) if share.holds(number)]
     left = [(number, tar) for number, tar in mine if not folder.is_done(number)]
@@ -117,7 +117,7 @@ def _clean(args: Namespace, config: CapFiltConfig, folder: CleanFolder, every: S
                 advance()
     except KeyboardInterrupt as stop:
         print(f"blip-fast: interrupted after {done} shards; the same command with --resume goes on", file=sys.stderr)
-        return 143 if isinstance(stop, Stopped) else 130
+        return exit_status(stop)
     _end(args, folder, len(every))
     return 1 if failed else 0
 

@@ -84,7 +84,7 @@ def named(image: str, prompt: str | None) -> Row:
 
 
 def _run_all(args: Namespace, make_worker: Callable[[], Worker], share: Share, report: _Report) -> int:
-    from blip_fast.commands.progress import Stopped, progress_bar
+    from blip_fast.commands.progress import exit_status, progress_bar
 
     output = report.output
     work = _left(args, share, output)
@@ -104,7 +104,7 @@ def _run_all(args: Namespace, make_worker: Callable[[], Worker], share: Share, r
     except KeyboardInterrupt as stop:
         where = "" if output is None else f"; {output.path} is whole: the same command with --resume goes on with it"
         print(f"blip-fast: interrupted after {report.rows:,} images{where}", file=sys.stderr)
-        return 143 if isinstance(stop, Stopped) else 130
+        return exit_status(stop)
     finally:
         report.print_errors()
     return 1 if report.reasons else 0

@@ -13,6 +13,11 @@ class Stopped(KeyboardInterrupt):
     """SIGTERM; SIGINT is a plain KeyboardInterrupt."""
 
 
+def exit_status(stop: KeyboardInterrupt) -> int:
+    """Of a run that a signal ended: 128 and the signal's number."""
+    return 143 if isinstance(stop, Stopped) else 130
+
+
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
     """Inside, SIGTERM raises `Stopped` in the main thread, as Ctrl-C raises KeyboardInterrupt."""
