@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TypeVar
 
 import torch
@@ -65,6 +66,9 @@ def torchrun_ranks() -> Iterator[Ranks]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # These functions keep the group that exists when they are first imported (by torchao, say), and with it gloo's
+    # threads: a process that ends while those run can abort (pytorch issue 190489).
+    import_module("torch.distributed.nn.functional")
     dist.init_process_group("gloo")  # results are objects, in host memory
     try:
         yield Ranks(dist.get_rank(), count)
