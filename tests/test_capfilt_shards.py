@@ -1,10 +1,7 @@
-"""`blip-fast capfilt`: shards in, shards out; killed and resumed, shared out, on Ray, with broken images among them."""
+"""`blip-fast capfilt`: what shards become, what is read and what is refused."""
 
 import io
 import json
-import signal
-import subprocess
-import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -14,50 +11,37 @@ import numpy as np
 import odd_files
 import pytest
 import torch
-from hf_models import save_model, small_tokenizer
+from capfilt_runs import (
+    CAPTIONS,
+    IMAGES,
+    SHARDS,
+    arguments,
+    contents,
+    picture,
+    samples_of,
+    save_models,
+    save_shards,
+    texts_of,
+)
 
 from blip_fast.capfilt.clean import NUCLEUS
-from blip_fast.capfilt.shard import clean_shard
 from blip_fast.cli import main
-from blip_fast.data.shards import INDEX, Sample, iterate, read_index, write_shards
+from blip_fast.data.shards import INDEX, iterate, read_index
 from blip_fast.generate import GenerationConfig
 from blip_fast.images import load_image
 from blip_fast.tasks.caption import Captioner
 from blip_fast.tasks.match import Matcher
 from blip_fast.tokenizer import clean_caption
 
-pq = pytest.importorskip("pyarrow.parquet", reason="capfilt needs the extra `capfilt`")
-pytest.importorskip("nvidia.nvimgcodec", reason="packing needs the extra `train`")
-
-CAPTIONS = [["two dogs run over the green grass"], [], ["a man rides a horse", "a red ball"], ["people eat!"], ["..."]]
-SHARDS, IMAGES = 3, 5  # of each shard
-SHORT = ("--max-length", "10", "--batch-size", "2")
-
-
-def picture(number: int) -> bytes:
-    return odd_files.encoded(odd_files.picture(60, 40, seed=number), "JPEG")
-
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
-    directory, tokenizer = tmp_path_factory.mktemp("models"), small_tokenizer()
-    save_model("BlipForConditionalGeneration", tokenizer, directory / "captioner", sep_bias=4.0, seed=2)
-    save_model("BlipForImageTextRetrieval", tokenizer, directory / "filter", seed=3)
-    return directory
+    return save_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("shards") / "web"
-    samples = (Sample(f"{i:03d}", picture(i), {"image": f"images/{i}.jpg", "captions": CAPTIONS[i % IMAGES], "note": i})
-               for i in range(SHARDS * IMAGES))
-    write_shards(samples, directory, samples_per_shard=IMAGES)
-    return directory
-
-
-def arguments(models: Path, *more: object) -> list[str]:
-    return ["capfilt", "--captioner", str(models / "captioner"), "--filter", str(models / "filter"), *SHORT,
-            *map(str, more)]
+    return save_shards(tmp_path_factory.mktemp("shards") / "web")
 
 
 @pytest.fixture(scope="module")
@@ -66,20 +50,6 @@ def whole(models, shards, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("whole") / "clean"
     assert main(arguments(models, shards, "--output", output)) == 0
     return output
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """All files but locks and what names the run's own folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.suffix != ".lock"}
-
-
-def texts_of(folder: Path) -> list[dict]:
-    return pq.read_table(folder / "texts").to_pylist()
-
-
-def samples_of(folder: Path) -> list[Sample]:
-    return [sample for part in (folder, folder / "dropped") for sample in iterate(part)]
 
 
 def test_texts_scores_and_verdicts_equal_those_made_one_at_a_time(models, shards, whole):
@@ -149,126 +119,6 @@ def test_the_best_of_several_captions(models, shards, tmp_path):
             (caption,) = captioner(sample.image, "a picture of", GenerationConfig(beams=2, max_length=10, min_length=5),
                                    strip_prompt=True)
             assert made[name] == caption.caption
-
-
-# ---------------------------------------------------------------- restarts and shares
-
-
-# Counts what changes the folder, members of tars and renames, and dies in front of one of them.
-DYING = """
-import os, signal, sys
-from pathlib import Path
-from webdataset.writer import TarWriter
-
-left = int(sys.argv[1])
-
-def dying(method):
-    def call(*arguments):
-        global left
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return method(*arguments)
-    return call
-
-Path.replace, TarWriter.write = dying(Path.replace), dying(TarWriter.write)
-from blip_fast.capfilt.shard import clean_shard
-from blip_fast.cli import main
-main(sys.argv[2:])
-"""
-
-
-def test_killed_five_times_and_resumed(models, shards, whole, tmp_path):
-    """SIGKILL within the first tar; within the second, behind the first's mark; in front of renames of the second's
-    tar, texts and mark: the files of an undisturbed run."""
-    output = tmp_path / "killed"
-    command = arguments(models, shards, "--output", output, "--resume")
-    marks = []
-    for moment in (4, 13, 6, 10, 11):
-        process = subprocess.run([sys.executable, "-c", DYING, str(moment), *command], capture_output=True)
-        assert process.returncode == -signal.SIGKILL, process.stderr
-        marks.append(len(list((output / "done").glob("*.json"))))
-        assert not (output / INDEX).exists()
-    assert marks == sorted(marks) and marks[:2] == [0, 1]
-    assert any(path.suffix == ".part" for path in output.rglob("*"))
-    assert main(command) == 0
-    assert contents(output) == contents(whole)
-
-
-def test_an_interrupted_run_says_how_to_go_on(models, shards, whole, tmp_path, monkeypatch, capsys):
-    def interrupted(tar, number, *more):
-        if number == 1:
-            raise KeyboardInterrupt
-        return clean_shard(tar, number, *more)
-
-    monkeypatch.setattr("blip_fast.capfilt.shard.clean_shard", interrupted)
-    assert main(arguments(models, shards, "--output", tmp_path / "clean")) == 130
-    assert "interrupted after 1 shards; the same command with --resume goes on" in capsys.readouterr().err
-    monkeypatch.undo()
-    assert main(arguments(models, shards, "--output", tmp_path / "clean", "--resume")) == 0
-    assert contents(tmp_path / "clean") == contents(whole)
-
-
-@pytest.mark.parametrize("finished", [0, 1, 2])
-def test_every_half_written_shard_is_done_again(models, shards, whole, tmp_path, finished):
-    """What a kill can leave, made by hand: some files of a shard are there, its mark is not."""
-    output = tmp_path / "half"
-    assert main(arguments(models, shards, "--output", output)) == 0
-    (output / INDEX).unlink()
-    (output / "done" / f"{finished:06d}.json").unlink()
-    (output / "texts" / f"{finished:06d}.parquet").write_bytes(b"PAR1")
-    (output / f"{finished:06d}.tar.77.part").write_bytes(b"cut short")
-    assert main(arguments(models, shards, "--output", output, "--resume")) == 0
-    assert contents(output) == contents(whole)
-
-
-def test_finished_shards_are_left_alone(models, shards, whole, tmp_path, capsys):
-    output = tmp_path / "twice"
-    assert main(arguments(models, shards, "--output", output)) == 0
-    tars = {path: path.stat().st_mtime_ns for path in output.rglob("*.tar")}
-    assert main(arguments(models, shards, "--output", output)) == 2
-    assert "holds finished shards: go on with them (--resume)" in capsys.readouterr().err
-    assert main(arguments(models, shards, "--output", output, "--resume")) == 0
-    assert {path: path.stat().st_mtime_ns for path in output.rglob("*.tar")} == tars
-    assert contents(output) == contents(whole)
-    assert main(arguments(models, shards, "--output", output, "--resume", "--threshold", 0.6)) == 2
-    assert "other options (threshold was 0.5, is 0.6)" in capsys.readouterr().err
-
-
-def test_other_weights_are_refused(models, shards, tmp_path, capsys):
-    output = tmp_path / "clean"
-    own = tmp_path / "models"
-    save_model("BlipForConditionalGeneration", small_tokenizer(), own / "captioner", sep_bias=4.0, seed=2)
-    save_model("BlipForImageTextRetrieval", small_tokenizer(), own / "filter", seed=3)
-    assert main(arguments(own, shards, "--output", output, "--shard", "0/3")) == 0
-    save_model("BlipForImageTextRetrieval", small_tokenizer(), own / "filter", seed=4)
-    assert main(arguments(own, shards, "--output", output, "--resume")) == 2
-    assert "other weights" in capsys.readouterr().err
-
-
-def test_shares_together_are_the_whole(models, shards, whole, tmp_path, capsys):
-    output = tmp_path / "shared"
-    for i in (1, 0):
-        assert not (output / INDEX).exists()
-        assert main(arguments(models, shards, "--output", output, "--shard", f"{i}/2")) == 0
-        if i:
-            assert "1 of 3 shards are done" in capsys.readouterr().err
-            assert [path.name for path in sorted((output / "done").iterdir())] == ["000001.json"]
-    assert contents(output) == contents(whole)
-
-
-def test_ray_gives_the_same_folder(models, shards, whole, tmp_path):
-    pytest.importorskip("ray", reason="--ray needs the extra `scale`")
-    output = tmp_path / "ray"
-    assert main(arguments(models, shards, "--output", output, "--ray=local")) == 0
-    assert contents(output) == contents(whole)
-
-
-def test_without_ray_there_is_one_clear_line(models, shards, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "ray", None)
-    assert main(arguments(models, shards, "--output", tmp_path / "ray", "--ray")) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "ray" in said
 
 
 # ---------------------------------------------------------------- what is read
