@@ -51,7 +51,10 @@ def frame_places(frames: int, wanted: int) -> list[int]:
 
 
 def video_pixels(path: str | Path, frames: int, image_size: int, name: str | None = None) -> Tensor:
-    """`read_frames` → float32 [frames, 3, image_size, image_size], after the evaluation transform."""
+    """`read_frames` → float32 [frames, 3, image_size, image_size], after the evaluation transform.
+
+    Several of them stacked are what `Matcher.score_pixels`, `Answerer.answer_pixels` and `retrieve` take for images.
+    """
     return evaluation_transform(read_frames(path, frames, name), image_size)
 
 

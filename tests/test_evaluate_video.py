@@ -14,9 +14,10 @@ from reference import tasks
 from reference.samples import SMALL, roughened
 
 from blip_fast.cli import main
-from blip_fast.data.annotated import annotated_images
+from blip_fast.data.annotated import AnnotatedImage, annotated_images
 from blip_fast.data.clips import DIRECTIONS, write_clips
 from blip_fast.data.scenes import VOCABULARY
+from blip_fast.data.tars import LocalTar
 from blip_fast.data.videos import as_videos
 from blip_fast.evaluation import evaluate_retrieval
 from blip_fast.generate import GenerationConfig
@@ -205,3 +206,5 @@ def test_what_is_refused(matching, folder, tmp_path, capsys):
         assert main(["evaluate", "video-retrieval", *matching[1], *arguments]) == 2
         error = capsys.readouterr().err
         assert said in error and error.count("\n") == 1
+    with pytest.raises(ValueError, match="a lies in packed shards, which hold images alone"):
+        as_videos([AnnotatedImage("a", LocalTar(tmp_path), 0, 1, captions=[], row={})], 8)

@@ -78,6 +78,13 @@ def test_frames_of_equal_times_are_counted(tmp_path):
     assert numbers(path, 8) == frame_places(40, 8)
 
 
+def test_frames_before_the_beginning_do_not_count(tmp_path):
+    """Cut without encoding anew: an edit list hides five frames, which the decoder still needs."""
+    path = encode(tmp_path / "a.mp4", 65, times=lambda time: time - 5, bf="0")
+    for wanted in (1, 8, 60):
+        assert numbers(path, wanted) == [place + 5 for place in frame_places(60, wanted)]
+
+
 def test_what_lies_between_is_not_decoded(tmp_path, monkeypatch):
     decoded = []
 

@@ -197,13 +197,13 @@ def _visdial(args: Namespace, images: list[AnnotatedImage], ranks: Ranks) -> dic
 def _video_retrieval(args: Namespace, images: list[AnnotatedImage], ranks: Ranks) -> dict[str, Any]:
     from blip_fast.data.videos import as_videos
 
-    return {"frames": args.frames, **_retrieval(args, [*as_videos(images, args.frames)], ranks)}
+    return {"frames": args.frames, **_retrieval(args, as_videos(images, args.frames), ranks)}
 
 
 def _video_qa(args: Namespace, images: list[AnnotatedImage], ranks: Ranks) -> dict[str, Any]:
     from blip_fast.data.videos import as_videos
 
-    figures = _vqa(args, [*as_videos(images, args.frames)], ranks)
+    figures = _vqa(args, as_videos(images, args.frames), ranks)
     return {"frames": args.frames, "accuracy": figures["commonest_answer"]}
 
 

@@ -25,7 +25,7 @@ class AnnotatedVideo(AnnotatedImage):
         return video_pixels(self.where, self.frames, image_size, name or self.name)
 
 
-def as_videos(images: Sequence[AnnotatedImage], frames: int) -> list[AnnotatedVideo]:
+def as_videos(images: Sequence[AnnotatedImage], frames: int) -> list[AnnotatedImage]:
     """The same rows, with that many frames of each video.
 
     Raises:
