@@ -50,6 +50,10 @@ class StoredImage:
         """Raises ImageError for an image that cannot be read."""
         return load_image(self)
 
+    def pixels(self, image_size: int, name: str | None = None) -> Tensor:
+        """As `image_pixels`."""
+        return evaluation_transform([load_image(self, name)], image_size)[0]
+
     def read(self) -> bytes:
         """The encoded image. Raises OSError where it cannot be read."""
         return self.where.read_bytes() if isinstance(self.where, Path) else self.where.read(self.start, self.size)
@@ -121,7 +125,8 @@ def name_of(source: ImageSource, otherwise: str = "image") -> str:
 
 
 def image_pixels(source: ImageSource, image_size: int, name: str | None = None) -> Tensor:
-    """Any image → float32 [3, image_size, image_size], after the evaluation transform.
+    """Any image → float32 [3, image_size, image_size], after the evaluation transform; a video that is not read yet
+    (`data/videos.py`) → [frames, 3, image_size, image_size].
 
     A floating-point tensor of that shape is taken to be there already.
 
@@ -131,6 +136,8 @@ def image_pixels(source: ImageSource, image_size: int, name: str | None = None) 
     """
     if isinstance(source, Tensor) and source.is_floating_point():
         return _checked_pixels(source, image_size, name or "image")
+    if isinstance(source, StoredImage):
+        return source.pixels(image_size, name)
     return evaluation_transform([load_image(source, name)], image_size)[0]
 
 

@@ -50,14 +50,15 @@ def encode_images(model: BlipModel, images: Tensor | Iterable[Tensor]) -> Iterat
 
     Args:
         images: [N, 3, image_size, image_size], which is cut into batches, or batches of any lengths; empty ones are
-            left out.
+            left out. Videos are [N, frames, 3, image_size, image_size].
 
     Yields:
-        [batch, tokens, vision width].
+        [batch, tokens, vision width], of videos [batch, frames × tokens, vision width], frame after frame.
     """
     like = model.vision.cls_token
     for batch in images.split(IMAGE_BATCH) if isinstance(images, Tensor) else images:
         if len(batch):
             together = len(batch) if like.device.type != "cpu" else PACKED_TOGETHER if is_packed(model) else 1
-            pixels = batch.to(like.device, like.dtype)
-            yield torch.cat([model.encode_images(some) for some in pixels.split(together)])
+            pixels = batch.to(like.device, like.dtype).flatten(0, -4)
+            embeds = torch.cat([model.encode_images(some) for some in pixels.split(together)])
+            yield embeds.view(len(batch), -1, embeds.shape[-1])

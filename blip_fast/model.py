@@ -109,9 +109,11 @@ class BlipModel(nn.Module):
         return self.vision(pixels)
 
     def image_features(self, image_embeds: Tensor) -> Tensor:
-        """[images, tokens, vision width] → unit vectors [images, embed_dim] for ITC, float32."""
+        """[images, tokens, vision width] → unit vectors [images, embed_dim] for ITC, float32; a video, which has the
+        tokens of frame after frame, has that of the mean over its frames."""
         self._require("contrastive")
-        return F.normalize(self.vision_projection(image_embeds[:, 0]).float(), dim=-1)
+        cls_rows = image_embeds[:, :: self.config.vision.tokens]
+        return F.normalize(self.vision_projection(cls_rows).float().mean(dim=1), dim=-1)
 
     def text_features(self, texts: PackedTexts) -> Tensor:
         """Texts that start with [CLS] → unit vectors [texts, embed_dim] for ITC, float32."""

@@ -124,6 +124,33 @@ def test_nlvr2(tmp_path):
         {"image": "dev/x-img0.png", "second_image": "dev/x-img1.png", "caption": "A dog.", "label": True}]
 
 
+def test_msrvtt(tmp_path):
+    """The CSV of the 1k-A test, and captions that stand one by one, in any order."""
+    lines = 'key,vid_key,video_id,sentence\nret0,msr9770,video9770,"a person, connecting"\nret1,msr1,video1,a dog\n'
+    assert rows("msrvtt", written(tmp_path / "MSRVTT_JSFUSION_test.csv", lines), prefix="videos") == [
+        {"image": "videos/video9770.mp4", "captions": ["a person, connecting"], "id": 0},
+        {"image": "videos/video1.mp4", "captions": ["a dog"], "id": 1}]
+    said = [{"caption": "one", "clip_name": "video7", "retrieval_key": "ret1"},
+            {"caption": "two", "clip_name": "video8", "sen_id": 0}, {"caption": "three", "clip_name": "video7"}]
+    listed = written(tmp_path / "msrvtt_test.jsonl", "".join(json.dumps(entry) + "\n" for entry in said))
+    assert rows("msrvtt", listed) == [{"image": "video7.mp4", "captions": ["one", "three"], "id": 0},
+                                      {"image": "video8.mp4", "captions": ["two"], "id": 1}]
+
+
+def test_questions_about_videos(tmp_path):
+    asked = written(tmp_path / "test_qa.json", [
+        {"answer": "couch", "category_id": 14, "id": 158581, "question": "what did he lie on?", "video_id": 6513}])
+    row = {"question": "what did he lie on?", "question_id": 158581, "answers": ["couch"]}
+    assert rows("msrvtt-qa", asked, split="test") == [{"split": "test", "image": "video6513.mp4", **row}]
+    names = written(tmp_path / "youtube_mapping.txt", "-4wsuPCjDBc_5_15 vid1\nmv89psg6zh4_33_46 vid6513\n")
+    assert rows("msvd-qa", asked, names, prefix="YouTubeClips") == [
+        {"image": "YouTubeClips/mv89psg6zh4_33_46.avi", **row}]
+    for content, said in (("a vid1\n", r"entry 1: vid6513 is not in .*mapping\.txt"),
+                          ("a vid1\n\n", r"mapping\.txt, line 2 is not a video's name and number")):
+        with pytest.raises(ValueError, match=said):
+            rows("msvd-qa", asked, written(tmp_path / "mapping.txt", content))
+
+
 @pytest.mark.parametrize(("name", "content", "said"), [
     ("karpathy", "{", "is no JSON in UTF-8"),
     ("karpathy", {"annotations": []}, 'has no list "images": it is of another format'),
@@ -140,6 +167,9 @@ def test_nlvr2(tmp_path):
     ("nlvr2", '{"sentence": "a", "label": "True", "identifier": "dev-1"}', "not SPLIT-SET-PAIR-SENTENCE"),
     ("nlvr2", '{"sentence": "a", "label": "True", "images": ["a.png"]}', "must be two paths"),
     ("nlvr2", '{"sentence": "a"}\n{', "row 2 is not JSON"),
+    ("msrvtt", '{"caption": "a"}', 'entry 1 has no "clip_name", a text'),
+    ("msrvtt-qa", [{"video_id": "video7"}], 'entry 1 has no "video_id", a whole number'),
+    ("msrvtt-qa", [{"video_id": 7, "question": "a?", "id": 1}], 'entry 1 has no "answer", a text'),
 ])
 def test_what_is_not_understood_is_named(tmp_path, name, content, said):
     path = written(tmp_path / "file.json", content)
@@ -149,7 +179,8 @@ def test_what_is_not_understood_is_named(tmp_path, name, content, said):
 
 
 def test_formats_and_files_that_are_not_there(tmp_path):
-    with pytest.raises(ValueError, match="karpathy, coco, vqa, visual-genome, nlvr2, visdial, got 'flickr'"):
+    with pytest.raises(ValueError, match="karpathy, coco, vqa, visual-genome, nlvr2, visdial, msrvtt, msrvtt-qa, "
+                                         "msvd-qa, got 'flickr'"):
         rows("flickr", "a.json")
     for name, files in (("karpathy", ["a", "b"]), ("nlvr2", []), ("visual-genome", ["a"])):
         with pytest.raises(ValueError, match=f"{name} takes {FORMATS[name].files[:4]}.*, got {len(files)} files"):

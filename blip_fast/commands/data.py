@@ -1,5 +1,5 @@
 """`blip-fast data`: pack images into the shards that training reads, turn published annotations into rows, or draw
-scenes to train and evaluate on."""
+scenes and clips to train and evaluate on."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ def _arguments(parser: ArgumentParser) -> None:
          "blip-fast data annotations karpathy dataset_coco.json --output coco/annotations.jsonl"),
         ("scenes", _scenes_arguments, "draw pictures with captions whose truth is known",
          "blip-fast data scenes scenes/train --count 20000 --noise 0.3"),
+        ("clips", _clips_arguments, "draw videos of moving things with captions, questions and answers",
+         "blip-fast data clips clips/ --count 200"),
     ):
         action = ArgumentParser(description=help, epilog=f"example: {example}", exit_on_error=False)
         add(action)
@@ -45,12 +47,14 @@ def _pack_arguments(parser: ArgumentParser) -> None:
 
 def _annotations_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("format", choices=("karpathy", "coco", "vqa", "visual-genome", "nlvr2", "visdial"),
-        help="karpathy (COCO, Flickr30k), coco (also NoCaps), vqa (v2), visual-genome, nlvr2 or visdial (1.0); the "
-             "first three and nlvr2 also as beside the published BLIP")
+    add("format", choices=("karpathy", "coco", "vqa", "visual-genome", "nlvr2", "visdial", "msrvtt",
+                            "msrvtt-qa", "msvd-qa"),
+        help="karpathy (COCO, Flickr30k), coco (also NoCaps), vqa (v2), visual-genome, nlvr2, visdial (1.0), or of "
+             "videos msrvtt, msrvtt-qa or msvd-qa; the first three, nlvr2 and msrvtt also as beside the published BLIP")
     add("files", nargs="+", metavar="FILE", help="as published; vqa: questions and annotations, a test set's questions "
                                                  "alone; visual-genome: question_answers.json image_data.json; "
-                                                 "visdial: dialogues, perhaps dense annotations too")
+                                                 "visdial: dialogues, perhaps dense annotations too; msvd-qa: "
+                                                 "questions and youtube_mapping.txt")
     add("--output", required=True, metavar="FILE.jsonl", help="annotations.jsonl in the folder of images")
     add("--split", type=str | None, help="give this to rows that have no split of their own")
     add("--prefix", default="", metavar="FOLDER", help="put before every image: its folder's place below that")
@@ -67,8 +71,20 @@ def _scenes_arguments(parser: ArgumentParser) -> None:
     add("--image-size", type=int, default=224, metavar="N", help="pixels a side")
 
 
+def _clips_arguments(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("folder", metavar="DIR", help="new folder for the MP4 files and their annotations.jsonl, and in it a folder "
+                                      "questions, whose annotations.jsonl asks about them")
+    add("--count", type=int, default=200, metavar="N", help="videos to draw")
+    add("--split", choices=("train", "test"), default="test",
+        help="test clips show combinations that train scenes and clips never show")
+    add("--seed", type=int, default=0)
+    add("--image-size", type=int, default=224, metavar="N", help="pixels a side, an even number")
+
+
 def _run(args: Namespace) -> None:
-    {"pack": _pack, "annotations": _annotations, "scenes": _scenes}[args.action](getattr(args, args.action))
+    {"pack": _pack, "annotations": _annotations, "scenes": _scenes, "clips": _clips}[args.action](
+        getattr(args, args.action))
 
 
 def _pack(args: Namespace) -> None:
@@ -110,11 +126,7 @@ def _annotations(args: Namespace) -> None:
 def _scenes(args: Namespace) -> None:
     from blip_fast.data.scenes import write_scenes
 
-    folder = Path(args.folder)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists already: remove it or name another folder")
-    if args.count < 1 or args.image_size < 1:
-        raise ValueError(f"--count and --image-size must be at least 1, got {args.count} and {args.image_size}")
+    folder = _new_folder(args)
     rows = write_scenes(folder, args.count, args.split, args.seed, args.noise, args.image_size)
     wrong = sum(not row["caption_is_right"] for row in rows)
     if args.json:
@@ -123,8 +135,29 @@ def _scenes(args: Namespace) -> None:
         print(f"{folder}: {len(rows)} scenes of split {args.split}, {wrong} of them with a wrong caption")
 
 
+def _clips(args: Namespace) -> None:
+    from blip_fast.data.clips import QUESTIONS, write_clips
+
+    folder = _new_folder(args)
+    rows = write_clips(folder, args.count, args.split, args.seed, args.image_size)
+    if args.json:
+        print(json.dumps({"directory": str(folder), "videos": len(rows), "questions": str(folder / QUESTIONS)}))
+    else:
+        print(f"{folder}: {len(rows)} clips of split {args.split}; questions about them in {folder / QUESTIONS}")
+
+
+def _new_folder(args: Namespace) -> Path:
+    """Where to draw, checked with what is asked for."""
+    folder = Path(args.folder)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists already: remove it or name another folder")
+    if args.count < 1 or args.image_size < 1:
+        raise ValueError(f"--count and --image-size must be at least 1, got {args.count} and {args.image_size}")
+    return folder
+
+
 COMMAND = Command(
-    help="pack images into shards, read published annotations, or draw scenes",
+    help="pack images into shards, read published annotations, or draw scenes and clips",
     example="blip-fast data pack photos/ --annotations captions.csv --output shards/",
     arguments=_arguments,
     run=_run,

@@ -77,6 +77,17 @@ def _visdial_arguments(parser: ArgumentParser) -> None:
                              "width or that were not trained on dialogues")
 
 
+def _video_retrieval_arguments(parser: ArgumentParser) -> None:
+    _retrieval_arguments(parser)
+    parser.set_defaults(top_k=64)  # as published
+    parser.add_argument("--frames", type=int, default=8, help="of each video, evenly apart")
+
+
+def _video_qa_arguments(parser: ArgumentParser) -> None:
+    _vqa_arguments(parser)
+    parser.add_argument("--frames", type=int, default=16, help="of each video, evenly apart")
+
+
 def _run(args: Namespace) -> None:
     from blip_fast.data.annotated import annotated_images
     from blip_fast.ranks import torchrun_ranks
@@ -183,6 +194,19 @@ def _visdial(args: Namespace, images: list[AnnotatedImage], ranks: Ranks) -> dic
         return evaluate_dialogues(ranker, images, caption_in=args.caption_in, track=track, ranks=ranks)
 
 
+def _video_retrieval(args: Namespace, images: list[AnnotatedImage], ranks: Ranks) -> dict[str, Any]:
+    from blip_fast.data.videos import as_videos
+
+    return {"frames": args.frames, **_retrieval(args, as_videos(images, args.frames), ranks)}
+
+
+def _video_qa(args: Namespace, images: list[AnnotatedImage], ranks: Ranks) -> dict[str, Any]:
+    from blip_fast.data.videos import as_videos
+
+    figures = _vqa(args, as_videos(images, args.frames), ranks)
+    return {"frames": args.frames, "accuracy": figures["commonest_answer"]}
+
+
 @contextmanager
 def _progress(ranks: Ranks) -> Iterator[tuple[Callable[[Iterable[Any]], Iterable[Any]], Callable[[int, int], None]]]:
     """Bars on the first rank's terminal, its error stream: (wraps the images, is told of re-ranked pairs)."""
@@ -238,10 +262,14 @@ TASKS = {
                    "--model model_base_nlvr.pth --tokenizer bert-base-uncased --data nlvr2 --split dev", shared=True),
     "visdial": _Task("answers ranked in dialogues, by VisDial's measures", _visdial_arguments, _visdial,
                      "--model models/visdial --data visdial --split val", shared=True),
+    "video-retrieval": _Task("texts found for videos and videos for texts", _video_retrieval_arguments,
+                             _video_retrieval, "--model Salesforce/blip-itm-base-coco --data msrvtt"),
+    "video-qa": _Task("answers to questions about videos: the share that is right", _video_qa_arguments, _video_qa,
+                      "--model Salesforce/blip-vqa-base --data msvd --answers answer_list.json", shared=True),
 }
 
 COMMAND = Command(
-    help="measure a model: retrieval, captions, answers (VQA), pairs (NLVR2), dialogues (VisDial)",
+    help="measure a model: retrieval, captions, answers (VQA), pairs (NLVR2), dialogues (VisDial), videos",
     example="blip-fast evaluate retrieval --model Salesforce/blip-itm-base-flickr --data flickr8k --top-k 128 --json",
     arguments=_arguments,
     run=_run,

@@ -6,6 +6,7 @@ rows one by one; images are not looked at. Where an image stands below the folde
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -213,6 +214,46 @@ def _numbered(data: Row, key: str, number: Any, where: str) -> str:
     return texts[number]
 
 
+def msrvtt_rows(path: Path) -> Iterator[Row]:
+    """MSRVTT's videos and captions as lists for retrieval hold them: `MSRVTT_JSFUSION_test.csv` (the 1k-A test), or the
+    published BLIP's `msrvtt_test.jsonl`. `image` is the video."""
+    if path.suffix == ".csv":
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            entries, video, caption = list(csv.DictReader(stream)), "video_id", "sentence"
+    else:
+        entries, video, caption = _load_lines(path), "clip_name", "caption"
+    yield from _captions_by_image([{"image": f"{_get(entry, video, str, where)}.mp4",
+                                    "caption": _get(entry, caption, str, where)}
+                                   for entry, where in _each(entries, path)], path)
+
+
+def msrvtt_qa_rows(questions: Path) -> Iterator[Row]:
+    """MSRVTT-QA's `train_qa.json`, `val_qa.json` and `test_qa.json`: one answer a question. `image` is the video."""
+    for entry, where in _each(_load(questions), questions):
+        yield _video_question(entry, where, f"video{_get(entry, 'video_id', int, where)}.mp4")
+
+
+def msvd_qa_rows(questions: Path, mapping: Path) -> Iterator[Row]:
+    """MSVD-QA's `train_qa.json`, `val_qa.json` and `test_qa.json`, with `youtube_mapping.txt`, which numbers MSVD's
+    videos (`NAME vid12` a line): one answer a question. `image` is the video."""
+    names: dict[str, str] = {}
+    for number, line in enumerate(mapping.read_text(encoding="utf-8").splitlines(), 1):
+        words = line.split()
+        if len(words) != 2:
+            raise ValueError(f"{mapping}, line {number} is not a video's name and number")
+        names[words[1]] = words[0]
+    for entry, where in _each(_load(questions), questions):
+        video = f"vid{_get(entry, 'video_id', int, where)}"
+        if video not in names:
+            raise ValueError(f"{where}: {video} is not in {mapping}")
+        yield _video_question(entry, where, f"{names[video]}.avi")
+
+
+def _video_question(entry: Row, where: str, video: str) -> Row:
+    return {"image": video, "question": _get(entry, "question", str, where),
+            "question_id": _get(entry, "id", int, where), "answers": [_get(entry, "answer", str, where)]}
+
+
 def _load(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -259,4 +300,7 @@ FORMATS = {
     "visual-genome": Format("question_answers.json image_data.json", visual_genome_rows, least=2, most=2),
     "nlvr2": Format("FILE as published, or the published BLIP's", nlvr2_rows),
     "visdial": Format("DIALOGUES, or DIALOGUES DENSE_ANNOTATIONS", visdial_rows, most=2),
+    "msrvtt": Format("MSRVTT_JSFUSION_test.csv, or FILE.jsonl of the published BLIP", msrvtt_rows),
+    "msrvtt-qa": Format("FILE as published", msrvtt_qa_rows),
+    "msvd-qa": Format("FILE youtube_mapping.txt", msvd_qa_rows, least=2, most=2),
 }

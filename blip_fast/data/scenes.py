@@ -264,10 +264,15 @@ def _with_one_slot_changed(scene: Scene, rng: np.random.Generator, hard: int) ->
 # ---------------------------------------------------------------- drawing
 
 
-def draw(scene: Scene, image_size: int, rng: np.random.Generator) -> Image.Image:
-    """The scene as an RGB image of image_size × image_size pixels; rng jitters place, size, colour and shading."""
+def draw(
+    scene: Scene, image_size: int, rng: np.random.Generator, moved: tuple[float, float] = (0.0, 0.0)
+) -> Image.Image:
+    """The scene as an RGB image of image_size × image_size pixels; rng jitters place, size, colour and shading. The
+    first thing is drawn `moved` (right, down) from its place, in shares of the image's side."""
     image = _draw_background(scene.background, image_size, rng)
-    for thing, (x, y) in zip(scene.things, _places(scene, rng), strict=True):
+    places = _places(scene, rng)
+    places[0] = (places[0][0] + moved[0], places[0][1] + moved[1])
+    for thing, (x, y) in zip(scene.things, places, strict=True):
         jitter = rng.uniform(-1, 1, size=4)
         radius = SIZES[thing.size] * (1 + 0.06 * jitter[0])
         colour = tuple(int(np.clip(c + 12 * j, 0, 255)) for c, j in zip(COLOURS[thing.colour], jitter[1:], strict=True))
