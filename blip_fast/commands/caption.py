@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from blip_fast.tasks.caption import Caption, Captioned, Captioner
     from blip_fast.tasks.rerank import Scorer
 
+BY_LABEL = ("belief", "bert-cnn")  # what re-ranks by the image's likeliest label
+
 
 def _arguments(parser: ArgumentParser) -> None:
     add_model_options(parser)
@@ -37,11 +39,15 @@ def _arguments(parser: ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="with --top-p; with the image's pixels it decides what is drawn")
     add("--n-best", type=int, default=1, metavar="N", help="texts per image, at most as many as beams, or samples")
     add("--rerank", type=str | None, metavar="BY",
-        help="order the --n-best texts by what the image shows: itm, the probability that they match, or belief, their "
-             "own probability revised by the image's likeliest label")
+        help="order the --n-best texts by what the image shows: itm, the probability that they match; belief, their "
+             "own probability revised by the image's likeliest label; or bert-cnn, the probability that they belong to "
+             "that label, by --reranker")
     add("--matcher", type=str | None, metavar="DIR_OR_ID",
         help="with --rerank: image-text retrieval or pre-training checkpoint that looks at them (default: --model)")
-    add("--labels", type=str | None, metavar="FILE", help="with --rerank belief: a label a line, or a .json list")
+    add("--labels", type=str | None, metavar="FILE",
+        help="with --rerank belief or bert-cnn: a label a line, or a .json list")
+    add("--reranker", type=str | None, metavar="DIR",
+        help="with --rerank bert-cnn: what `blip-fast train-reranker` wrote")
     add("--first-token", default="[CLS]",
         help="with --rerank itm: what texts start with, [CLS] as in transformers, [ENC] as in training")
     add("--banned", action="append", default=[], metavar="WORDS", help="what no caption may contain; may be repeated")
@@ -68,20 +74,23 @@ def _caption_options(args: Namespace) -> dict[str, Any]:
 
 
 def _labels(args: Namespace, generation: GenerationConfig) -> list[str]:
-    """Those of belief revision; options of re-ranking that do not fit are refused."""
-    if args.rerank not in (None, "itm", "belief"):
-        raise ValueError(f"--rerank must be itm or belief, got {args.rerank!r}")
+    """Those of belief revision and BERT-CNN; options of re-ranking that do not fit are refused."""
+    if args.rerank not in (None, "itm", *BY_LABEL):
+        raise ValueError(f"--rerank must be itm, belief or bert-cnn, got {args.rerank!r}")
     if args.rerank is None and args.matcher is not None:
-        raise ValueError("--matcher is for --rerank: say by what (itm, belief)")
+        raise ValueError("--matcher is for --rerank: say by what (itm, belief, bert-cnn)")
     if args.rerank is not None and args.n_best < 2:
         raise ValueError("--rerank chooses among several texts: ask for them, for example --n-best 20")
-    if (args.rerank == "belief") != (args.labels is not None):
-        raise ValueError("--rerank belief and --labels FILE need each other")
+    if (args.rerank in BY_LABEL) != (args.labels is not None):
+        raise ValueError("--rerank belief or bert-cnn and --labels FILE need each other")
+    if (args.rerank == "bert-cnn") != (args.reranker is not None):
+        raise ValueError("--rerank bert-cnn and --reranker DIR need each other")
     if args.labels is None:
         return []
-    from blip_fast.tasks.rerank import BeliefScorer
+    if args.rerank == "belief":
+        from blip_fast.tasks.rerank import BeliefScorer
 
-    BeliefScorer.check_scores(generation)
+        BeliefScorer.check_scores(generation)
     return read_list(args.labels, "label")
 
 
@@ -97,7 +106,7 @@ def _scorer(args: Namespace, captioner: Captioner, labels: list[str]) -> Scorer:
     from blip_fast.tasks.classify import Classifier
     from blip_fast.tasks.loading import load_for_task
     from blip_fast.tasks.match import Matcher
-    from blip_fast.tasks.rerank import BeliefScorer, ItmScorer
+    from blip_fast.tasks.rerank import BeliefScorer, BertCnnScorer, ItmScorer
 
     if args.matcher is None:
         loaded = captioner.model, captioner.tokenizer
@@ -106,7 +115,11 @@ def _scorer(args: Namespace, captioner: Captioner, labels: list[str]) -> Scorer:
     if args.rerank == "itm":
         return ItmScorer(Matcher(*loaded), args.first_token)
     classifier = Classifier(*loaded)
-    return BeliefScorer(classifier, classifier.labels(labels))
+    if args.rerank == "belief":
+        return BeliefScorer(classifier, classifier.labels(labels))
+    from blip_fast.checkpoint.bert import load_bert_cnn
+
+    return BertCnnScorer(classifier, classifier.labels(labels), *load_bert_cnn(args.reranker))
 
 
 def _rows(captioner: Captioner, options: dict[str, Any], scorer: Scorer | None,
