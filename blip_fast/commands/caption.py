@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ArgumentParser, Namespace
 
 from blip_fast.commands import Command
+from blip_fast.commands.caption_options import add_caption_options
 from blip_fast.commands.image_rows import Row, Work, Worker, add_image_options, named, run_images
 from blip_fast.commands.lists import read_list
 from blip_fast.commands.model_options import add_model_options, model_options
@@ -24,15 +25,12 @@ BY_LABEL = ("belief", "bert-cnn")  # what re-ranks by the image's likeliest labe
 def _arguments(parser: ArgumentParser) -> None:
     add_model_options(parser)
     add_image_options(parser, "one a line, perhaps a tab and its own prompt behind")
+    add_caption_options(parser)
     add = parser.add_argument
-    add("--prompt", default="a picture of", help='what captions begin with; "" for nothing')
     add("--strip-prompt", action="store_true", help="leave the prompt out of `caption`")
     add("--beams", type=int | None, help="1 is greedy (default: 3, with --n-best at least N, with --top-p 1)")
-    add("--max-length", type=int, default=20, help="tokens at most, the first one and the prompt counted")
-    add("--min-length", type=int, default=5, help="the caption cannot end before it has so many tokens, counted alike")
     add("--repetition-penalty", type=float, default=1.0, help="above 1: repeat fewer words")
     add("--length-penalty", type=float, default=1.0, help="above 1: prefer long captions among beams")
-    add("--beam-rule", default="transformers5", help="transformers5 or authors: how beams are scored, when they stop")
     add("--top-p", type=float | None, help="nucleus sampling: draw from tokens that hold this probability")
     add("--top-k", type=int, default=50, help="with --top-p: from so many tokens at most")
     add("--temperature", type=float, default=1.0, help="with --top-p: above 1 is more varied")
