@@ -26,6 +26,7 @@ from blip_fast.metrics.binary import accuracy, area_under_roc
 from blip_fast.tasks.caption import Captioner
 from blip_fast.tasks.classify import Classifier
 from blip_fast.tasks.rerank import related
+from blip_fast.tokenizer import Tokenizer
 
 TOKENIZER = small_tokenizer()
 WORDS = ["dogs", "man", "ball", "table", "horse", "grass"]
@@ -88,6 +89,23 @@ def test_forward(tmp_path, task):
     scores = related(model, tokenizer, PAIRS * 20)  # more than pass at a time
     torch.testing.assert_close(scores, expected.double().sigmoid().repeat(20), rtol=0, atol=1e-5)
     assert related(model, tokenizer, []).shape == (0,)
+
+
+def test_pairs_are_what_transformers_makes_of_them(bert_vocabulary):
+    """Ids and types of BERT's own tokenizer, given two texts."""
+    reference = transformers.BertTokenizer.from_pretrained(bert_vocabulary.parent)
+    captions, labels = zip(*PAIRS, ("A café's “red” T-shirt, 3,000!", "Großer  Hund"), strict=False)
+    short = [place for place, caption in enumerate(captions) if len(caption) < 150]
+    packed, types = pack_pairs(Tokenizer.from_vocab_file(bert_vocabulary), captions, labels)
+    rows, kinds = packed.token_ids.split(packed.lengths.tolist()), types.split(packed.lengths.tolist())
+    expected = reference([*captions], [*labels])
+    for place in short:  # others are cut
+        assert rows[place].tolist() == expected["input_ids"][place]
+        assert kinds[place].tolist() == expected["token_type_ids"][place]
+    (cut,) = set(range(len(captions))) - {*short}
+    whole = expected["input_ids"][cut]
+    end = whole.index(102)
+    assert rows[cut].tolist() == [*whole[:39], 102, *whole[end + 1 : end + 24], 102] and len(rows[cut]) == 64
 
 
 def test_gradients(tmp_path):
