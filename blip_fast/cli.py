@@ -52,7 +52,7 @@ def _run(name: str, command: Command, arguments: list[str]) -> int:
 
 def _overview(commands: dict[str, EntryPoint]) -> str:
     lines = ["usage: blip-fast COMMAND …    (blip-fast COMMAND --help explains one)", ""]
-    lines += [f"  {name:<10} {commands[name].load().help}" for name in sorted(commands)]
+    lines += [f"  {name:<14} {commands[name].load().help}" for name in sorted(commands)]
     return "\n".join(lines)
 
 

@@ -13,6 +13,7 @@ from blip_fast.data.annotated import annotated_images
 from blip_fast.data.scenes import VOCABULARY, caption, chance_levels, sample_scenes, write_scenes
 from blip_fast.data.shards import Sample, write_shards
 from blip_fast.evaluation import itm_score
+from blip_fast.generate import GenerationConfig
 from blip_fast.images import evaluation_transform, load_image
 from blip_fast.metrics.slots import slot_scores
 from blip_fast.model import BlipModel
@@ -119,6 +120,49 @@ def test_caption_figures_and_rows(checkpoint, folder, tmp_path, capsys):
     assert {"slot_accuracy", "exact_match"} <= set(said) and said["chance"]["slot_accuracy"] > 0
 
 
+def test_captions_by_the_authors_beam_rule(folder, tmp_path, capsys):
+    """A model whose texts end at different lengths, so that the two rules choose different ones."""
+    model, images = tiny_model(), annotated_images(folder, "test")
+    with torch.no_grad():
+        model.lm_head.bias[TOKENIZER.sep_id] += 4
+    save_native(model, TOKENIZER, tmp_path / "model")
+    captions = {}
+    for rule in ("transformers5", "authors"):
+        evaluate(capsys, "caption", "--model", str(tmp_path / "model"), "--data", str(folder), "--beam-rule", rule,
+                 "--output", str(tmp_path / rule))
+        captions[rule] = [json.loads(line)["caption"] for line in (tmp_path / rule).read_text().splitlines()]
+        generation = GenerationConfig(beams=3, max_length=20, min_length=5, beam_rule=rule)
+        expected = Captioner(model, TOKENIZER)([folder / image.name for image in images], "a picture of", generation,
+                                               strip_prompt=True)
+        assert captions[rule] == [text.caption for text in expected]
+    assert captions["transformers5"] != captions["authors"]
+
+
+def test_caption_metrics_by_domain(checkpoint, folder, tmp_path, capsys):
+    """As pycocoevalcap has it of each domain alone; a row without a domain, or one domain for all, leaves them out."""
+    pytest.importorskip("pycocoevalcap", reason="caption metrics need the extra `eval`")
+    from blip_fast.metrics.captions import CaptionMetrics
+
+    domains = [f"{name}-domain" for name in ("near", "in", "in", "near", "out", "in", "out")]
+
+    def said(named: list[str | None]) -> tuple[dict, list[dict]]:
+        content = [{"image": str(folder / image.name), "captions": image.captions} | ({"domain": its} if its else {})
+                   for image, its in zip(annotated_images(folder, "test"), named, strict=True)]
+        (tmp_path / "annotations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+        figures = evaluate(capsys, "caption", "--model", checkpoint, "--data", str(tmp_path), "--metrics", "java-free",
+                           "--output", str(tmp_path / "captions.jsonl"))
+        return figures, [json.loads(line) for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
+
+    figures, rows = said([*domains])
+    for domain in set(domains):
+        mine = [row for row, its in zip(rows, domains, strict=True) if its == domain]
+        alone = CaptionMetrics("java-free")([row["caption"] for row in mine], [row["references"] for row in mine])
+        assert {name: figures[f"{name}_{domain}"] for name in alone} == pytest.approx(alone)
+    assert "cider" in figures and sum("domain" in name for name in figures) == 3 * 6
+    for named in ([*domains[:-1], None], ["in-domain"] * COUNT):
+        assert not any("domain" in name for name in said(named)[0])
+
+
 def test_caption_metrics_and_the_itm_score(checkpoint, folder, tmp_path, capsys):
     pytest.importorskip("pycocoevalcap", reason="caption metrics need the extra `eval`")
     from blip_fast.metrics.captions import CaptionMetrics
@@ -195,6 +239,7 @@ def test_slot_scores_of_the_truth_and_of_another_scene():
     (["caption", "--data", "{folder}", "--metrics", "meteor"], "java-free, coco-without-spice, coco, got 'meteor'"),
     (["caption", "--data", "{bare}", "--metrics", "java-free"], "000000.png has no caption with a word"),
     (["caption", "--data", "{folder}", "--beams", "0"], "beams must be at least 1"),
+    (["caption", "--data", "{folder}", "--beam-rule", "best"], "beam_rule must be transformers5 or authors"),
     (["retrieval", "--data", "{broken}"], "row 2 is not JSON"),
     (["caption", "--data", "{lost}"], "lost.png: no such file"),
     (["retrieval", "--data", "{bare}"], "000000.png has no caption"),

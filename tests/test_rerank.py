@@ -274,11 +274,11 @@ def test_command_refuses(checkpoints, folder):
     directory, matching, _ = checkpoints
     image, labels = folder / "0.png", folder / "labels.txt"
     for said, arguments in {
-        "--rerank must be itm or belief, got 'best'": ("--rerank", "best", "--n-best", 3),
+        "--rerank must be itm, belief or bert-cnn, got 'best'": ("--rerank", "best", "--n-best", 3),
         "ask for them, for example --n-best 20": ("--rerank", "itm", "--matcher", matching),
         "--matcher is for --rerank": ("--matcher", matching),
         "need each other": ("--rerank", "belief", "--n-best", 3, "--matcher", matching),
-        "--rerank belief and --labels": ("--rerank", "itm", "--n-best", 3, "--labels", labels),
+        "--rerank belief or bert-cnn and --labels": ("--rerank", "itm", "--n-best", 3, "--labels", labels),
         "log-probabilities per token": ("--rerank", "belief", "--n-best", 3, "--labels", labels, "--beam-rule",
                                         "authors"),
         "no matching head": ("--rerank", "itm", "--n-best", 3),

@@ -102,12 +102,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def naming_config(path: str | Path) -> Iterator[None]:
+def naming_config(path: str | Path, kind: str = "BLIP") -> Iterator[None]:
     """Values of a wrong kind in a config file become a ValueError that names it."""
     try:
         yield
     except (TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
-        raise ValueError(f"{path}: the config does not describe a BLIP model: {error}") from error
+        raise ValueError(f"{path}: the config does not describe a {kind} model: {error}") from error
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ArgumentParser, Namespace
 
 from blip_fast.commands import Command
+from blip_fast.commands.caption_options import add_caption_options
 from blip_fast.commands.image_rows import Row, Work, Worker, add_image_options, named, run_images
 from blip_fast.commands.lists import read_list
 from blip_fast.commands.model_options import add_model_options, model_options
@@ -18,30 +19,33 @@ if TYPE_CHECKING:
     from blip_fast.tasks.caption import Caption, Captioned, Captioner
     from blip_fast.tasks.rerank import Scorer
 
+BY_LABEL = ("belief", "bert-cnn")  # what re-ranks by the image's likeliest label
+
 
 def _arguments(parser: ArgumentParser) -> None:
     add_model_options(parser)
     add_image_options(parser, "one a line, perhaps a tab and its own prompt behind")
+    add_caption_options(parser)
     add = parser.add_argument
-    add("--prompt", default="a picture of", help='what captions begin with; "" for nothing')
     add("--strip-prompt", action="store_true", help="leave the prompt out of `caption`")
     add("--beams", type=int | None, help="1 is greedy (default: 3, with --n-best at least N, with --top-p 1)")
-    add("--max-length", type=int, default=20, help="tokens at most, the first one and the prompt counted")
-    add("--min-length", type=int, default=5, help="the caption cannot end before it has so many tokens, counted alike")
     add("--repetition-penalty", type=float, default=1.0, help="above 1: repeat fewer words")
     add("--length-penalty", type=float, default=1.0, help="above 1: prefer long captions among beams")
-    add("--beam-rule", default="transformers5", help="transformers5 or authors: how beams are scored, when they stop")
     add("--top-p", type=float | None, help="nucleus sampling: draw from tokens that hold this probability")
     add("--top-k", type=int, default=50, help="with --top-p: from so many tokens at most")
     add("--temperature", type=float, default=1.0, help="with --top-p: above 1 is more varied")
     add("--seed", type=int, default=0, help="with --top-p; with the image's pixels it decides what is drawn")
     add("--n-best", type=int, default=1, metavar="N", help="texts per image, at most as many as beams, or samples")
     add("--rerank", type=str | None, metavar="BY",
-        help="order the --n-best texts by what the image shows: itm, the probability that they match, or belief, their "
-             "own probability revised by the image's likeliest label")
+        help="order the --n-best texts by what the image shows: itm, the probability that they match; belief, their "
+             "own probability revised by the image's likeliest label; or bert-cnn, the probability that they belong to "
+             "that label, by --reranker")
     add("--matcher", type=str | None, metavar="DIR_OR_ID",
         help="with --rerank: image-text retrieval or pre-training checkpoint that looks at them (default: --model)")
-    add("--labels", type=str | None, metavar="FILE", help="with --rerank belief: a label a line, or a .json list")
+    add("--labels", type=str | None, metavar="FILE",
+        help="with --rerank belief or bert-cnn: a label a line, or a .json list")
+    add("--reranker", type=str | None, metavar="DIR",
+        help="with --rerank bert-cnn: what `blip-fast train-reranker` wrote")
     add("--first-token", default="[CLS]",
         help="with --rerank itm: what texts start with, [CLS] as in transformers, [ENC] as in training")
     add("--banned", action="append", default=[], metavar="WORDS", help="what no caption may contain; may be repeated")
@@ -68,20 +72,23 @@ def _caption_options(args: Namespace) -> dict[str, Any]:
 
 
 def _labels(args: Namespace, generation: GenerationConfig) -> list[str]:
-    """Those of belief revision; options of re-ranking that do not fit are refused."""
-    if args.rerank not in (None, "itm", "belief"):
-        raise ValueError(f"--rerank must be itm or belief, got {args.rerank!r}")
+    """Those of belief revision and BERT-CNN; options of re-ranking that do not fit are refused."""
+    if args.rerank not in (None, "itm", *BY_LABEL):
+        raise ValueError(f"--rerank must be itm, belief or bert-cnn, got {args.rerank!r}")
     if args.rerank is None and args.matcher is not None:
-        raise ValueError("--matcher is for --rerank: say by what (itm, belief)")
+        raise ValueError("--matcher is for --rerank: say by what (itm, belief, bert-cnn)")
     if args.rerank is not None and args.n_best < 2:
         raise ValueError("--rerank chooses among several texts: ask for them, for example --n-best 20")
-    if (args.rerank == "belief") != (args.labels is not None):
-        raise ValueError("--rerank belief and --labels FILE need each other")
+    if (args.rerank in BY_LABEL) != (args.labels is not None):
+        raise ValueError("--rerank belief or bert-cnn and --labels FILE need each other")
+    if (args.rerank == "bert-cnn") != (args.reranker is not None):
+        raise ValueError("--rerank bert-cnn and --reranker DIR need each other")
     if args.labels is None:
         return []
-    from blip_fast.tasks.rerank import BeliefScorer
+    if args.rerank == "belief":
+        from blip_fast.tasks.rerank import BeliefScorer
 
-    BeliefScorer.check_scores(generation)
+        BeliefScorer.check_scores(generation)
     return read_list(args.labels, "label")
 
 
@@ -97,7 +104,7 @@ def _scorer(args: Namespace, captioner: Captioner, labels: list[str]) -> Scorer:
     from blip_fast.tasks.classify import Classifier
     from blip_fast.tasks.loading import load_for_task
     from blip_fast.tasks.match import Matcher
-    from blip_fast.tasks.rerank import BeliefScorer, ItmScorer
+    from blip_fast.tasks.rerank import BeliefScorer, BertCnnScorer, ItmScorer
 
     if args.matcher is None:
         loaded = captioner.model, captioner.tokenizer
@@ -106,7 +113,11 @@ def _scorer(args: Namespace, captioner: Captioner, labels: list[str]) -> Scorer:
     if args.rerank == "itm":
         return ItmScorer(Matcher(*loaded), args.first_token)
     classifier = Classifier(*loaded)
-    return BeliefScorer(classifier, classifier.labels(labels))
+    if args.rerank == "belief":
+        return BeliefScorer(classifier, classifier.labels(labels))
+    from blip_fast.checkpoint.bert import load_bert_cnn
+
+    return BertCnnScorer(classifier, classifier.labels(labels), *load_bert_cnn(args.reranker))
 
 
 def _rows(captioner: Captioner, options: dict[str, Any], scorer: Scorer | None,

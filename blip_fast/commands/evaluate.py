@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jsonargparse import ArgumentParser, Namespace
 
 from blip_fast.commands import Command
+from blip_fast.commands.caption_options import add_caption_options
 from blip_fast.commands.model_options import add_model_options, model_options
 
 if TYPE_CHECKING:
@@ -43,13 +44,12 @@ def _retrieval_arguments(parser: ArgumentParser) -> None:
 
 def _caption_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("--prompt", default="a picture of", help='what captions begin with; "" for nothing')
+    add_caption_options(parser)
     add("--beams", type=int, default=3, help="1 is greedy")
-    add("--max-length", type=int, default=20, help="tokens at most, the prompt counted")
-    add("--min-length", type=int, default=5, help="tokens before the end may come")
     add("--metrics", type=str | None,
         help="also measure by java-free (BLEU, ROUGE-L and CIDEr, words split without Java), coco-without-spice (these "
-             "and METEOR over PTB tokens, as published; needs Java) or coco (SPICE too); needs blip-fast[eval]")
+             "and METEOR over PTB tokens, as published; needs Java) or coco (SPICE too), of each domain too where rows "
+             "name a \"domain\" (NoCaps); needs blip-fast[eval]")
     add("--matcher", type=str | None, metavar="DIR_OR_ID",
         help="also itm_score: the mean probability, by this checkpoint's matching head, that a caption belongs to its "
              "image")
@@ -126,7 +126,8 @@ def _caption(args: Namespace, images: list[AnnotatedImage], ranks: Ranks) -> dic
     from blip_fast.tasks.caption import Captioner
     from blip_fast.tasks.match import Matcher
 
-    generation = GenerationConfig(beams=args.beams, max_length=args.max_length, min_length=args.min_length)
+    generation = GenerationConfig(beams=args.beams, max_length=args.max_length, min_length=args.min_length,
+                                  beam_rule=args.beam_rule)
     train = [] if args.split == "train" else [caption for image in annotated_images(args.data, None)
                                               if image.row.get("split") == "train" for caption in image.captions]
     metrics = None if args.metrics is None else CaptionMetrics(args.metrics)
@@ -144,7 +145,10 @@ def _caption(args: Namespace, images: list[AnnotatedImage], ranks: Ranks) -> dic
         Path(args.output).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
     figures = {"lm_loss": result.loss, "unigram_entropy": result.unigram_entropy,
                "unigram_cross_entropy": result.unigram_cross_entropy}
-    figures |= {} if metrics is None else {"metrics": metrics.which, **result.metrics}
+    if metrics is not None:
+        figures |= {"metrics": metrics.which, **result.metrics}
+        figures |= metrics.by_domain(result.captions, [image.captions for image in images],
+                                     [image.row.get("domain") for image in images])
     figures |= {} if matched is None else {"itm_score": matched}
     if result.slots is not None:
         scores = asdict(result.slots)

@@ -74,6 +74,20 @@ class CaptionMetrics:
             found |= {f"bleu_{n}": float(v) for n, v in enumerate(value, 1)} if name == "bleu" else {name: float(value)}
         return found
 
+    def by_domain(self, captions: Sequence[str], references: Sequence[Sequence[str]],
+                  domains: Sequence[str | None]) -> dict[str, float]:
+        """The same of each domain's images by themselves, as NoCaps is reported: `cider_in-domain`. CIDEr then weighs
+        words by the domain's own images. Empty unless every image has a domain, and not all the same."""
+        named = sorted({domain for domain in domains if domain is not None})
+        if None in domains or len(named) < 2:
+            return {}
+        found: dict[str, float] = {}
+        for domain in named:
+            mine = [image for image, its in enumerate(domains) if its == domain]
+            figures = self([captions[image] for image in mine], [references[image] for image in mine])
+            found |= {f"{name}_{domain}": value for name, value in figures.items()}
+        return found
+
 
 def check_references(references: Iterable[tuple[str, Sequence[str]]]) -> None:
     """Raise ValueError naming the first image, of (name, captions), that has no caption with a word."""

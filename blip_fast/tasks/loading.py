@@ -46,7 +46,7 @@ def load_for_task(source: str | Path, *, dtype: str = "float32", device: str | N
         FileNotFoundError, ValueError: as `load_model`; a dtype that is unknown or cannot be used here; a device that is
             not there; fewer than 1 thread; no tokenizer, or one with more tokens than the model has embeddings.
     """
-    target = _device(device)
+    target = chosen_device(device)
     _check_dtype(dtype, target, differentiable)
     if threads is not None:
         if threads < 1:
@@ -132,7 +132,9 @@ def pixel_batches(images: Iterable[ImageSource], image_size: int, batch_size: in
         yield torch.stack(batch)
 
 
-def _device(name: str | None) -> torch.device:
+def chosen_device(name: str | None) -> torch.device:
+    """The named device; unless one is named, `cuda` where there is one, else `cpu`. Raises ValueError where it is not
+    there."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

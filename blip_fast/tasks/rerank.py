@@ -7,7 +7,8 @@ of a caption w by the image's likeliest label c, its visual context (Blok et al.
 
 What is published takes P(w) from GPT-2, sim from a sentence encoder and c from an image classifier. Here BLIP is all
 three: P(w) is the decoder's probability per token (the geometric mean), sim the cosine of ITC's text features, c with
-its confidence P(c) the zero-shot label.
+its confidence P(c) the zero-shot label. `BertCnnScorer` takes the probability that w and the same c belong together, by
+a model that was trained on such pairs (`blip_fast/bert_cnn.py`).
 """
 
 from __future__ import annotations
@@ -20,14 +21,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from blip_fast.bert_cnn import BertCnn, pack_pairs
 from blip_fast.generate import GenerationConfig
 from blip_fast.images import ImageError
 from blip_fast.inference import evaluating
 from blip_fast.model import BlipModel
 from blip_fast.tasks.caption import Caption, Captioned, Captioner
-from blip_fast.tasks.classify import Classifier, Labels
+from blip_fast.tasks.classify import Classifier, Labels, ScoredLabel
 from blip_fast.tasks.loading import pixels_or_error
-from blip_fast.tasks.match import MAX_TOKENS, Matcher, image_of_each, text_features
+from blip_fast.tasks.match import MAX_TOKENS, Matcher, image_of_each, text_features, texts_at_a_time
+from blip_fast.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class BeliefScorer:
                              "length_penalty and repetition_penalty")
 
     def score(self, pixels: Tensor, candidates: Sequence[Sequence[Candidate]]) -> Tensor:
-        best = [labels[0] for labels in self._classifier.classify_pixels(pixels, self._labels, top_k=1)]
+        best = _contexts(self._classifier, self._labels, pixels)
         texts = [[candidate.text for candidate in mine] for mine in candidates]
         packed = self._classifier.tokenizer.pack([text for mine in texts for text in mine], "[CLS]", MAX_TOKENS)
         with evaluating(self.model):
@@ -90,6 +93,38 @@ class BeliefScorer:
         confidence = torch.tensor([label.probability for label in best], dtype=torch.float64)[images]
         scores = torch.tensor([each.score for mine in candidates for each in mine], dtype=torch.float64)
         return revised_belief(scores.exp(), similarity, confidence)
+
+
+class BertCnnScorer:
+    """By BERT-CNN with the likeliest of a list of labels."""
+
+    def __init__(self, classifier: Classifier, labels: Labels, bert_cnn: BertCnn, tokenizer: Tokenizer) -> None:
+        """`bert_cnn` in evaluation mode, and its own `tokenizer`."""
+        self.model, self._classifier, self._labels = classifier.model, classifier, labels
+        self._bert_cnn, self._tokenizer = bert_cnn.to(classifier.model.vision.cls_token.device), tokenizer
+
+    def score(self, pixels: Tensor, candidates: Sequence[Sequence[Candidate]]) -> Tensor:
+        best = _contexts(self._classifier, self._labels, pixels)
+        pairs = [(candidate.text, label.label) for mine, label in zip(candidates, best, strict=True)
+                 for candidate in mine]
+        return related(self._bert_cnn, self._tokenizer, pairs)
+
+
+def related(model: BertCnn, tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> Tensor:
+    """The probability, by BERT-CNN in evaluation mode, that captions and labels of (caption, label) belong together →
+    float64 [pairs] on the CPU."""
+    device = model.output.weight.device
+    most, found = texts_at_a_time(device), [torch.empty(0, dtype=torch.float64)]
+    with torch.no_grad():
+        for start in range(0, len(pairs), most):
+            packed, types = pack_pairs(tokenizer, *zip(*pairs[start : start + most], strict=True))
+            found.append(model(packed.to(device), types.to(device)).double().sigmoid().cpu())
+    return torch.cat(found)
+
+
+def _contexts(classifier: Classifier, labels: Labels, pixels: Tensor) -> list[ScoredLabel]:
+    """The visual context of each image, its likeliest label."""
+    return [best[0] for best in classifier.classify_pixels(pixels, labels, top_k=1)]
 
 
 def revised_belief(probability: Tensor, similarity: Tensor, confidence: Tensor) -> Tensor:

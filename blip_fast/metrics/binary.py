@@ -1,0 +1,37 @@
+"""How well scores tell yes from no: accuracy, and the area under the ROC curve."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def accuracy(scores: Tensor, truth: Tensor) -> float:
+    """Share of cases, probabilities [cases] and truth bool [cases], that are told right: above a half is yes, and NaN
+    is wrong either way. Raises ValueError without cases or with another number of answers."""
+    _check(scores, truth)
+    return float(torch.where(truth, scores > 0.5, scores <= 0.5).double().mean())
+
+
+def area_under_roc(scores: Tensor, truth: Tensor) -> float:
+    """The probability that a case which is true scores higher than one which is not, ties counted half (Mann and
+    Whitney 1947): by sums of ranks, without a table of all pairs.
+
+    Raises ValueError as `accuracy`, and where all cases are alike or a score is NaN.
+    """
+    _check(scores, truth)
+    positives = int(truth.sum())
+    if positives in (0, len(truth)):
+        raise ValueError("the area under the ROC curve needs cases of both kinds")
+    if bool(scores.isnan().any()):
+        raise ValueError("a score is NaN: it has no place in an order")
+    _, place, counts = scores.unique(return_inverse=True, return_counts=True)
+    ranks = (counts.cumsum(0) - (counts - 1) / 2)[place]  # from 1; of equal scores the mean
+    below = float(ranks[truth].double().sum()) - positives * (positives + 1) / 2
+    return below / (positives * (len(truth) - positives))
+
+
+def _check(scores: Tensor, truth: Tensor) -> None:
+    if scores.ndim != 1 or scores.shape != truth.shape or not len(scores):
+        raise ValueError(f"scores and truth must both be [cases], one case at least, got {list(scores.shape)} and "
+                         f"{list(truth.shape)}")
