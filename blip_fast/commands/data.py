@@ -1,5 +1,5 @@
 """`blip-fast data`: pack images into the shards that training reads, turn published annotations into rows, or draw
-scenes to train and evaluate on."""
+scenes, and tasks about scenes, to train and evaluate on."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ def _arguments(parser: ArgumentParser) -> None:
          "blip-fast data annotations karpathy dataset_coco.json --output coco/annotations.jsonl"),
         ("scenes", _scenes_arguments, "draw pictures with captions whose truth is known",
          "blip-fast data scenes scenes/train --count 20000 --noise 0.3"),
+        ("scene-task", _scene_task_arguments, "draw questions, pairs or dialogues about scenes, with right answers",
+         "blip-fast data scene-task questions vqa/train --count 6000"),
     ):
         action = ArgumentParser(description=help, epilog=f"example: {example}", exit_on_error=False)
         add(action)
@@ -57,18 +59,29 @@ def _annotations_arguments(parser: ArgumentParser) -> None:
 
 
 def _scenes_arguments(parser: ArgumentParser) -> None:
+    _drawing_arguments(parser)
+    parser.add_argument("--noise", type=float, default=0.0, metavar="SHARE", help="share of wrong captions, 0 to 1")
+
+
+def _scene_task_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("task", choices=("questions", "pairs", "dialogues"),
+                        help="rows for VQA, NLVR2 (--count is of pairs) or VisDial")
+    _drawing_arguments(parser)
+
+
+def _drawing_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("folder", metavar="DIR", help="new folder for the PNG files and their annotations.jsonl")
     add("--count", type=int, default=1000, metavar="N", help="pictures to draw")
     add("--split", choices=("train", "test"), default="train",
         help="test scenes show combinations that train never shows")
     add("--seed", type=int, default=0)
-    add("--noise", type=float, default=0.0, metavar="SHARE", help="share of wrong captions, 0 to 1")
     add("--image-size", type=int, default=224, metavar="N", help="pixels a side")
 
 
 def _run(args: Namespace) -> None:
-    {"pack": _pack, "annotations": _annotations, "scenes": _scenes}[args.action](getattr(args, args.action))
+    actions = {"pack": _pack, "annotations": _annotations, "scenes": _scenes, "scene-task": _scene_task}
+    actions[args.action](getattr(args, args.action))
 
 
 def _pack(args: Namespace) -> None:
@@ -110,17 +123,37 @@ def _annotations(args: Namespace) -> None:
 def _scenes(args: Namespace) -> None:
     from blip_fast.data.scenes import write_scenes
 
-    folder = Path(args.folder)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists already: remove it or name another folder")
-    if args.count < 1 or args.image_size < 1:
-        raise ValueError(f"--count and --image-size must be at least 1, got {args.count} and {args.image_size}")
+    folder = _new_folder(args)
     rows = write_scenes(folder, args.count, args.split, args.seed, args.noise, args.image_size)
     wrong = sum(not row["caption_is_right"] for row in rows)
     if args.json:
         print(json.dumps({"directory": str(folder), "images": len(rows), "wrong_captions": wrong}))
     else:
         print(f"{folder}: {len(rows)} scenes of split {args.split}, {wrong} of them with a wrong caption")
+
+
+def _scene_task(args: Namespace) -> None:
+    from blip_fast.data.scene_tasks import write_scene_task
+
+    folder = _new_folder(args)
+    written = write_scene_task(args.task, folder, args.count, args.split, args.seed, args.image_size)
+    if args.json:
+        print(json.dumps({"directory": str(folder), **written}))
+        return
+    print(f"{folder}: {written['rows']} rows of split {args.split}")
+    for kind, answers in written["balance"].items():
+        print(f"{kind}: {', '.join(f'{answer} {count}' for answer, count in answers.items())}")
+    print(f"chance: {', '.join(f'{name} {value:.3f}' for name, value in written['chance'].items())}")
+
+
+def _new_folder(args: Namespace) -> Path:
+    """Where to draw, empty or not there."""
+    folder = Path(args.folder)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists already: remove it or name another folder")
+    if args.count < 1 or args.image_size < 1:
+        raise ValueError(f"--count and --image-size must be at least 1, got {args.count} and {args.image_size}")
+    return folder
 
 
 COMMAND = Command(
