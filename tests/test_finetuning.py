@@ -22,6 +22,7 @@ from blip_fast.data.scenes import write_scenes
 from blip_fast.model import BlipModel
 from blip_fast.tasks.answer import Answerer
 from blip_fast.tasks.caption import Captioner
+from blip_fast.tasks.dialog import DialogRanker, Dialogue, Round
 from blip_fast.tasks.match import Matcher
 from blip_fast.tasks.reason import Reasoner
 from blip_fast.vision import resize_positions
@@ -143,6 +144,28 @@ def test_reasoning(tune, pictures):
     assert reasoner([pair], ["both show a ball"]).tolist() == pytest.approx([one])
 
 
+def test_dialogues(tune, pictures, tmp_path):
+    """From a checkpoint whose images are as wide as its texts; another is refused."""
+    rounds = [{"question": "what is it?", "answer": "a ball", "candidates": ["a dog", "a ball", "two", "red", "blue"],
+               "right": 1}, {"question": "is it red?", "answer": "no"}]
+    rows = [{**row, "dialog": rounds} for row in pictures[1]]
+    with pytest.raises(AssertionError, match="images are 48 wide and its texts 32"):
+        tune("scenes_visdial", rows, "--data.root", str(pictures[0]))
+    tokenizer = small_tokenizer()
+    config = BlipConfig(VisionConfig(image_size=32, width=32, layers=2, heads=2),
+                        TextConfig(width=32, layers=2, heads=2, mlp_width=64, max_positions=64), embed_dim=16)
+    save_native(BlipModel(with_tokenizer(config, tokenizer)), tokenizer, tmp_path / "even")
+    run = tune("scenes_visdial", rows, "--data.root", str(pictures[0]), "--init", str(tmp_path / "even"),
+               "--runs", str(tmp_path / "runs"))
+    run = tmp_path / "runs" / run.name
+    assert all(value > 0 for value in logged(run, "dialogue"))
+    assert_exported_alike(run)
+    ranker = DialogRanker.from_pretrained(run / "model")
+    dialogue = Dialogue("a ball", [Round("what is it?", "a ball", ["a dog", "a ball"])])
+    (scores,) = ranker(pictures[0] / "000000.png", dialogue)
+    assert scores[0] != scores[1]
+
+
 def test_the_start_of_vqa_is_the_checkpoint(start):
     """Both untied stacks are the tied one; the decoder's keys and values, which now read text, are drawn anew, as the
     published code leaves out what does not fit. Positions are resized."""
@@ -196,9 +219,10 @@ def test_recipes_of_retrieval_and_captioning():
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    (["--objective.losses=[answer,lm]"], "answer or reasoning alone"),
+    (["--objective.losses=[answer,lm]"], "answer, reasoning or dialogue alone"),
     (["--objective.losses=[answer]"], "answer, which needs a model with text_stacks: untied"),
     (["--objective.losses=[reasoning]"], "needs a model with reasoning: true and text.twin_cross_attention: true"),
+    (["--objective.losses=[dialogue]"], "dialogue, which needs a model with matching: true"),
     (["--adapters.rank=0"], "adapters.rank and alpha must be at least 1"),
 ])
 def test_a_recipe_that_cannot_be_is_refused(options, message):

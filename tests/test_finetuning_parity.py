@@ -1,5 +1,5 @@
-"""Captioning, VQA and NLVR2 against the textbook models: the loss and every gradient of two steps, and of VQA and NLVR2
-under the engine on two ranks. (Retrieval's are in test_training_parity.py and test_engine.py.)"""
+"""Captioning, VQA, NLVR2 and VisDial against the textbook models: the loss and every gradient of two steps, and of the
+last three under the engine on two ranks. (Retrieval's are in test_training_parity.py and test_engine.py.)"""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from blip_train import engine as engines
 from blip_train.answering import Answering, QuestionBatch, answer_weights
 from blip_train.batches import SeededBatch
+from blip_train.dialogues import DialogueBatch, Dialogues
 from blip_train.pretraining import Batch, Objective, Pretraining
 from blip_train.reasoning import PairBatch, Reasoning
 from blip_train.recipe import Recipe, RuntimeRecipe
@@ -100,12 +101,28 @@ def reasoning():
     return step, "reasoning", tasks.PairReasoner(SIZES), batch, loss
 
 
+def dialogues():
+    """Rounds of three dialogues with captions of different lengths; the second image has one answer alone."""
+    step = Dialogues(make_model(replace(CONFIG, text_stacks="encoder", matching=True)))
+
+    def batch(generator):
+        return DialogueBatch(torch.randn(BATCH, 3, 32, 32, generator=generator),
+                             make_texts(tasks.CLS, [4, 1, 8], generator),
+                             make_texts(tasks.ENC, [5, 2, 7, 1, 9, 9], generator), torch.tensor([0, 0, 0, 1, 2, 2]),
+                             torch.tensor([1, 0, 0, 1, 1, 0]))
+
+    def loss(textbook, batch):
+        return textbook.loss(batch.images, *padded(batch.captions), *padded(batch.texts), batch.image_of, batch.labels)
+
+    return step, "dialogue", tasks.DialogueEncoder(SIZES), batch, loss
+
+
 def padded(texts: PackedTexts) -> tuple[torch.Tensor, torch.Tensor]:
     ids, mask = texts.to_padded(0)
     return ids, mask.long()
 
 
-@pytest.mark.parametrize("task", [captioning, answering, reasoning], ids=lambda task: task.__name__)
+@pytest.mark.parametrize("task", [captioning, answering, reasoning, dialogues], ids=lambda task: task.__name__)
 def test_losses_and_gradients_equal_the_textbook(task):
     step, name, textbook, make_batch, textbook_loss = task()
     layout, parameters = original_layout(step.model.config), dict(step.model.named_parameters())
@@ -150,7 +167,7 @@ def note_gradients(engine: engines.TrainingEngine, stage: int) -> dict[str, torc
 def _rank(rank: int, ranks: int, port: int, path: str) -> None:
     """One step of each task under each ZeRO stage: the losses by rank and the gradients averaged over ranks."""
     device, record = join(rank, ranks, port), {}
-    for task in (answering, reasoning):
+    for task in (answering, reasoning, dialogues):
         for stage in STAGES:
             step, name, _, make_batch, _ = task()
             recipe = Recipe(schedule=Schedule(lr=0.01),
@@ -173,7 +190,7 @@ def two_ranks(tmp_path_factory) -> dict:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("task", [answering, reasoning], ids=lambda task: task.__name__)
+@pytest.mark.parametrize("task", [answering, reasoning, dialogues], ids=lambda task: task.__name__)
 def test_two_ranks_under_every_stage_equal_the_textbook(two_ranks, task, stage):
     """Each rank divides by its own images; the gradient is the mean over ranks."""
     losses, gradients = two_ranks[task.__name__, stage]

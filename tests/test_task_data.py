@@ -1,4 +1,5 @@
-"""What VQA and NLVR2 are trained on: questions with answers, and pairs of images, from annotations to batches."""
+"""What VQA, NLVR2 and VisDial are trained on: questions with answers, pairs of images and dialogues, from annotations
+to batches."""
 
 import json
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 pytest.importorskip("nvidia.dali", reason="the training input needs the extra `train`")
 from blip_train.answering import QuestionBatch
+from blip_train.dialogues import WRONG, DialogueBatch
 from blip_train.reasoning import PairBatch
 
 from blip_fast.data.annotated import annotated_images
@@ -138,6 +140,60 @@ def test_captions_are_no_questions(folder, tmp_path):
     read = next(iter(TrainInput(config(tmp_path / "shards"))))
     with pytest.raises(ValueError, match=r'png has no question with answers: VQA needs rows with "question"'):
         QuestionBatch.collate(read, Tokenizer([*BERT_TOKENS]), 35, 50)
+
+
+ANSWERS = ["red", "two", "a dog", "left", "dog", "what"]
+SPEAKER = Tokenizer([*BERT_TOKENS, "what", "is", "it", "red", "two", "a", "dog", "left", "?", *map(str, range(ROWS))])
+
+
+def test_dialogues_become_texts_with_right_and_wrong_answers(folder, tmp_path):
+    """Each round's right answer first, then others of its candidates, drawn anew for another batch; a round without
+    candidates is history alone."""
+    dialog = [{"question": "what is it?", "answer": "a dog", "candidates": ANSWERS, "right": 2},
+              {"question": "is it red?", "answer": "red"},
+              {"question": "left?", "candidates": ANSWERS[::-1], "right": 1}]
+    rows = [{"image": f"{i}.png", "caption": f"It is {i}.", "dialog": dialog} for i in range(ROWS)]
+    pack(folder, write(folder, rows), tmp_path / "shards")
+    batches = list(TrainInput(config(tmp_path / "shards")))
+    drawn = []
+    for read in batches:
+        batch = DialogueBatch.collate(read, SPEAKER, 40)
+        again = DialogueBatch.collate(read, SPEAKER, 40)
+        assert torch.equal(batch.texts.token_ids, again.texts.token_ids)
+        assert [SPEAKER.decode(text) for text in rows_of(batch.captions)] == [
+            f"it is {Path(record['image']).stem}" for record in read.records]
+        assert batch.captions.token_ids[0] == SPEAKER.cls_id
+        each = 2 * (1 + WRONG)
+        assert batch.image_of.tolist() == [i for i in range(3) for _ in range(each)]
+        assert batch.labels.tolist() == [1, *[0] * WRONG] * 6
+        texts = [tuple(text) for text in rows_of(batch.texts)]
+        starts = [[SPEAKER.enc_id, *turn("what is it?")], [SPEAKER.enc_id, *turn("what is it? a dog", True),
+                  *turn("is it red? red", True), *turn("left?")]]
+        for i in range(3):
+            for number, right in ((0, "a dog"), (1, "dog")):
+                here = texts[i * each + number * (1 + WRONG) :][: 1 + WRONG]
+                ends = [SPEAKER.decode(text[len(starts[number]) :]) for text in here]
+                assert all(list(text[: len(starts[number])]) == starts[number] for text in here)
+                assert ends[0] == right and len(set(ends)) == 1 + WRONG and set(ends) <= set(ANSWERS)
+                drawn.append(tuple(ends))
+    assert len(set(drawn)) > len(drawn) / 2
+
+    short = DialogueBatch.collate(batches[0], SPEAKER, len(starts[1]) + 1)  # the first round gives way
+    assert int(short.texts.lengths.max()) <= len(starts[1]) + 1
+    assert rows_of(short.texts)[1 + WRONG][:2] == [SPEAKER.enc_id, *SPEAKER.encode("is")[1:2]]
+
+
+def turn(text: str, ended: bool = False) -> list[int]:
+    return SPEAKER.encode(text)[1 : None if ended else -1]
+
+
+@pytest.mark.parametrize("dialog", [None, [{"question": "a", "answer": "b"}], [{"question": "a", "candidates": ["b"]}]])
+def test_rows_without_rounds_to_rank_are_no_training_data_of_dialogues(folder, tmp_path, dialog):
+    rows = [{"image": f"{i}.png", "caption": "a", **({} if dialog is None else {"dialog": dialog})} for i in range(3)]
+    pack(folder, write(folder, rows), tmp_path / "shards")
+    read = next(iter(TrainInput(config(tmp_path / "shards"))))
+    with pytest.raises(ValueError, match=r'png has no round with "candidates" and "right": VisDial needs rows'):
+        DialogueBatch.collate(read, Tokenizer([*BERT_TOKENS, "a", "b"]), 35)
 
 
 @pytest.mark.parametrize(("row", "message"), [

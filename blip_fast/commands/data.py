@@ -1,5 +1,5 @@
 """`blip-fast data`: pack images into the shards that training reads, turn published annotations into rows, or draw
-scenes and clips to train and evaluate on."""
+scenes, tasks about scenes, and clips, to train and evaluate on."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ def _arguments(parser: ArgumentParser) -> None:
          "blip-fast data scenes scenes/train --count 20000 --noise 0.3"),
         ("clips", _clips_arguments, "draw videos of moving things with captions, questions and answers",
          "blip-fast data clips clips/ --count 200"),
+        ("scene-task", _scene_task_arguments, "draw questions, pairs or dialogues about scenes, with right answers",
+         "blip-fast data scene-task questions vqa/train --count 6000"),
     ):
         action = ArgumentParser(description=help, epilog=f"example: {example}", exit_on_error=False)
         add(action)
@@ -61,30 +63,37 @@ def _annotations_arguments(parser: ArgumentParser) -> None:
 
 
 def _scenes_arguments(parser: ArgumentParser) -> None:
-    add = parser.add_argument
-    add("folder", metavar="DIR", help="new folder for the PNG files and their annotations.jsonl")
-    add("--count", type=int, default=1000, metavar="N", help="pictures to draw")
-    add("--split", choices=("train", "test"), default="train",
-        help="test scenes show combinations that train never shows")
-    add("--seed", type=int, default=0)
-    add("--noise", type=float, default=0.0, metavar="SHARE", help="share of wrong captions, 0 to 1")
-    add("--image-size", type=int, default=224, metavar="N", help="pixels a side")
+    _drawing_arguments(parser)
+    parser.add_argument("--noise", type=float, default=0.0, metavar="SHARE", help="share of wrong captions, 0 to 1")
+
+
+def _scene_task_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("task", choices=("questions", "pairs", "dialogues"),
+                        help="rows for VQA, NLVR2 (--count is of pairs) or VisDial")
+    _drawing_arguments(parser)
 
 
 def _clips_arguments(parser: ArgumentParser) -> None:
+    _drawing_arguments(parser, "new folder for the MP4 files and their annotations.jsonl, and in it a folder questions, "
+                               "whose annotations.jsonl asks about them")
+    parser.set_defaults(count=200, split="test")
+
+
+def _drawing_arguments(parser: ArgumentParser,
+                       folder: str = "new folder for the PNG files and their annotations.jsonl") -> None:
     add = parser.add_argument
-    add("folder", metavar="DIR", help="new folder for the MP4 files and their annotations.jsonl, and in it a folder "
-                                      "questions, whose annotations.jsonl asks about them")
-    add("--count", type=int, default=200, metavar="N", help="videos to draw")
-    add("--split", choices=("train", "test"), default="test",
-        help="test clips show combinations that train scenes and clips never show")
+    add("folder", metavar="DIR", help=folder)
+    add("--count", type=int, default=1000, metavar="N", help="pictures or videos to draw")
+    add("--split", choices=("train", "test"), default="train",
+        help="what is drawn of test shows combinations that train never shows")
     add("--seed", type=int, default=0)
-    add("--image-size", type=int, default=224, metavar="N", help="pixels a side, an even number")
+    add("--image-size", type=int, default=224, metavar="N", help="pixels a side, of videos an even number")
 
 
 def _run(args: Namespace) -> None:
-    {"pack": _pack, "annotations": _annotations, "scenes": _scenes, "clips": _clips}[args.action](
-        getattr(args, args.action))
+    actions = {"pack": _pack, "annotations": _annotations, "scenes": _scenes, "clips": _clips,
+               "scene-task": _scene_task}
+    actions[args.action](getattr(args, args.action))
 
 
 def _pack(args: Namespace) -> None:
@@ -144,6 +153,20 @@ def _clips(args: Namespace) -> None:
         print(json.dumps({"directory": str(folder), "videos": len(rows), "questions": str(folder / QUESTIONS)}))
     else:
         print(f"{folder}: {len(rows)} clips of split {args.split}; questions about them in {folder / QUESTIONS}")
+
+
+def _scene_task(args: Namespace) -> None:
+    from blip_fast.data.scene_tasks import write_scene_task
+
+    folder = _new_folder(args)
+    written = write_scene_task(args.task, folder, args.count, args.split, args.seed, args.image_size)
+    if args.json:
+        print(json.dumps({"directory": str(folder), **written}))
+        return
+    print(f"{folder}: {written['rows']} rows of split {args.split}")
+    for kind, answers in written["balance"].items():
+        print(f"{kind}: {', '.join(f'{answer} {count}' for answer, count in answers.items())}")
+    print(f"chance: {', '.join(f'{name} {value:.3f}' for name, value in written['chance'].items())}")
 
 
 def _new_folder(args: Namespace) -> Path:

@@ -88,28 +88,9 @@ class DialogRanker(PretrainedTask):
         return found
 
     def pack(self, dialogue: Dialogue, number: int, caption_in: str = "attention") -> PackedTexts:
-        """A text for each candidate of the round `number`, counted from 0. Where not all fits the model's positions the
-        earliest rounds are left out. Raises ValueError where even then a text does not."""
-        asked = dialogue.rounds[number]
-        start = [self.tokenizer.enc_id]
-        if caption_in == "text":
-            start += self.tokenizer.encode(clean_caption(dialogue.caption))[1:]
-        ends = [self._turn(asked.question, candidate) for candidate in asked.candidates]
-        most = self.model.config.text.max_positions
-        room = most - len(start) - max(map(len, ends))
-        if room < 0:
-            raise ValueError(f"the question {asked.question!r} and an answer to it take more than {most} tokens")
-        history: list[int] = []
-        for earlier in reversed(dialogue.rounds[:number]):
-            turn = self._turn(earlier.question, earlier.answer)
-            if len(history) + len(turn) > room:
-                break
-            history = turn + history
-        return PackedTexts.from_lists([start + history + end for end in ends])
-
-    def _turn(self, question: str, answer: str) -> list[int]:
-        """Question and answer, both cleaned as questions are, and [SEP]."""
-        return self.tokenizer.encode(f"{clean_question(question)} {clean_question(answer)}")[1:]
+        """A text for each candidate of the round `number`, as `candidate_texts` of the model's positions."""
+        return PackedTexts.from_lists(candidate_texts(self.tokenizer, dialogue, number, caption_in,
+                                                      self.model.config.text.max_positions))
 
     def _scores(self, image_embeds: Tensor, dialogue: Dialogue, caption_in: str) -> list[Tensor]:
         """image_embeds: [tokens, vision width]."""
@@ -118,7 +99,7 @@ class DialogRanker(PretrainedTask):
             return []
         rounds = [self.pack(dialogue, number, caption_in) for number in asked]
         texts = PackedTexts.cat(rounds).to(image_embeds.device)
-        image_kv = self._seen(image_embeds, dialogue.caption if caption_in == "attention" else None)
+        image_kv = self._seen(image_embeds[None], dialogue.caption if caption_in == "attention" else None)
         logits = []
         for some in torch.arange(len(texts), device=texts.device).split(texts_at_a_time(texts.device)):
             logits.append(self.model.match_logits(texts.select(some), torch.zeros_like(some), image_kv))
@@ -126,10 +107,55 @@ class DialogRanker(PretrainedTask):
         return list((scores[:, 1] - scores[:, 0]).split([len(one) for one in rounds]))
 
     def _seen(self, image_embeds: Tensor, caption: str | None) -> ImageKV:
-        """What cross-attention reads: the image's tokens and, behind them, those of its encoded caption."""
-        stack, seen = self.model.stack("encoder"), image_embeds
-        if caption is not None:
-            texts = self.tokenizer.pack([clean_caption(caption)]).to(seen.device)
-            (states,) = stack([TextStream(texts, "encoder")])
-            seen = torch.cat([seen, states])
-        return stack.states_kv(seen, offsets=torch.tensor([0, len(seen)], dtype=torch.int32, device=seen.device))
+        """image_embeds: [1, tokens, vision width]."""
+        if caption is None:
+            return self.model.stack("encoder").image_kv(image_embeds)
+        return captioned_kv(self.model, image_embeds, self.tokenizer.pack([clean_caption(caption)]))
+
+
+def captioned_kv(model: BlipModel, image_embeds: Tensor, captions: PackedTexts) -> ImageKV:
+    """What a dialogue's cross-attention reads (BLIP section 5.5): each image's tokens and, behind them, those of its
+    encoded caption.
+
+    Args:
+        model: images and texts as wide as each other.
+        image_embeds: [images, tokens, vision width].
+        captions: one an image, first token [CLS].
+    """
+    stack, (images, tokens, _), captions = model.stack("encoder"), image_embeds.shape, captions.to(image_embeds.device)
+    (states,) = stack([TextStream(captions, "encoder")])
+    owners = torch.arange(images, device=states.device).repeat_interleave(tokens)
+    order = torch.cat([owners, captions.text_of_row()]).argsort(stable=True)
+    before = tokens * torch.arange(images + 1, dtype=torch.int32, device=states.device)
+    return stack.states_kv(torch.cat([image_embeds.flatten(0, 1), states])[order], offsets=captions.offsets + before)
+
+
+def candidate_texts(tokenizer: Tokenizer, dialogue: Dialogue, number: int, caption_in: str,
+                    max_tokens: int) -> list[list[int]]:
+    """Token ids of a text for each candidate of the round `number`, counted from 0: [ENC], the caption where it stands
+    in the text, the rounds before, the question and the candidate, with [SEP] behind each. Where not all fits
+    `max_tokens` the earliest rounds are left out.
+
+    Raises:
+        ValueError: even then a text does not fit.
+    """
+    asked = dialogue.rounds[number]
+    start = [tokenizer.enc_id]
+    if caption_in == "text":
+        start += tokenizer.encode(clean_caption(dialogue.caption))[1:]
+    ends = [_turn(tokenizer, asked.question, candidate) for candidate in asked.candidates]
+    room = max_tokens - len(start) - max(map(len, ends))
+    if room < 0:
+        raise ValueError(f"the question {asked.question!r} and an answer to it take more than {max_tokens} tokens")
+    history: list[int] = []
+    for earlier in reversed(dialogue.rounds[:number]):
+        turn = _turn(tokenizer, earlier.question, earlier.answer)
+        if len(history) + len(turn) > room:
+            break
+        history = turn + history
+    return [start + history + end for end in ends]
+
+
+def _turn(tokenizer: Tokenizer, question: str, answer: str) -> list[int]:
+    """Question and answer, both cleaned as questions are, and [SEP]."""
+    return tokenizer.encode(f"{clean_question(question)} {clean_question(answer)}")[1:]

@@ -134,6 +134,35 @@ class QuestionAnswerer(nn.Module):
         return -token_losses(logits, targets_of(answer_ids)).sum(dim=1)
 
 
+class DialogueEncoder(nn.Module):
+    """VisDial (the paper's section 5.5; no code was published): does the answer that ends a text fit? Cross-attention
+    reads the image and, behind it, the encoded caption."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        self.visual_encoder = VisionTransformer(sizes)
+        self.text_encoder = TextStack(sizes, sizes.vision_width)
+        self.itm_head = nn.Linear(sizes.text_width, 2)
+
+    def loss(
+        self,
+        images: Tensor,
+        caption_ids: Tensor,  # [B, L], one an image
+        caption_mask: Tensor,
+        input_ids: Tensor,  # [N, L], rounds with an answer each
+        attention_mask: Tensor,
+        image_of_text: Tensor,  # [N]
+        labels: Tensor,  # [N], 1 where the answer is right
+    ) -> Tensor:
+        image_embeds = self.visual_encoder(images)
+        caption_states = self.text_encoder(with_first_token(caption_ids, CLS), caption_mask)
+        states = torch.cat([image_embeds, caption_states], dim=1)
+        mask = torch.cat([torch.ones(image_embeds.shape[:2], dtype=caption_mask.dtype), caption_mask], dim=1)
+        hidden = self.text_encoder(with_first_token(input_ids, ENC), attention_mask, states[image_of_text],
+                                   mask[image_of_text])
+        return F.cross_entropy(self.itm_head(hidden[:, 0]), labels)
+
+
 class PairReasoner(nn.Module):
     """NLVR2 (published: BLIP_NLVR): is the text true of a pair of images?"""
 

@@ -26,6 +26,7 @@ from blip_fast.tokenizer import Tokenizer, clean_caption
 from blip_train import collectives
 from blip_train.adapters import adapt
 from blip_train.answering import Answering, QuestionBatch
+from blip_train.dialogues import DialogueBatch, Dialogues
 from blip_train.freezing import freeze
 from blip_train.pretraining import Batch, Pretraining
 from blip_train.reasoning import PairBatch, Reasoning
@@ -146,6 +147,8 @@ def make_step(model: BlipModel, recipe: Recipe) -> TrainingStep:
         return Answering(model, recipe.objective.label_smoothing)
     if recipe.objective.losses == ("reasoning",):
         return Reasoning(model)
+    if recipe.objective.losses == ("dialogue",):
+        return Dialogues(model)
     return Pretraining(model, recipe.objective, recipe.seed)
 
 
@@ -156,6 +159,8 @@ def collation(recipe: Recipe, tokenizer: Tokenizer) -> Callable[[ReadBatch], Any
         return partial(QuestionBatch.collate, **limits, max_words=recipe.data.max_words)
     if recipe.objective.losses == ("reasoning",):
         return partial(PairBatch.collate, **limits)
+    if recipe.objective.losses == ("dialogue",):
+        return partial(DialogueBatch.collate, **limits)
     return partial(Batch.collate, **limits)
 
 

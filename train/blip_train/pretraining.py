@@ -37,13 +37,14 @@ IGNORED = -100  # LM's target where a token carries no loss
 class Objective:
     """What a step computes, with the paper's values.
 
-    `losses` any of itc, itm, lm (itm takes its negatives from itc's features), or alone answer (VQA) or reasoning
-    (NLVR2), of whose other values only `label_smoothing` counts, for answer. `positives`: `pair` (pre-training) or
-    `id` (retrieval fine-tuning: captions of one image share the target). `negatives`: from the rank's own batch, or
-    from the batches of `all_ranks`. `negative_floor` is added to the softmax that negatives are drawn from.
+    `losses` any of itc, itm, lm (itm takes its negatives from itc's features), or alone answer (VQA), reasoning (NLVR2)
+    or dialogue (VisDial), of whose other values only `label_smoothing` counts, for answer. `positives`: `pair`
+    (pre-training) or `id` (retrieval fine-tuning: captions of one image share the target). `negatives`: from the rank's
+    own batch, or from the batches of `all_ranks`. `negative_floor` is added to the softmax that negatives are drawn
+    from.
     """
 
-    losses: tuple[Literal["itc", "itm", "lm", "answer", "reasoning"], ...] = ("itc", "itm", "lm")
+    losses: tuple[Literal["itc", "itm", "lm", "answer", "reasoning", "dialogue"], ...] = ("itc", "itm", "lm")
     queue_size: int = 57600
     momentum: float = 0.995
     alpha: float = 0.4
@@ -57,9 +58,9 @@ class Objective:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "losses", tuple(self.losses))
-        if not self.losses or not (self.of_pairs or self.losses in (("answer",), ("reasoning",))):
-            raise ValueError("objective.losses must name some of itc, itm, lm, or answer or reasoning alone; got "
-                             f"{list(self.losses)}")
+        if not self.losses or not (self.of_pairs or self.losses in (("answer",), ("reasoning",), ("dialogue",))):
+            raise ValueError("objective.losses must name some of itc, itm, lm, or answer, reasoning or dialogue alone; "
+                             f"got {list(self.losses)}")
         if self.language_first_steps and "lm" not in self.losses:
             raise ValueError("objective.language_first_steps is set but losses has no lm to start with")
         if "itm" in self.losses and "itc" not in self.losses:
@@ -69,7 +70,7 @@ class Objective:
 
     @property
     def of_pairs(self) -> bool:
-        """Whether these are ITC, ITM and LM, over pairs of image and text, and not VQA's or NLVR2's loss."""
+        """Whether these are ITC, ITM and LM, over pairs of image and text, and not another task's loss."""
         return not set(self.losses) - {"itc", "itm", "lm"}
 
 

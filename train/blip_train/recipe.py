@@ -210,7 +210,8 @@ class Recipe:
                  "lm": ("text_stacks: tied or decoder", model.text_stacks in ("tied", "decoder")),
                  "answer": ("text_stacks: untied", model.text_stacks == "untied"),
                  "reasoning": ("reasoning: true and text.twin_cross_attention: true",
-                               model.reasoning and text.twin_cross_attention)}
+                               model.reasoning and text.twin_cross_attention),
+                 "dialogue": ("matching: true", model.matching)}
         for loss in self.objective.losses:
             if not parts[loss][1]:
                 raise ValueError(f"objective.losses has {loss}, which needs a model with {parts[loss][0]}")
@@ -218,8 +219,8 @@ class Recipe:
             raise ValueError("adapters are set but init is not: they train little beside weights that know something; "
                              "name a checkpoint")
         if self.evaluation.images and not self.objective.of_pairs:
-            raise ValueError("evaluation.images must be 0 for VQA and NLVR2: a run's report measures retrieval and "
-                             "captions")
+            raise ValueError("evaluation.images must be 0 for VQA, NLVR2 and VisDial: a run's report measures "
+                             "retrieval and captions")
 
     @property
     def directory(self) -> Path:

@@ -23,7 +23,8 @@ from blip_train.prepare import source_folder
 from blip_train.recipe import Recipe
 
 LOSS_TITLES = {"itc": "Contrastive loss (ITC)", "itm": "Matching loss (ITM)", "lm": "Language loss (LM)",
-               "answer": "Answer loss (VQA)", "reasoning": "Reasoning loss (NLVR2)"}
+               "answer": "Answer loss (VQA)", "reasoning": "Reasoning loss (NLVR2)",
+               "dialogue": "Dialogue loss (VisDial)"}
 MAX_LENGTH, MIN_LENGTH = 24, 5  # tokens of a caption in the report
 
 

@@ -1,0 +1,108 @@
+"""The tasks' page: figures beside targets and chance, pictures with questions, statements and dialogues, losses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image
+
+from blip_fast.data.annotated import AnnotatedImage
+from blip_fast.data.scene_tasks import QUESTIONS_EACH, VALUES
+from blip_fast.images import load_image
+from blip_fast.report.page import Card, Line, Metric, Report
+from blip_fast.tasks.dialog import DialogRanker, Dialogue, Round
+from blip_fast.tasks.reason import Reasoner
+from blip_train.prepare import EXPORT
+from blip_train.report import loss_plots
+from blip_train.task_demo import TaskDemoResult
+
+SHOWN = 12  # pictures a section
+GAP = 4  # pixels between the pictures of a pair
+NAMES = {
+    "vqa_accuracy": ("VQA accuracy, answers written", 0.80),
+    "nlvr2_accuracy": ("NLVR2 accuracy", 0.80),
+    "nlvr2_consistency": ("NLVR2 consistency", 0.60),
+    "visdial_r1": ("VisDial R@1", 0.75),
+    "visdial_r5": ("VisDial R@5", 0.95),
+    "visdial_mrr": ("VisDial MRR", 0.85),
+}
+
+
+def task_figures(result: TaskDemoResult) -> list[Metric]:
+    """The figures with their targets and chance levels."""
+    values = result.metrics
+    return [Metric(title, values[name], target=target, chance=values[f"chance_{name}"])
+            for name, (title, target) in NAMES.items()]
+
+
+def write_task_report(result: TaskDemoResult, path: Path) -> Path:
+    """Write the page. Returns its path."""
+    counts = {task: f"{len(images):,}" for task, images in result.test.items()}
+    report = Report("Questions, pairs and dialogues about drawn scenes", "One pre-trained model, fine-tuned on each "
+                    "task, measured on combinations of things that were never in training. Chance is what somebody "
+                    "reaches who has read all of training but sees no picture.",
+                    facts={"held-out questions": counts["questions"], "held-out pairs": counts["pairs"],
+                           "held-out dialogues": counts["dialogues"],
+                           "minutes": f"{sum(result.seconds.values()) / 60:.1f}"})
+    report.section("What was reached").metrics(task_figures(result))
+    _questions(report, result)
+    _pairs(report, result)
+    _dialogues(report, result)
+    for task, title in (("questions", "VQA"), ("pairs", "NLVR2"), ("dialogues", "VisDial")):
+        report.section(f"Loss of {title}").plots(loss_plots(result.recipes[task].directory / "log.jsonl"))
+    report.section("Where the time went").table(["Stage", "Seconds"],
+                                               [[stage, round(value, 1)] for stage, value in result.seconds.items()])
+    return report.write(path)
+
+
+def _questions(report: Report, result: TaskDemoResult) -> None:
+    report.section("Questions", "The official accuracy over ten votes, by what the answer is. A cross is followed by "
+                   "the right answer.")
+    kinds = [f"vqa_accuracy_{kind}" for kind in VALUES]
+    figures, chances = result.figures["questions"], result.chances["questions"]
+    report.metrics([Metric(name.removeprefix("vqa_accuracy_"), figures[name], chance=chances[name])
+                    for name in kinds if name in figures])
+    images, cards = result.test["questions"], []
+    for first in range(0, min(SHOWN * QUESTIONS_EACH, len(images)), QUESTIONS_EACH):
+        asked = range(first, first + QUESTIONS_EACH)  # one picture's questions stand together
+        cards.append(Card(images[first].load(), [
+            _line(images[i].row["question"], result.answers[i], images[i].row["truth"]) for i in asked]))
+    report.cards(cards)
+
+
+def _pairs(report: Report, result: TaskDemoResult) -> None:
+    images = result.test["pairs"][:SHOWN]
+    reasoner = Reasoner.from_pretrained(result.recipes["pairs"].directory / EXPORT)
+    pairs = [(image.load(), image.second.load()) for image in images if image.second is not None]
+    judged = reasoner(pairs, [image.captions[0] for image in images]).tolist()
+    report.section("Pairs", "Each statement is true of one pair and false of one that differs from it in one slot.")
+    report.cards([Card(_side_by_side(*pair), [_line(image.captions[0], *(
+        "true" if true else "false" for true in (probability > 0.5, image.row["label"])))])
+        for pair, image, probability in zip(pairs, images, judged, strict=True)])
+
+
+def _dialogues(report: Report, result: TaskDemoResult) -> None:
+    ranker = DialogRanker.from_pretrained(result.recipes["dialogues"].directory / EXPORT)
+    report.section("Dialogues", "The best of the candidate answers of every round, which is read together with the "
+                   "caption and the rounds before.")
+    report.cards([_dialogue_card(ranker, image) for image in result.test["dialogues"][:SHOWN]])
+
+
+def _dialogue_card(ranker: DialogRanker, image: AnnotatedImage) -> Card:
+    rounds = [Round(one["question"], one["answer"], one["candidates"]) for one in image.row["dialog"]]
+    scores = ranker(image.load(), Dialogue(image.captions[0], rounds))
+    said = [one.candidates[int(values.argmax())] for one, values in zip(rounds, scores, strict=True)]
+    lines = [_line(one.question, best, one.answer) for one, best in zip(rounds, said, strict=True)]
+    return Card(image.load(), [Line(image.captions[0], "caption"), *lines])
+
+
+def _line(asked: str, said: str, truth: str) -> Line:
+    return Line(said if said == truth else f"{said} ({truth})", asked, right=said == truth)
+
+
+def _side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
+    left, right = load_image(left), load_image(right)
+    both = Image.new("RGB", (left.width + GAP + right.width, max(left.height, right.height)), "white")
+    both.paste(left, (0, 0))
+    both.paste(right, (left.width + GAP, 0))
+    return both
