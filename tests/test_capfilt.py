@@ -14,6 +14,7 @@ from blip_fast.capfilt import (
     CapFiltRow,
     WebBatch,
     WebImage,
+    calibration,
     capfilt,
     capfilt_stream,
     filter_quality,
@@ -21,6 +22,8 @@ from blip_fast.capfilt import (
 from blip_fast.capfilt.clean import NUCLEUS
 from blip_fast.capfilt.quality import calibrated_threshold
 from blip_fast.config import BlipConfig, SpecialTokens, TextConfig, VisionConfig
+from blip_fast.data.annotated import annotated_images
+from blip_fast.data.scenes import write_scenes
 from blip_fast.generate import GenerationConfig
 from blip_fast.model import BlipModel
 from blip_fast.packing import PackedTexts
@@ -216,6 +219,20 @@ def test_quality_needs_right_and_wrong_captions():
         filter_quality([True, False], [True, True])
     with pytest.raises(ValueError, match="got 1 and 2"):
         filter_quality([True], [True, False])
+
+
+def test_a_filter_is_calibrated_on_each_pair_with_its_own_image(tmp_path, monkeypatch):
+    """In batches, against every pair scored alone."""
+    monkeypatch.setattr(calibration, "BATCH", 2)
+    write_scenes(tmp_path, 5, "train", seed=0, noise=0.0, image_size=16)
+    matcher = Matcher(model(2), TOKENIZER)
+    images = annotated_images(tmp_path, None)
+    for token in ("[ENC]", "[CLS]"):
+        alone = sorted(float(matcher.score(image.load(), image.captions, first_token=token).itm) for image in images)
+        assert len(set(alone)) == 5
+        assert calibration.calibrate(matcher, images, 0.6, token) == pytest.approx(alone[2], abs=1e-6)
+    with pytest.raises(ValueError, match="calibration needs clean pairs"):
+        calibration.calibrate(matcher, [], 0.6)
 
 
 def test_the_calibrated_threshold_keeps_the_share_of_clean_pairs():

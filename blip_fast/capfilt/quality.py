@@ -54,7 +54,7 @@ def filter_quality(kept: Sequence[bool], right: Sequence[bool]) -> FilterQuality
     )
 
 
-def calibrated_threshold(clean: Sequence[float], keep: float = 0.97) -> float:
+def calibrated_threshold(clean: Sequence[float], keep: float) -> float:
     """The highest threshold of ITM's probability that keeps a share of clean pairs.
 
     A filter answers 'matched' too easily on captions that are wrong in one word; pairs known to be right say how high

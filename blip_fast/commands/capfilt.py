@@ -66,7 +66,7 @@ def _run(args: Namespace) -> int:
     from blip_fast.commands.progress import sigterm_interrupts
     from blip_fast.data.cache import shard_cache
 
-    config, share = _config(args), Share.parse(args.shard)
+    config, share = filter_config(args), Share.parse(args.shard)
     folder = CleanFolder(Path(args.output).absolute())
     every = tars(args.shards, shard_cache(args.cache, args.cache_gb))
     options = {**asdict(config), **{name: getattr(args, name) for name in ("captioner", "filter", "dtype",
@@ -81,7 +81,8 @@ def _run(args: Namespace) -> int:
         raise ValueError(f"{args.output} is being written by another process: wait until that has ended") from None
 
 
-def _config(args: Namespace) -> CapFiltConfig:
+def filter_config(args: Namespace) -> CapFiltConfig:
+    """How the parsed options say that texts are written and kept. Raises ValueError for values out of range."""
     from blip_fast.capfilt.clean import CapFiltConfig
     from blip_fast.generate import GenerationConfig
 

@@ -74,8 +74,8 @@ def _scene_task_arguments(parser: ArgumentParser) -> None:
 
 
 def _clips_arguments(parser: ArgumentParser) -> None:
-    _drawing_arguments(parser, "new folder for the MP4 files and their annotations.jsonl, and in it a folder questions, "
-                               "whose annotations.jsonl asks about them")
+    _drawing_arguments(parser, "new folder for the MP4 files and their annotations.jsonl, and in it a folder "
+                               "questions, whose annotations.jsonl asks about them")
     parser.set_defaults(count=200, split="test")
 
 

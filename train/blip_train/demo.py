@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
-from blip_fast.capfilt.clean import CapFiltConfig, CapFiltResult, WebBatch, capfilt, match_scores
-from blip_fast.capfilt.quality import FilterQuality, calibrated_threshold, filter_quality
+from blip_fast.capfilt.calibration import calibrate
+from blip_fast.capfilt.clean import CapFiltConfig, CapFiltResult, WebBatch, capfilt
+from blip_fast.capfilt.quality import FilterQuality, filter_quality
 from blip_fast.data.annotated import AnnotatedImage, annotated_images
 from blip_fast.data.scenes import write_scenes
 from blip_fast.evaluation import CaptionEvaluation, evaluate_captions, evaluate_retrieval
@@ -31,6 +32,7 @@ from blip_train.recipe import Recipe, load_recipe
 STAGES = ("pretrain", "captioner", "filter")
 CLEANED = 2000  # noisy pairs that CapFilt goes through
 CALIBRATION = 500  # clean pairs, in no training set, that set the filter's threshold
+KEPT = 0.97  # of them pass it
 CALIBRATION_SEED = 2  # training scenes have the recipes' seeds 0 and 1
 BATCH = 100
 CAPTIONING = GenerationConfig(beams=3, max_length=24, min_length=5)
@@ -154,10 +156,7 @@ def _measure(recipes: dict[str, Recipe]) -> dict:
 def _threshold(matcher: Matcher, folder: Path, image_size: int) -> float:
     """The filter's threshold, from clean scenes that it has not seen."""
     write_scenes(folder, CALIBRATION, "train", CALIBRATION_SEED, 0.0, image_size)
-    batches = _batches(annotated_images(folder, None), image_size)
-    first_token = CapFiltConfig().first_token
-    return calibrated_threshold([probability for batch in batches for probability in
-                                 match_scores(matcher, batch.pixels, batch.captions, first_token).itm.tolist()])
+    return calibrate(matcher, annotated_images(folder, None), KEPT)
 
 
 def _batches(images: list[AnnotatedImage], image_size: int) -> Iterator[WebBatch]:

@@ -1,0 +1,31 @@
+"""A filter's threshold from clean pairs that it has not been trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+
+from blip_fast.capfilt.clean import match_scores
+from blip_fast.capfilt.quality import calibrated_threshold
+from blip_fast.data.annotated import AnnotatedImage
+from blip_fast.tasks.loading import pixel_batches
+from blip_fast.tasks.match import Matcher
+
+BATCH = 100  # images
+
+
+def calibrate(matcher: Matcher, images: Sequence[AnnotatedImage], keep: float, first_token: str = "[ENC]") -> float:
+    """The threshold that keeps the share `keep` of the images' captions (see `calibrated_threshold`).
+
+    Args:
+        first_token: what texts start with before the matching head, as in `CapFiltConfig`.
+
+    Raises:
+        ImageError: for the first image that cannot be read.
+        ValueError: there is no caption, `keep` is not a share, or another first token.
+    """
+    left, probabilities = iter(images), []
+    for pixels in pixel_batches(images, matcher.model.config.vision.image_size, BATCH):
+        texts = [image.captions for image in islice(left, len(pixels))]
+        probabilities += match_scores(matcher, pixels, texts, first_token).itm.tolist()
+    return calibrated_threshold(probabilities, keep)

@@ -1,0 +1,49 @@
+"""`blip-fast bootstrap`: pre-train, clean web pairs with what was learnt (CapFilt), pre-train anew."""
+
+from __future__ import annotations
+
+from jsonargparse import ArgumentParser, Namespace
+
+from blip_fast.commands import Command
+
+
+def _arguments(parser: ArgumentParser) -> None:
+    from blip_train.bootstrap_recipe import add_bootstrap_arguments
+
+    add_bootstrap_arguments(parser)
+    parser.add_argument("--resume", action="store_true",
+                        help="go on with runs/NAME where it was cut short; finished stages are not done again")
+    parser.add_argument("--json", action="store_true", help="print what metrics.json holds instead of the tables")
+
+
+def _run(args: Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from blip_train.bootstrap import bootstrap
+    from blip_train.bootstrap_recipe import read_bootstrap
+    from blip_train.bootstrap_report import METRICS, cleaning, comparison, write_figures
+
+    recipe = read_bootstrap(args)
+    figures = bootstrap(recipe, args.resume)
+    page = write_figures(recipe, figures)
+    if args.json:
+        print((recipe.directory / METRICS).read_text(), end="")
+        return
+    console = Console()
+    for metric in cleaning(figures):
+        console.print(f"{metric.name}: {metric.value:.1%}, target {metric.target:.0%}, chance {metric.chance:.1%}")
+    columns, rows = comparison(figures)
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    console.print(f"look at {page}")
+
+
+COMMAND = Command(
+    help="pre-train, clean the web pairs with that model (CapFilt), and pre-train anew on what was kept",
+    example="blip-fast bootstrap --config train/blip_train/recipes/bootstrap_scenes.yaml --seeds '[0, 1, 2]'",
+    arguments=_arguments,
+    run=_run,
+)
