@@ -129,8 +129,9 @@ def _frame_times(container: InputContainer, stream: VideoStream, name: str) -> _
     starts: list[tuple[int, int]] = []
     end = 0.0
     for packet in container.demux():
-        if packet.pts is not None and packet.time_base is not None:
-            end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        time = packet.dts if packet.pts is None else packet.pts
+        if time is not None and packet.time_base is not None:
+            end = max(end, float((time + (packet.duration or 0)) * packet.time_base))
         if packet.stream_index != stream.index or packet.size == 0:
             continue
         if not packet.is_discard:

@@ -45,8 +45,8 @@ def test_the_first_thing_moves_as_told_and_the_other_stays(relation, direction, 
 def test_words_and_answers_of_a_clip():
     clip = Clip(Scene(RED_AND_BLUE, "left of", "grey"), "up")
     assert clip.caption() == "a small red circle left of a large blue square on grey moving up"
-    assert clip.questions() == [("What moves?", "small red circle"), ("Which way does it move?", "up"),
-                                ("What stays?", "large blue square")]
+    assert clip.questions() == [("what moves", "small red circle"), ("which way does it move", "up"),
+                                ("what stays", "large blue square"), ("what is the background", "grey")]
 
 
 def test_clips_are_scenes_of_their_split_and_move_every_way():
@@ -69,7 +69,8 @@ def test_folders_of_clips(tmp_path, capsys):
     asked = annotated_images(folder / "questions", "test")
     assert [(image.row["question"], image.row["answers"]) for image in asked] == [
         (question, [answer]) for clip in clips for question, answer in clip.questions()]
-    assert [image.where.resolve() for image in asked] == [image.where for image in told for _ in range(3)]
+    assert [image.where.resolve() for image in asked] == [image.where for image in told for _ in range(4)]
+    assert [image.row["question_id"] for image in asked] == list(range(12))
     again = write_clips(tmp_path / "again", 3, "test", 7, 32)
     assert [row["image"] for row in again] == [image.name for image in told]
     for image in told:

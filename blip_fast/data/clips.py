@@ -5,8 +5,8 @@ A clip holds a scene of two objects (`scenes.py`). The one that is told first mo
 
     a small red circle left of a large blue square on grey moving up
 
-Every clip is asked what moves, which way, and what stays. Whoever looks at frames in no order can tell what moves and
-along which line, but not whether up or down.
+Every clip is asked what moves, which way, what stays, and what the background is. A picture tells the last. Whoever
+looks at frames in no order can tell what moves and along which line, but not whether up or down.
 """
 
 import json
@@ -43,7 +43,8 @@ class Clip:
     def questions(self) -> list[tuple[str, str]]:
         """(question, answer)."""
         moving, staying = (f"{thing.size} {thing.colour} {thing.shape}" for thing in self.scene.things)
-        return [("What moves?", moving), ("Which way does it move?", self.direction), ("What stays?", staying)]
+        return [("what moves", moving), ("which way does it move", self.direction), ("what stays", staying),
+                ("what is the background", self.scene.background)]
 
 
 def sample_clips(count: int, split: str, seed: int) -> list[Clip]:
@@ -93,7 +94,7 @@ def write_clips(folder: Path, count: int, split: str, seed: int, image_size: int
         name = f"{i:06d}.mp4"
         write_video(folder / name, draw_clip(clip, image_size, [seed, SPLITS.index(split), i]), image_size)
         told.append({"image": name, "captions": [clip.caption()], "split": split})
-        asked += [{"image": f"../{name}", "question": question, "answers": [answer], "question_id": 3 * i + j,
+        asked += [{"image": f"../{name}", "question": question, "answers": [answer], "question_id": len(asked) + j,
                    "split": split} for j, (question, answer) in enumerate(clip.questions())]
     for place, rows in ((folder, told), (folder / QUESTIONS, asked)):
         (place / "annotations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
