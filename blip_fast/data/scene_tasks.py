@@ -43,7 +43,7 @@ VALUES = {"size": tuple(SIZES), "colour": tuple(COLOURS), "shape": SHAPES, "back
 SLOTS = ("size", "colour", "shape")  # of a thing
 
 QUESTIONS_EACH = 4  # about one picture
-DISSENT = 2  # of ten votes that are wrong at most: of people who looked badly
+DISSENT = 1  # of ten votes that are wrong at most: of somebody who looked badly
 CANDIDATES = 20  # answers to rank in a round: all that its question could have, and others
 SIDES = ("left", "right")  # of a pair
 STATEMENTS = ("background", "thing", "both", "relation")
@@ -56,9 +56,11 @@ LONGEST = 64  # tokens that a text about scenes has at most, where each of WORDS
 
 
 class Fact(NamedTuple):
-    """A question with its answer; `kind` names what the answer is, one of `VALUES`."""
+    """A question with its answer. `kind` names what the answer is, `slot` what of a scene is asked about, both of
+    `VALUES`: they differ where things are counted and where the answer is yes or no."""
 
     kind: str
+    slot: str
     question: str
     answer: str
 
@@ -69,12 +71,12 @@ class Fact(NamedTuple):
 def facts(scene: Scene) -> list[Fact]:
     """All questions about a scene with two things that this grammar has. "The red thing" is asked about only where one
     thing alone is red."""
-    found = [Fact("background", "what is the background", scene.background)]
+    found = [Fact("background", "background", "what is the background", scene.background)]
     for slot in SLOTS:
         of_slot = [getattr(thing, slot) for thing in scene.things]
         for value in VALUES[slot]:
             many = PLURALS[value] if slot == "shape" else f"{value} things"
-            found.append(Fact("number", f"how many {many}", str(of_slot.count(value))))
+            found.append(Fact("number", slot, f"how many {many}", str(of_slot.count(value))))
     for i in range(2):
         for known, name in _names(scene, i):
             found += _about(scene, i, known, name)
@@ -95,15 +97,15 @@ def _names(scene: Scene, i: int) -> list[tuple[str, str]]:
 def _about(scene: Scene, i: int, known: str, name: str) -> Iterator[Fact]:
     """What may be asked about things[i] when it is called by its slot `known`."""
     if known != "place":
-        yield Fact("place", f"where is {name}", _place(scene, i))
+        yield Fact("place", "place", f"where is {name}", _place(scene, i))
     for slot in SLOTS:
         if slot == known:
             continue
         true = getattr(scene.things[i], slot)
-        yield Fact(slot, f"what {slot} is {name}", true)
+        yield Fact(slot, slot, f"what {slot} is {name}", true)
         for value in VALUES[slot]:
             said = f"a {value}" if slot == "shape" else value
-            yield Fact("yes/no", f"is {name} {said}", "yes" if value == true else "no")
+            yield Fact("yes/no", slot, f"is {name} {said}", "yes" if value == true else "no")
 
 
 def _place(scene: Scene, i: int) -> str:
@@ -112,18 +114,21 @@ def _place(scene: Scene, i: int) -> str:
 
 
 def _ask(scenes: Sequence[Scene], rng: np.random.Generator) -> Iterator[list[Fact]]:
-    """`QUESTIONS_EACH` questions about each scene: kinds take turns, and of a kind's answers that are true here that
-    one is asked for which was asked for least."""
-    kinds, asked, turn = tuple(VALUES), Counter[tuple[str, str]](), 0
+    """`QUESTIONS_EACH` questions about each scene. Kinds take turns, then any slot that can be asked about is, and of
+    the answers that are true here that one is asked for which was asked for least: words tell little of the answer."""
+    kinds, asked, turn = tuple(VALUES), Counter[tuple[str, str, str]](), 0
     for scene in scenes:
         here, chosen = facts(scene), list[Fact]()
         while len(chosen) < QUESTIONS_EACH:
             kind = kinds[turn % len(kinds)]
             turn += 1
             possible = [here[j] for j in rng.permutation(len(here)) if here[j].kind == kind and here[j] not in chosen]
-            if possible:  # two things that differ in colour alone cannot be told from their places
-                chosen.append(min(possible, key=lambda fact: asked[kind, fact.answer]))
-                asked[kind, chosen[-1].answer] += 1
+            slots = sorted({fact.slot for fact in possible})
+            if slots:  # of some scenes no more can be asked of this kind
+                slot = slots[rng.integers(len(slots))]
+                chosen.append(min((fact for fact in possible if fact.slot == slot),
+                                  key=lambda fact: asked[kind, slot, fact.answer]))
+                asked[kind, slot, chosen[-1].answer] += 1
         yield chosen
 
 
@@ -245,9 +250,10 @@ def dialogue(scene: Scene, rng: np.random.Generator) -> tuple[str, list[Fact]]:
     for i, name in ((first, f"the {_place(scene, first)} thing"), (1 - first, "the other thing")):
         for j in rng.permutation(len(SLOTS)):
             slot = SLOTS[j]
-            rounds.append(Fact(slot, f"what {slot} is {name}", getattr(scene.things[i], slot)))
+            rounds.append(Fact(slot, slot, f"what {slot} is {name}", getattr(scene.things[i], slot)))
             name = "it"
-    rounds.insert(int(rng.integers(len(rounds) + 1)), Fact("background", "what is the background", scene.background))
+    rounds.insert(int(rng.integers(len(rounds) + 1)), Fact("background", "background", "what is the background",
+                                                            scene.background))
     return f"two things on {scene.background}", rounds
 
 
