@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from argparse import ArgumentError
 from pathlib import Path
 
 import pytest
 import yaml
 from blip_train import bootstrap as loops
 from blip_train.bootstrap_recipe import BootstrapRecipe, plan, read_bootstrap
-from blip_train.bootstrap_report import comparison, summary
+from blip_train.bootstrap_report import comparison, removal, summary
 from blip_train.commands.bootstrap import COMMAND
 from jsonargparse import ArgumentParser
 from test_train import RECIPE
@@ -199,6 +204,23 @@ def test_a_stage_that_fails_ends_the_loop_with_its_status(monkeypatch, tmp_path,
     assert "nowhere.yaml" in capfd.readouterr().err
 
 
+def test_sigterm_is_handed_on_to_the_stage(tmp_path):
+    """In place of Python a program that says when it begins, and how it was asked to end."""
+    stage = tmp_path / "stage"
+    stage.write_text("#!/bin/sh\ntrap 'echo asked > asked; exit 143' TERM\necho $@ > begun\n"
+                     "while :; do sleep 0.1; done\n")
+    stage.chmod(0o755)
+    code = f"import sys; from blip_train import bootstrap; sys.executable = {str(stage)!r}; bootstrap._command('train')"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path) as process:
+        ends = time.monotonic() + 300
+        while not (tmp_path / "begun").exists() and process.poll() is None and time.monotonic() < ends:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(300) == 143
+    assert (tmp_path / "begun").read_text() == "-m blip_fast train\n"
+    assert (tmp_path / "asked").exists()
+
+
 # ---------------------------------------------------------------- recipes
 
 
@@ -224,13 +246,15 @@ def changed(stage: str, **overrides):
     ({"capfilt": {"output": "there"}}, "capfilt: output is set by the loop itself"),
     ({"calibration": {"data": "x", "keep": 0}}, "calibration.keep is 0"),
     ({"scenes": {**LOOP["scenes"], "noise": 0.0}}, "there must be right and wrong ones"),
+    ({"pre_train": {"recipe": "tiny.yaml"}}, "pre_train"),
+    ({"seeds": ["a"]}, "seeds"),
     ({"scenes": None}, r"\{scenes\} stands in a path, but no scenes are to be drawn"),
 ])
 def test_a_bad_recipe_is_named_before_anything_starts(tmp_path, monkeypatch, changes, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RANK", raising=False)
     recipe_file(tmp_path, **changes)
-    with pytest.raises((ValueError, OSError), match=message):
+    with pytest.raises((ValueError, OSError, ArgumentError), match=message):  # what the command line tells in a line
         COMMAND.run(parse("bootstrap.yaml"))
     assert not (tmp_path / "runs").exists()
 
@@ -268,6 +292,9 @@ def test_means_deviations_and_wins_over_seeds():
     found = summary(figures)
     assert found["raw_i2t_r1"] == {"mean": 0.5, "sd": pytest.approx(0.125**0.5)}
     assert summary({0: figures[0]})["raw_i2t_r1"] == {"mean": 0.25, "sd": None}
+    assert removal(figures)[1] == []
     columns, rows = comparison(figures)
     assert columns == ["Measure", "raw", "cleaned", "chance", "seeds in which cleaned is better"]
     assert rows == [["retrieval R@1, image → text", "50.0 % ± 35.4", "62.5 % ± 17.7", "10.0 %", "1 of 2"]]
+    found = {0: {"removal_recall": 0.91, "chance_removal_recall": 0.5}}
+    assert removal(found)[1] == [["wrong texts that were removed", "91.0 %", "90.0 %", "50.0 %"]]
