@@ -21,7 +21,8 @@ from jsonargparse import ArgumentParser
 from test_train import RECIPE
 
 from blip_fast.data.annotated import annotated_images
-from blip_fast.data.scenes import caption, scene_from_slots
+from blip_fast.data.pack import pack
+from blip_fast.data.scenes import caption, scene_from_slots, write_scenes
 from blip_fast.data.shards import iterate
 from blip_fast.evaluation import evaluate_captions
 from blip_fast.generate import GenerationConfig
@@ -259,6 +260,32 @@ def test_a_bad_recipe_is_named_before_anything_starts(tmp_path, monkeypatch, cha
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_loop_over_data_of_ones_own(tmp_path, monkeypatch):
+    """Two packed web sources and a folder; what is missing is named, and then everything is there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RANK", raising=False)
+    write_scenes(tmp_path / "coco", 8, "train", seed=0, noise=0.0, image_size=32)
+    sources = [{"name": "cc", "root": "cc"}, {"name": "coco", "root": "coco"}, {"name": "sbu", "root": "sbu"}]
+    path = recipe_file(tmp_path, scenes=None, web=["cc", "sbu"], test="held_out", test_split="train", calibration=None,
+                       pretrain={"recipe": "tiny.yaml", "overrides": {"data.sources": sources}},
+                       **changed("captioner", data__root="coco"), **changed("filter", data__root="coco"))
+    shutil.copytree("coco", "cc")
+    shutil.copytree("coco", "sbu")
+    with pytest.raises(FileNotFoundError, match=r"source cc: cc holds no shards\.json: CapFilt reads shards"):
+        plan(recipe_of(path))
+    for name in ("cc", "sbu"):
+        shutil.rmtree(name)
+        pack("coco", "coco/annotations.jsonl", name)
+    with pytest.raises(FileNotFoundError, match="held_out holds neither"):
+        plan(recipe_of(path))
+    shutil.copytree("coco", "held_out")
+    (loop,) = plan(recipe_of(path))
+    assert [source.root for source in loop.stages["bootstrapped"].data.sources or []] == [
+        "runs/loop/seed-0/cleaned/cc", "coco", "runs/loop/seed-0/cleaned/sbu"]
+    assert {name: arguments[0] for name, arguments in loop.capfilt.items()} == {"cc": "cc", "sbu": "sbu"}
+    assert "--output=runs/loop/seed-0/cleaned/sbu" in loop.capfilt["sbu"]
+
+
 def test_ranks_are_started_by_the_loop_itself(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(ValueError, match="without torchrun"):
@@ -266,7 +293,7 @@ def test_ranks_are_started_by_the_loop_itself(tmp_path, monkeypatch):
 
 
 def test_the_scenes_recipe_is_sound(monkeypatch):
-    """Three loops; the calibration is in neither training set."""
+    """Three loops, each with its own seed; half of the web pairs are wrong."""
     monkeypatch.delenv("RANK", raising=False)
     planned = plan(recipe_of(RECIPES / "bootstrap_scenes.yaml", "--seeds", "[0, 1, 2]"))
     assert [loop.seed for loop in planned] == [0, 1, 2]
