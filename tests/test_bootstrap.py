@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from argparse import ArgumentError
 from pathlib import Path
 
 import pytest
 import yaml
 from blip_train import bootstrap as loops
 from blip_train.bootstrap_recipe import BootstrapRecipe, plan, read_bootstrap
-from blip_train.bootstrap_report import comparison, summary
+from blip_train.bootstrap_report import comparison, removal, summary
 from blip_train.commands.bootstrap import COMMAND
 from jsonargparse import ArgumentParser
 from test_train import RECIPE
 
 from blip_fast.data.annotated import annotated_images
-from blip_fast.data.scenes import caption, scene_from_slots
+from blip_fast.data.pack import pack
+from blip_fast.data.scenes import caption, scene_from_slots, write_scenes
 from blip_fast.data.shards import iterate
 from blip_fast.evaluation import evaluate_captions
 from blip_fast.generate import GenerationConfig
@@ -199,6 +205,23 @@ def test_a_stage_that_fails_ends_the_loop_with_its_status(monkeypatch, tmp_path,
     assert "nowhere.yaml" in capfd.readouterr().err
 
 
+def test_sigterm_is_handed_on_to_the_stage(tmp_path):
+    """In place of Python a program that says when it begins, and how it was asked to end."""
+    stage = tmp_path / "stage"
+    stage.write_text("#!/bin/sh\ntrap 'echo asked > asked; exit 143' TERM\necho $@ > begun\n"
+                     "while :; do sleep 0.1; done\n")
+    stage.chmod(0o755)
+    code = f"import sys; from blip_train import bootstrap; sys.executable = {str(stage)!r}; bootstrap._command('train')"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path) as process:
+        ends = time.monotonic() + 300
+        while not (tmp_path / "begun").exists() and process.poll() is None and time.monotonic() < ends:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(300) == 143
+    assert (tmp_path / "begun").read_text() == "-m blip_fast train\n"
+    assert (tmp_path / "asked").exists()
+
+
 # ---------------------------------------------------------------- recipes
 
 
@@ -224,15 +247,43 @@ def changed(stage: str, **overrides):
     ({"capfilt": {"output": "there"}}, "capfilt: output is set by the loop itself"),
     ({"calibration": {"data": "x", "keep": 0}}, "calibration.keep is 0"),
     ({"scenes": {**LOOP["scenes"], "noise": 0.0}}, "there must be right and wrong ones"),
+    ({"pre_train": {"recipe": "tiny.yaml"}}, "pre_train"),
+    ({"seeds": ["a"]}, "seeds"),
     ({"scenes": None}, r"\{scenes\} stands in a path, but no scenes are to be drawn"),
 ])
 def test_a_bad_recipe_is_named_before_anything_starts(tmp_path, monkeypatch, changes, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RANK", raising=False)
     recipe_file(tmp_path, **changes)
-    with pytest.raises((ValueError, OSError), match=message):
+    with pytest.raises((ValueError, OSError, ArgumentError), match=message):  # what the command line tells in a line
         COMMAND.run(parse("bootstrap.yaml"))
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_loop_over_data_of_ones_own(tmp_path, monkeypatch):
+    """Two packed web sources and a folder; what is missing is named, and then everything is there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RANK", raising=False)
+    write_scenes(tmp_path / "coco", 8, "train", seed=0, noise=0.0, image_size=32)
+    sources = [{"name": "cc", "root": "cc"}, {"name": "coco", "root": "coco"}, {"name": "sbu", "root": "sbu"}]
+    path = recipe_file(tmp_path, scenes=None, web=["cc", "sbu"], test="held_out", test_split="train", calibration=None,
+                       pretrain={"recipe": "tiny.yaml", "overrides": {"data.sources": sources}},
+                       **changed("captioner", data__root="coco"), **changed("filter", data__root="coco"))
+    shutil.copytree("coco", "cc")
+    shutil.copytree("coco", "sbu")
+    with pytest.raises(FileNotFoundError, match=r"source cc: cc holds no shards\.json: CapFilt reads shards"):
+        plan(recipe_of(path))
+    for name in ("cc", "sbu"):
+        shutil.rmtree(name)
+        pack("coco", "coco/annotations.jsonl", name)
+    with pytest.raises(FileNotFoundError, match="held_out holds neither"):
+        plan(recipe_of(path))
+    shutil.copytree("coco", "held_out")
+    (loop,) = plan(recipe_of(path))
+    assert [source.root for source in loop.stages["bootstrapped"].data.sources or []] == [
+        "runs/loop/seed-0/cleaned/cc", "coco", "runs/loop/seed-0/cleaned/sbu"]
+    assert {name: arguments[0] for name, arguments in loop.capfilt.items()} == {"cc": "cc", "sbu": "sbu"}
+    assert "--output=runs/loop/seed-0/cleaned/sbu" in loop.capfilt["sbu"]
 
 
 def test_ranks_are_started_by_the_loop_itself(tmp_path, monkeypatch):
@@ -242,7 +293,7 @@ def test_ranks_are_started_by_the_loop_itself(tmp_path, monkeypatch):
 
 
 def test_the_scenes_recipe_is_sound(monkeypatch):
-    """Three loops; the calibration is in neither training set."""
+    """Three loops, each with its own seed; half of the web pairs are wrong."""
     monkeypatch.delenv("RANK", raising=False)
     planned = plan(recipe_of(RECIPES / "bootstrap_scenes.yaml", "--seeds", "[0, 1, 2]"))
     assert [loop.seed for loop in planned] == [0, 1, 2]
@@ -268,6 +319,9 @@ def test_means_deviations_and_wins_over_seeds():
     found = summary(figures)
     assert found["raw_i2t_r1"] == {"mean": 0.5, "sd": pytest.approx(0.125**0.5)}
     assert summary({0: figures[0]})["raw_i2t_r1"] == {"mean": 0.25, "sd": None}
+    assert removal(figures)[1] == []
     columns, rows = comparison(figures)
     assert columns == ["Measure", "raw", "cleaned", "chance", "seeds in which cleaned is better"]
     assert rows == [["retrieval R@1, image → text", "50.0 % ± 35.4", "62.5 % ± 17.7", "10.0 %", "1 of 2"]]
+    found = {0: {"removal_recall": 0.91, "chance_removal_recall": 0.5}}
+    assert removal(found)[1] == [["wrong texts that were removed", "91.0 %", "90.0 %", "50.0 %"]]

@@ -38,9 +38,9 @@ class StageRecipe:
 
 @dataclass(frozen=True)
 class DrawnData:
-    """Scenes for the loop, drawn anew for each seed: `web` of which `noise` carry a wrong caption, clean ones written
-    by a `human`, in twins (see `recipe.ScenesRecipe`), `calibration` ones, clean and in neither set, and held-out ones
-    to `test`. They are packed into `{scenes}/web`, `{scenes}/human`, …"""
+    """Scenes for the loop, drawn anew for each seed: `web` ones, of which `noise` carry a wrong caption; clean `human`
+    ones, in twins (see `recipe.ScenesRecipe`); clean ones for `calibration`, drawn apart from both; held-out ones to
+    `test`. They are packed into `{scenes}/web`, `{scenes}/human`, …"""
 
     web: int
     human: int

@@ -22,7 +22,7 @@ def _run(args: Namespace) -> None:
 
     from blip_train.bootstrap import bootstrap
     from blip_train.bootstrap_recipe import read_bootstrap
-    from blip_train.bootstrap_report import METRICS, cleaning, comparison, write_figures
+    from blip_train.bootstrap_report import METRICS, comparison, removal, write_figures
 
     recipe = read_bootstrap(args)
     figures = bootstrap(recipe, args.resume)
@@ -31,13 +31,12 @@ def _run(args: Namespace) -> None:
         print((recipe.directory / METRICS).read_text(), end="")
         return
     console = Console()
-    for metric in cleaning(figures):
-        console.print(f"{metric.name}: {metric.value:.1%}, target {metric.target:.0%}, chance {metric.chance:.1%}")
-    columns, rows = comparison(figures)
-    table = Table(*columns)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    for columns, rows in (removal(figures), comparison(figures)):
+        table = Table(*columns)
+        for row in rows:
+            table.add_row(*row)
+        if rows:
+            console.print(table)
     console.print(f"look at {page}")
 
 
