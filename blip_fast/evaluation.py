@@ -27,7 +27,7 @@ from blip_fast.packing import PackedTexts
 from blip_fast.ranks import ALONE, Ranks
 from blip_fast.tasks.answer import ANSWERING, SHORTLIST, Answerer
 from blip_fast.tasks.caption import Captioner
-from blip_fast.tasks.dialog import DialogRanker, Dialogue, Round
+from blip_fast.tasks.dialog import DialogRanker, Dialogue
 from blip_fast.tasks.loading import read_pixels
 from blip_fast.tasks.match import Matcher, image_of_each
 from blip_fast.tasks.ranking import RetrievalResult
@@ -281,7 +281,8 @@ def evaluate_dialogues(ranker: DialogRanker, images: Sequence[AnnotatedImage], *
     def score(images: list[AnnotatedImage]) -> list[list[Tensor]]:
         found: list[list[Tensor]] = []
         for pixels in _pixel_batches(track(images), ranker.model):
-            here = [_dialogue(image) for image in images[len(found) : len(found) + len(pixels)]]
+            here = [Dialogue.from_rows(image.captions[0], image.row["dialog"])
+                    for image in images[len(found) : len(found) + len(pixels)]]
             found += ranker.score_pixels(pixels, here, caption_in=caption_in)
         return found
 
@@ -292,11 +293,6 @@ def evaluate_dialogues(ranker: DialogRanker, images: Sequence[AnnotatedImage], *
     chance = {f"r{k}": value for k, value in chance_recalls(torch.ones(len(asked)), count).items()}
     return {"rounds": len(asked), **figures, "ndcg": ndcg(scores[told], relevance[told]) if bool(told.any()) else None,
             "chance": chance}
-
-
-def _dialogue(image: AnnotatedImage) -> Dialogue:
-    rounds = [Round(one["question"], one.get("answer", ""), one.get("candidates", [])) for one in image.row["dialog"]]
-    return Dialogue(image.captions[0], rounds)
 
 
 def _prompted(tokenizer: Tokenizer, captions: Sequence[str], prompt: str) -> PackedTexts:

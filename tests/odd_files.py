@@ -4,6 +4,7 @@ import functools
 import io
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -15,6 +16,13 @@ def picture(width: int = 60, height: int = 40, seed: int = 0) -> Image.Image:
     phase = np.random.default_rng(seed).uniform(0, 6.28, 3)
     waves = [127.5 + 100 * np.sin(3 * x + 2 * y + p) for p in phase]
     return Image.fromarray(np.stack(waves, axis=-1).astype(np.uint8))
+
+
+def save_pictures(folder: Path, count: int) -> Path:
+    """0.png, 1.png, … of 40 × 30 pixels."""
+    for i in range(count):
+        picture(40, 30, seed=i).save(folder / f"{i}.png")
+    return folder
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:

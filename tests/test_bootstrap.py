@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import yaml
 from blip_train import bootstrap as loops
-from blip_train.bootstrap_recipe import BootstrapRecipe, plan, read_bootstrap
+from blip_train.bootstrap_recipe import BootstrapRecipe, plan
 from blip_train.bootstrap_report import comparison, removal, summary
 from blip_train.commands.bootstrap import COMMAND
+from blip_train.recipe import read_recipe
 from jsonargparse import ArgumentParser
 from test_train import RECIPE
 
@@ -63,7 +64,7 @@ def parse(*arguments: object):
 
 
 def recipe_of(*arguments: object) -> BootstrapRecipe:
-    return read_bootstrap(parse(*arguments))
+    return read_recipe(parse(*arguments), BootstrapRecipe)
 
 
 class Killed(BaseException):

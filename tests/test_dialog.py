@@ -37,10 +37,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    for i in range(2):
-        odd_files.picture(40, 30, seed=i).save(folder / f"{i}.png")
-    return folder
+    return odd_files.save_pictures(tmp_path_factory.mktemp("pictures"), 2)
 
 
 def plain_scores(theirs, tokenizer, image, dialogue: Dialogue, caption_in: str) -> list[list[float]]:

@@ -27,10 +27,7 @@ ASKED = ["Is the man left?", "Two dogs", "A red ball:", "what"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    for i in range(6):
-        odd_files.picture(40, 30, seed=i).save(folder / f"{i}.png")
-    return folder
+    return odd_files.save_pictures(tmp_path_factory.mktemp("pictures"), 6)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import csv
 import json
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,11 @@ def read_annotations(path: str | Path) -> list[dict[str, Any]]:
             return [_row(row, f"{path}, row {number}") for number, row in rows]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read as {path.suffix[1:].upper()} in UTF-8: {error}") from None
+
+
+def write_annotations(folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows as the `annotations.jsonl` of a folder."""
+    (folder / ANNOTATIONS).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def json_rows(lines: Iterable[str], path: Path) -> Iterator[tuple[int, Any]]:

@@ -9,7 +9,6 @@ Every clip is asked what moves, which way, what stays, and what the background i
 looks at frames in no order can tell what moves and along which line, but not whether up or down.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from blip_fast.data.annotated import write_annotations
 from blip_fast.data.scenes import RELATIONS, SPLITS, Scene, caption, draw, sample_scenes
 from blip_fast.video import require_av
 
@@ -97,5 +97,5 @@ def write_clips(folder: Path, count: int, split: str, seed: int, image_size: int
         asked += [{"image": f"../{name}", "question": question, "answers": [answer], "question_id": len(asked) + j,
                    "split": split} for j, (question, answer) in enumerate(clip.questions())]
     for place, rows in ((folder, told), (folder / QUESTIONS, asked)):
-        (place / "annotations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_annotations(place, rows)
     return told

@@ -8,15 +8,15 @@ reads but sees nothing, `chance`, stands beside a model's figures.
 from __future__ import annotations
 
 import itertools
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from blip_fast.data.annotated import write_annotations
 from blip_fast.data.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -28,6 +28,7 @@ from blip_fast.data.scenes import (
     Scene,
     draw,
     sample_scenes,
+    slots_of,
 )
 from blip_fast.metrics.vqa import VOTES, vqa_accuracy
 
@@ -147,7 +148,7 @@ def _question_rows(folder: Path, count: int, split: str, seed: int, image_size: 
         name = _drawn(folder, f"{i:06d}.png", scene, image_size, rng)
         for fact in asked:
             yield {"image": name, "question": fact.question, "answers": _votes(fact, rng), "answer_type": fact.kind,
-                   "truth": fact.answer, "scene": _slots(scene)}
+                   "truth": fact.answer, "scene": slots_of(scene)}
 
 
 def _blind_answers(train: Sequence[Row], test: Sequence[Row]) -> list[str]:
@@ -236,7 +237,7 @@ def _pair_rows(folder: Path, count: int, split: str, seed: int, image_size: int)
             names = [_drawn(folder, f"{2 * i + 1 - label:06d}-{side}.png", scene, image_size, rng)
                      for side, scene in zip(SIDES, pair, strict=True)]
             yield {"image": names[0], "second_image": names[1], "captions": [text], "label": label, "sentence_id": i,
-                   "kind": kind, "scenes": [_slots(scene) for scene in pair]}
+                   "kind": kind, "scenes": [slots_of(scene) for scene in pair]}
 
 
 # ---------------------------------------------------------------- dialogues
@@ -275,7 +276,7 @@ def _dialogue_rows(folder: Path, count: int, split: str, seed: int, image_size: 
             candidates = _candidates(fact, rng)
             dialog.append({"question": fact.question, "answer": fact.answer, "kind": fact.kind,
                            "candidates": candidates, "right": candidates.index(fact.answer)})
-        yield {"image": name, "captions": [caption], "id": i, "dialog": dialog, "scene": _slots(scene)}
+        yield {"image": name, "captions": [caption], "id": i, "dialog": dialog, "scene": slots_of(scene)}
 
 
 def _blind_ranks(rows: Sequence[Row]) -> dict[str, float]:
@@ -314,7 +315,7 @@ def write_scene_task(task: str, folder: Path, count: int, split: str, seed: int,
         raise ValueError(f"{count} pairs asked for: a statement has a true one and a false one, so take an even number")
     folder.mkdir(parents=True, exist_ok=True)
     rows = [{"split": split} | row for row in ROWS[task](folder, count, split, seed, image_size)]
-    (folder / "annotations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_annotations(folder, rows)
     return {"rows": len(rows), "balance": balance(rows), "chance": chance(rows, rows)}
 
 
@@ -354,10 +355,6 @@ def _rng(seed: int, split: str, task: str) -> np.random.Generator:
 def _drawn(folder: Path, name: str, scene: Scene, image_size: int, rng: np.random.Generator) -> str:
     draw(scene, image_size, rng).save(folder / name, compress_level=1)
     return name
-
-
-def _slots(scene: Scene) -> dict[str, Any]:
-    return asdict(scene) | {"things": [asdict(thing) for thing in scene.things]}
 
 
 ROWS: dict[str, Callable[[Path, int, str, int, int], Iterator[Row]]] = {

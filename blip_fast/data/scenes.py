@@ -14,14 +14,16 @@ the two does; the split "test" has nothing else.
 """
 
 import itertools
-import json
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from blip_fast.data.annotated import write_annotations
 
 SIZES = {"small": 0.1, "large": 0.155}  # radius as a share of the image's side
 COLOURS = {
@@ -328,6 +330,11 @@ def _shape_mask(shape: str, radius: float) -> Image.Image:
 # ---------------------------------------------------------------- folders
 
 
+def slots_of(scene: Scene) -> dict[str, Any]:
+    """What an annotation row holds of a scene, with lists, as JSON gives them back."""
+    return asdict(scene) | {"things": [asdict(thing) for thing in scene.things]}
+
+
 def scene_from_slots(slots: dict) -> Scene:
     """The scene that an annotation row holds under "scene"."""
     return Scene(tuple(Thing(**thing) for thing in slots["things"]), slots["relation"], slots["background"])
@@ -356,8 +363,7 @@ def write_scenes(
         name = f"{i:06d}.png"
         draw(scene, image_size, rng).save(folder / name, compress_level=1)
         text = corrupt(scene, rng) if i in wrong else caption(scene)
-        slots = asdict(scene) | {"things": [asdict(thing) for thing in scene.things]}  # lists, as JSON gives them back
-        right = i not in wrong
-        rows.append({"image": name, "captions": [text], "split": split, "scene": slots, "caption_is_right": right})
-    (folder / "annotations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rows.append({"image": name, "captions": [text], "split": split, "scene": slots_of(scene),
+                     "caption_is_right": i not in wrong})
+    write_annotations(folder, rows)
     return rows

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,11 @@ class Dialogue:
 
     caption: str
     rounds: Sequence[Round]
+
+    @classmethod
+    def from_rows(cls, caption: str, rows: Sequence[Mapping[str, Any]]) -> Dialogue:
+        """Rounds as annotations hold them under `dialog` (`read_annotations`)."""
+        return cls(caption, [Round(row["question"], row.get("answer", ""), row.get("candidates", [])) for row in rows])
 
 
 class DialogRanker(PretrainedTask):

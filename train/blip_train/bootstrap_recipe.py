@@ -122,21 +122,6 @@ class Loop:
         return path.replace(DRAWN, str(self.directory / SCENES))
 
 
-def add_bootstrap_arguments(parser: ArgumentParser) -> None:
-    """Every key of the recipe as an option, and `--config` to read them from a file."""
-    parser.add_argument("--config", action="config", help="recipe (YAML); options after it override its values")
-    parser.add_class_arguments(BootstrapRecipe, fail_untyped=True)
-
-
-def read_bootstrap(arguments: Namespace) -> BootstrapRecipe:
-    """The recipe that parsed arguments describe."""
-    parser = ArgumentParser(exit_on_error=False)
-    add_bootstrap_arguments(parser)
-    names = [f.name for f in dataclasses.fields(BootstrapRecipe)]
-    values = parser.instantiate(Namespace({name: arguments[name] for name in names}))
-    return BootstrapRecipe(**{name: values[name] for name in names})
-
-
 def plan(recipe: BootstrapRecipe) -> list[Loop]:
     """Check what can be checked before the first stage starts. Returns a loop a seed.
 

@@ -6,7 +6,7 @@ import dataclasses
 from argparse import ArgumentError
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
@@ -17,6 +17,11 @@ from blip_fast.data.shards import is_url
 from blip_fast.data.sources import Source, check_mix
 from blip_train.pretraining import Objective
 from blip_train.schedule import Schedule
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Kind = TypeVar("Kind", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
@@ -236,26 +241,26 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     Raises ValueError naming the key that is unknown or has a bad value, before anything is started.
     """
     parser = ArgumentParser(exit_on_error=False)
-    add_recipe_arguments(parser)
+    add_recipe_arguments(parser, Recipe)
     try:
-        return read_recipe(parser.parse_args(["--config", str(path), *(overrides or [])]))
+        return read_recipe(parser.parse_args(["--config", str(path), *(overrides or [])]), Recipe)
     except ArgumentError as error:
         raise ValueError(f"recipe {path}: {' '.join(str(error).split())}") from error
 
 
-def add_recipe_arguments(parser: ArgumentParser) -> None:
-    """Every key of a recipe as an option, and `--config` to read them from a file."""
+def add_recipe_arguments(parser: ArgumentParser, kind: type) -> None:
+    """Every key of a recipe, a dataclass, as an option, and `--config` to read them from a file."""
     parser.add_argument("--config", action="config", help="recipe (YAML); options after it override its values")
-    parser.add_class_arguments(Recipe, fail_untyped=True)
+    parser.add_class_arguments(kind, fail_untyped=True)
 
 
-def read_recipe(arguments: Namespace) -> Recipe:
+def read_recipe(arguments: Namespace, kind: type[Kind]) -> Kind:
     """The recipe that parsed arguments describe."""
     parser = ArgumentParser(exit_on_error=False)
-    add_recipe_arguments(parser)
-    names = [f.name for f in dataclasses.fields(Recipe)]
+    add_recipe_arguments(parser, kind)
+    names = [f.name for f in dataclasses.fields(kind)]
     values = parser.instantiate(Namespace({name: arguments[name] for name in names}))
-    return Recipe(**{name: values[name] for name in names})
+    return kind(**{name: values[name] for name in names})
 
 
 def _plain(value: Any) -> Any:

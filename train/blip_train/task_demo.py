@@ -78,10 +78,10 @@ def task_demo(directory: Path, model: Path | None = None, pictures: Mapping[str,
         started = time.perf_counter()
         model = carry_out(_pretraining(directory, options))
         seconds[PRETRAINING] = time.perf_counter() - started
+    size = load_for_task(model)[0].config.vision.image_size
     recipes, test, figures, chances, answers = {}, {}, {}, {}, []
     for task, name in RECIPES.items():
         started = time.perf_counter()
-        size = load_for_task(model)[0].config.vision.image_size
         train, held_out = (directory / "data" / task / split for split in SPLITS)
         for folder, split, count in zip((train, held_out), SPLITS, pictures[task], strict=True):
             write_scene_task(task, folder, count, split, SEED, size)

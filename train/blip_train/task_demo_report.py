@@ -10,7 +10,7 @@ from blip_fast.data.annotated import AnnotatedImage
 from blip_fast.data.scene_tasks import QUESTIONS_EACH, VALUES
 from blip_fast.images import load_image
 from blip_fast.report.page import Card, Line, Metric, Report
-from blip_fast.tasks.dialog import DialogRanker, Dialogue, Round
+from blip_fast.tasks.dialog import DialogRanker, Dialogue
 from blip_fast.tasks.reason import Reasoner
 from blip_train.prepare import EXPORT
 from blip_train.report import loss_plots
@@ -89,11 +89,11 @@ def _dialogues(report: Report, result: TaskDemoResult) -> None:
 
 
 def _dialogue_card(ranker: DialogRanker, image: AnnotatedImage) -> Card:
-    rounds = [Round(one["question"], one["answer"], one["candidates"]) for one in image.row["dialog"]]
-    scores = ranker(image.load(), Dialogue(image.captions[0], rounds))
-    said = [one.candidates[int(values.argmax())] for one, values in zip(rounds, scores, strict=True)]
-    lines = [_line(one.question, best, one.answer) for one, best in zip(rounds, said, strict=True)]
-    return Card(image.load(), [Line(image.captions[0], "caption"), *lines])
+    dialogue = Dialogue.from_rows(image.captions[0], image.row["dialog"])
+    scores = ranker(image.load(), dialogue)
+    said = [one.candidates[int(values.argmax())] for one, values in zip(dialogue.rounds, scores, strict=True)]
+    lines = [_line(one.question, best, one.answer) for one, best in zip(dialogue.rounds, said, strict=True)]
+    return Card(image.load(), [Line(dialogue.caption, "caption"), *lines])
 
 
 def _line(asked: str, said: str, truth: str) -> Line:

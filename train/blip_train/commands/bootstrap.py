@@ -8,9 +8,10 @@ from blip_fast.commands import Command
 
 
 def _arguments(parser: ArgumentParser) -> None:
-    from blip_train.bootstrap_recipe import add_bootstrap_arguments
+    from blip_train.bootstrap_recipe import BootstrapRecipe
+    from blip_train.recipe import add_recipe_arguments
 
-    add_bootstrap_arguments(parser)
+    add_recipe_arguments(parser, BootstrapRecipe)
     parser.add_argument("--resume", action="store_true",
                         help="go on with runs/NAME where it was cut short; finished stages are not done again")
     parser.add_argument("--json", action="store_true", help="print what metrics.json holds instead of the tables")
@@ -21,10 +22,11 @@ def _run(args: Namespace) -> None:
     from rich.table import Table
 
     from blip_train.bootstrap import bootstrap
-    from blip_train.bootstrap_recipe import read_bootstrap
+    from blip_train.bootstrap_recipe import BootstrapRecipe
     from blip_train.bootstrap_report import METRICS, comparison, removal, write_figures
+    from blip_train.recipe import read_recipe
 
-    recipe = read_bootstrap(args)
+    recipe = read_recipe(args, BootstrapRecipe)
     figures = bootstrap(recipe, args.resume)
     page = write_figures(recipe, figures)
     if args.json:

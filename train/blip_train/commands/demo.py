@@ -17,21 +17,13 @@ def _arguments(parser: ArgumentParser) -> None:
 def _run(arguments: Namespace) -> None:
     from pathlib import Path
 
-    from rich.console import Console
-    from rich.table import Table
-
+    from blip_train.commands.figures import print_figures
     from blip_train.demo import demo
     from blip_train.demo_report import figures, write_demo_report
 
     result = demo(Path(arguments.output), arguments.recipe)
     page = write_demo_report(result, Path(arguments.output) / "report.html")
-    table = Table("figure", "value", "target", "chance")
-    for metric in figures(result):
-        chance = "" if metric.chance is None else f"{metric.chance:.1%}"
-        table.add_row(metric.name, f"{metric.value:.1%}", f"{metric.target:.0%}", chance)
-    console = Console()
-    console.print(table)
-    console.print(f"{sum(result.seconds.values()):.0f} s in all; look at {page}")
+    print_figures(figures(result), sum(result.seconds.values()), page)
 
 
 COMMAND = Command(

@@ -20,9 +20,7 @@ def _arguments(parser: ArgumentParser) -> None:
 def _run(arguments: Namespace) -> None:
     from pathlib import Path
 
-    from rich.console import Console
-    from rich.table import Table
-
+    from blip_train.commands.figures import print_figures
     from blip_train.task_demo import task_demo
     from blip_train.task_demo_report import task_figures, write_task_report
 
@@ -30,12 +28,7 @@ def _run(arguments: Namespace) -> None:
     options = [] if arguments.ranks is None else [f"--runtime.ranks={arguments.ranks}"]
     result = task_demo(output, model, options=options)
     page = write_task_report(result, output / "report.html")
-    table = Table("figure", "value", "target", "chance")
-    for metric in task_figures(result):
-        table.add_row(metric.name, f"{metric.value:.1%}", f"{metric.target:.0%}", f"{metric.chance:.1%}")
-    console = Console()
-    console.print(table)
-    console.print(f"{sum(result.seconds.values()):.0f} s in all; look at {page}")
+    print_figures(task_figures(result), sum(result.seconds.values()), page)
 
 
 COMMAND = Command(

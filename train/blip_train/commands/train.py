@@ -8,9 +8,9 @@ from blip_fast.commands import Command
 
 
 def _arguments(parser: ArgumentParser) -> None:
-    from blip_train.recipe import add_recipe_arguments
+    from blip_train.recipe import Recipe, add_recipe_arguments
 
-    add_recipe_arguments(parser)
+    add_recipe_arguments(parser, Recipe)
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of runs/NAME")
     parser.add_argument("--profile", type=int, nargs="?", const=3, default=0, metavar="STEPS",
                         help="trace the run's third and following steps into runs/NAME/profile (3 unless given)")
@@ -24,9 +24,9 @@ def _arguments(parser: ArgumentParser) -> None:
 def _run(arguments: Namespace) -> None:
     import os
 
-    from blip_train.recipe import read_recipe
+    from blip_train.recipe import Recipe, read_recipe
 
-    recipe = read_recipe(arguments)
+    recipe = read_recipe(arguments, Recipe)
     if arguments.dry_run:
         _dry_run(arguments, recipe)
         return
