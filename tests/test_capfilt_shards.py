@@ -62,6 +62,8 @@ def test_texts_scores_and_verdicts_equal_those_made_one_at_a_time(models, shards
         written = found[sample.record["image"]]
         assert [text["text"] for text in written.record["texts"]] == texts
         assert [t["origin"] for t in written.record["texts"]] == ["web"] * (len(texts) - 1) + ["synthetic"]
+        cut = caption.token_ids[-1] != captioner.tokenizer.sep_id
+        assert [t["cut"] for t in written.record["texts"]] == [False] * (len(texts) - 1) + [cut]
         for text, row in zip(texts, written.record["texts"], strict=True):
             if not any(map(str.isalnum, text)):
                 assert not row["kept"]
@@ -86,7 +88,7 @@ def test_shards_and_index_agree(whole):
     by_key = {(row["file"], row["key"]): [] for row in rows}
     for row in rows:
         by_key[row["file"], row["key"]].append((row["text"], row["origin"], np.float32(row["itm"]),
-                                                np.float32(row["itc"]), row["kept"]))
+                                                np.float32(row["itc"]), row["kept"], row["cut"]))
     for part in ("", "dropped"):
         for shard in read_index(whole / part).shards:
             with tarfile.open(whole / part / shard.file) as tar:
@@ -276,3 +278,22 @@ def test_the_report_counts_what_the_index_holds(whole):
              for _, key in wanted]
     assert len(section.split("<article")) - 1 == len(wanted) and len(shown) == len(wanted)
     assert page.count("<img") >= 3 and "<script" not in page
+
+
+@pytest.mark.parametrize(("length", "many"), [(7, True), (60, False)])
+def test_captions_that_were_cut_off_are_counted(models, shards, tmp_path, capsys, length, many):
+    """In the index, the report, the summary's line and its JSON; where there are many the page says what to do."""
+    output = tmp_path / "clean"
+    command = arguments(models, shards, "--output", output, "--captions", 4, "--max-length", length)
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    made = [row for row in texts_of(output) if row["origin"] == "synthetic"]
+    cut = sum(row["cut"] for row in made)
+    assert (cut / len(made) > 0.05) == many and 0 <= cut < len(made) == 4 * SHARDS * IMAGES
+    share = f"{100 * cut / len(made):.1f}%"
+    assert f"{cut} synthetic ones ({share}) were cut off at {length} tokens (--max-length)" in said
+    assert main([*command, "--resume", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["synthetic_cut"] == cut
+    page = (output / "report.html").read_text()
+    assert f'<td>were cut off</td><td class="number">{cut}</td><td>{share}</td>' in page
+    assert ("raise --max-length" in page) == many
