@@ -154,7 +154,8 @@ def visual_genome_rows(questions: Path, images: Path) -> Iterator[Row]:
 
 def nlvr2_rows(path: Path) -> Iterator[Row]:
     """NLVR2's `train.json`, `dev.json` and `test1.json` (an entry a line), or the published BLIP's `nlvr_dev.json`.
-    `sentence_id` is the identifier without the pair's number: consistency counts by it."""
+    `sentence_id` is the identifier without the pair's number: consistency counts by it. The published BLIP's files
+    name neither."""
     for entry, where in _each(_load_lines(path), path):
         label = _get(entry, "label", str, where)
         if label not in ("True", "False"):
@@ -172,7 +173,8 @@ def nlvr2_rows(path: Path) -> Iterator[Row]:
         subset, number, pair, sentence = parts
         folder = f"images/train/{entry['directory']}" if "directory" in entry else subset
         first, second = (f"{folder}/{subset}-{number}-{pair}-img{i}.png" for i in (0, 1))
-        yield {"image": first, "second_image": second, **row, "sentence_id": f"{subset}-{number}-{sentence}"}
+        yield {"image": first, "second_image": second, **row, "identifier": "-".join(parts),
+               "sentence_id": f"{subset}-{number}-{sentence}"}
 
 
 def visdial_rows(dialogues: Path, dense: Path | None = None) -> Iterator[Row]:
