@@ -260,7 +260,7 @@ def test_the_report_counts_what_the_index_holds(cleaned):
     assert page.count("<img") >= 3 and "<script" not in page
 
 
-@pytest.mark.parametrize(("length", "many"), [(10, True), (60, False)])
+@pytest.mark.parametrize(("length", "many"), [(10, True), (200, False)])
 def test_captions_that_were_cut_off_are_counted(cleaners, web_shards, tmp_path, capsys, length, many):
     """In the index, the report, the summary's line and its JSON; where there are many the page says what to do."""
     output = tmp_path / "clean"
