@@ -76,7 +76,12 @@ def pack_pairs(tokenizer: Tokenizer, captions: Sequence[str], labels: Sequence[s
     caption and a label at most 40 and 24 tokens are kept, 64 in all."""
     first = tokenizer.pack(captions, max_tokens=CAPTION_TOKENS)
     second = tokenizer.pack(labels, max_tokens=LABEL_TOKENS + 1).without_first()
-    taken_in_turn = torch.arange(2 * len(first)).view(2, -1).T.flatten()
+    taken_in_turn = torch.arange(2 * len(first)).view(2, len(first)).T.flatten()
     both = PackedTexts.cat([first, second]).select(taken_in_turn)
     types = (torch.arange(len(both)) % 2).repeat_interleave(both.lengths)
     return PackedTexts(both.token_ids, both.offsets[::2].contiguous()), types
+
+
+def select_pairs(pairs: PackedTexts, types: Tensor, indices: Tensor) -> tuple[PackedTexts, Tensor]:
+    """Of what `pack_pairs` gave the pairs `indices` (int64 [n], any order)."""
+    return pairs.select(indices), PackedTexts(types, pairs.offsets).select(indices).token_ids

@@ -219,12 +219,19 @@ def _scored_answers(answers: list[str], rows: Sequence[dict[str, Any]]) -> Answe
     return AnswerEvaluation(answers, sum(accuracies) / len(accuracies), by_type, commonest)
 
 
-def evaluate_pairs(reasoner: Reasoner, images: Sequence[AnnotatedImage], *, track: Track = iter,
-                   ranks: Ranks = ALONE) -> dict[str, float]:
-    """Judge the caption of every pair of images (NLVR2); `ranks` share them out.
+@dataclass(frozen=True)
+class PairEvaluation:
+    """`judged` says of each pair whether its sentence was judged to be true. For `consistency` the pairs of one
+    sentence are those of one `sentence_id`, or else of one caption."""
 
-    Returns:
-        `accuracy`, and `consistency`: pairs of one sentence are those of one `sentence_id`, or else of one caption.
+    judged: list[bool]
+    accuracy: float
+    consistency: float
+
+
+def evaluate_pairs(reasoner: Reasoner, images: Sequence[AnnotatedImage], *, track: Track = iter,
+                   ranks: Ranks = ALONE) -> PairEvaluation:
+    """Judge the caption of every pair of images (NLVR2); `ranks` share them out.
 
     Raises:
         ImageError: for the first image that cannot be read.
@@ -248,7 +255,7 @@ def evaluate_pairs(reasoner: Reasoner, images: Sequence[AnnotatedImage], *, trac
     found = ranks.share(judge, images)
     judged, labels = [probability > 0.5 for probability in found], [image.row["label"] for image in images]
     named = [image.row.get("sentence_id", image.captions[0]) for image in images]
-    return {"accuracy": pair_accuracy(judged, labels), "consistency": pair_consistency(judged, labels, named)}
+    return PairEvaluation(judged, pair_accuracy(judged, labels), pair_consistency(judged, labels, named))
 
 
 def evaluate_dialogues(ranker: DialogRanker, images: Sequence[AnnotatedImage], *, caption_in: str = "attention",

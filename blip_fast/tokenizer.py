@@ -28,6 +28,7 @@ from blip_fast.packing import PackedTexts
 BERT_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 BLIP_TOKENS = ("[DEC]", "[ENC]")  # in this order behind BERT's vocabulary
 MAX_TEXT_TOKENS = 512  # BERT's positions
+MOST_CAPITALS = 0.01  # share of tokens with capitals in a vocabulary of lower-cased texts, which needs none
 MAX_ALPHABET = 1000  # characters of a vocabulary trained here; rarer ones become [UNK]
 
 _PUNCTUATION = re.compile(r'[.!"()*#:;~]')
@@ -72,9 +73,17 @@ class Tokenizer:
 
     @classmethod
     def from_vocab_file(cls, path: str | Path) -> Tokenizer:
-        """Read `vocab.txt`: one token a line, in the order of the ids."""
+        """Read `vocab.txt`: one token a line, in the order of the ids.
+
+        Raises ValueError as the constructor, and where the vocabulary is a cased one.
+        """
         # Split at line feeds only: the vocabulary may hold tokens that Python's splitlines takes for line ends.
-        return cls(Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n"))
+        vocabulary = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        capitals = [token for token in vocabulary if token != token.lower() and not token.startswith("[")]
+        if len(capitals) > MOST_CAPITALS * len(vocabulary):
+            raise ValueError(f"{path} is a cased vocabulary (it holds {capitals[0]!r}), and texts are lower-cased "
+                             "here: take the uncased model of its kind")
+        return cls(vocabulary)
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> Tokenizer:

@@ -43,3 +43,31 @@ def photographs(data_root: Path) -> Photographs:
 def bert_vocabulary(data_root: Path) -> Path:
     """bert-base-uncased's vocab.txt."""
     return data_root / "bert-base-uncased" / "vocab.txt"
+
+
+@pytest.fixture(scope="session")
+def cleaners(tmp_path_factory) -> Path:
+    """A directory with a small `captioner` and `filter` for `blip-fast capfilt`."""
+    from capfilt_runs import save_models
+
+    return save_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def web_shards(tmp_path_factory) -> Path:
+    """Shards of pictures with web captions."""
+    from capfilt_runs import save_shards
+
+    return save_shards(tmp_path_factory.mktemp("shards") / "web")
+
+
+@pytest.fixture(scope="session")
+def cleaned(cleaners: Path, web_shards: Path, tmp_path_factory) -> Path:
+    """What an undisturbed run of `blip-fast capfilt` makes of `web_shards` by the `cleaners`."""
+    from capfilt_runs import arguments
+
+    from blip_fast.cli import main
+
+    output = tmp_path_factory.mktemp("whole") / "clean"
+    assert main(arguments(cleaners, web_shards, "--output", output)) == 0
+    return output

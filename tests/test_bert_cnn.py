@@ -47,9 +47,9 @@ def test_forward(tmp_path, task):
                             for pair in PAIRS])
     torch.testing.assert_close(model(packed, types), expected, rtol=0, atol=1e-5)
     assert expected.std() > 0.05
-    scores = related(model, tokenizer, PAIRS * 20)  # more than pass at a time
+    scores = related(model, *pack_pairs(tokenizer, *zip(*PAIRS * 20, strict=True)))  # more than pass at a time
     torch.testing.assert_close(scores, expected.double().sigmoid().repeat(20), rtol=0, atol=1e-5)
-    assert related(model, tokenizer, []).shape == (0,)
+    assert related(model, *pack_pairs(tokenizer, [], [])).shape == (0,)
 
 
 def test_pairs_are_what_transformers_makes_of_them(bert_vocabulary):
@@ -135,7 +135,9 @@ def test_saved_and_loaded(bert, tmp_path):
     save_bert_cnn(model, tokenizer, tmp_path / "saved")
     again, found = load_bert_cnn(tmp_path / "saved")
     assert not again.training and found.encode("two dogs") == tokenizer.encode("two dogs")
-    assert torch.equal(related(again, found, PAIRS), related(model, tokenizer, PAIRS))
+    captions, labels = zip(*PAIRS, strict=True)
+    assert torch.equal(related(again, *pack_pairs(found, captions, labels)),
+                       related(model, *pack_pairs(tokenizer, captions, labels)))
 
 
 def test_what_is_no_bert(bert, tmp_path):

@@ -172,12 +172,12 @@ def test_no_image_gives_no_row():
 
 
 def test_jsonl(tmp_path):
-    rows = [CapFiltRow("a.jpg", "café \u2028 “ring”", "web", 0.25, -0.5, False),
-            CapFiltRow("b", "x", "synthetic", 1.0, 0.75, True)]
+    rows = [CapFiltRow("a.jpg", "café \u2028 “ring”", "web", 0.25, -0.5, False, False),
+            CapFiltRow("b", "x", "synthetic", 1.0, 0.75, True, True)]
     CapFiltResult(rows).write_jsonl(tmp_path / "rows.jsonl")
     lines = (tmp_path / "rows.jsonl").read_text(encoding="utf-8").removesuffix("\n").split("\n")
     assert [CapFiltRow(**json.loads(line)) for line in lines] == rows
-    assert list(json.loads(lines[0])) == ["image", "text", "origin", "itm", "itc", "kept"]
+    assert list(json.loads(lines[0])) == ["image", "text", "origin", "itm", "itc", "kept", "cut"]
 
 
 # ---------------------------------------------------------------- quality

@@ -3,33 +3,13 @@
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from capfilt_runs import arguments, contents, save_models, save_shards
+from capfilt_runs import arguments, contents, save_models
 
 from blip_fast.capfilt.shard import clean_shard
 from blip_fast.cli import main
 from blip_fast.data.shards import INDEX
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> Path:
-    return save_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory) -> Path:
-    return save_shards(tmp_path_factory.mktemp("shards") / "web")
-
-
-@pytest.fixture(scope="module")
-def whole(models, shards, tmp_path_factory) -> Path:
-    """An undisturbed run."""
-    output = tmp_path_factory.mktemp("whole") / "clean"
-    assert main(arguments(models, shards, "--output", output)) == 0
-    return output
-
 
 # Counts what changes the folder, members of tars and renames, and dies in front of one of them.
 DYING = """
@@ -55,11 +35,11 @@ main(sys.argv[2:])
 """
 
 
-def test_killed_five_times_and_resumed(models, shards, whole, tmp_path):
+def test_killed_five_times_and_resumed(cleaners, web_shards, cleaned, tmp_path):
     """SIGKILL within the first tar; within the second, behind the first's mark; in front of renames of the second's
     tar, texts and mark: the files of an undisturbed run."""
     output = tmp_path / "killed"
-    command = arguments(models, shards, "--output", output, "--resume")
+    command = arguments(cleaners, web_shards, "--output", output, "--resume")
     marks = []
     for moment in (4, 13, 6, 10, 11):
         process = subprocess.run([sys.executable, "-c", DYING, str(moment), *command], capture_output=True)
@@ -69,77 +49,77 @@ def test_killed_five_times_and_resumed(models, shards, whole, tmp_path):
     assert marks == sorted(marks) and marks[:2] == [0, 1]
     assert any(path.suffix == ".part" for path in output.rglob("*"))
     assert main(command) == 0
-    assert contents(output) == contents(whole)
+    assert contents(output) == contents(cleaned)
 
 
-def test_an_interrupted_run_says_how_to_go_on(models, shards, whole, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_run_says_how_to_go_on(cleaners, web_shards, cleaned, tmp_path, monkeypatch, capsys):
     def interrupted(tar, number, *more):
         if number == 1:
             raise KeyboardInterrupt
         return clean_shard(tar, number, *more)
 
     monkeypatch.setattr("blip_fast.capfilt.shard.clean_shard", interrupted)
-    assert main(arguments(models, shards, "--output", tmp_path / "clean")) == 130
+    assert main(arguments(cleaners, web_shards, "--output", tmp_path / "clean")) == 130
     assert "interrupted after 1 shards; the same command with --resume goes on" in capsys.readouterr().err
     monkeypatch.undo()
-    assert main(arguments(models, shards, "--output", tmp_path / "clean", "--resume")) == 0
-    assert contents(tmp_path / "clean") == contents(whole)
+    assert main(arguments(cleaners, web_shards, "--output", tmp_path / "clean", "--resume")) == 0
+    assert contents(tmp_path / "clean") == contents(cleaned)
 
 
 @pytest.mark.parametrize("finished", [0, 1, 2])
-def test_every_half_written_shard_is_done_again(models, shards, whole, tmp_path, finished):
+def test_every_half_written_shard_is_done_again(cleaners, web_shards, cleaned, tmp_path, finished):
     """What a kill can leave, made by hand: some files of a shard are there, its mark is not."""
     output = tmp_path / "half"
-    assert main(arguments(models, shards, "--output", output)) == 0
+    assert main(arguments(cleaners, web_shards, "--output", output)) == 0
     (output / INDEX).unlink()
     (output / "done" / f"{finished:06d}.json").unlink()
     (output / "texts" / f"{finished:06d}.parquet").write_bytes(b"PAR1")
     (output / f"{finished:06d}.tar.77.part").write_bytes(b"cut short")
-    assert main(arguments(models, shards, "--output", output, "--resume")) == 0
-    assert contents(output) == contents(whole)
+    assert main(arguments(cleaners, web_shards, "--output", output, "--resume")) == 0
+    assert contents(output) == contents(cleaned)
 
 
-def test_finished_shards_are_left_alone(models, shards, whole, tmp_path, capsys):
+def test_finished_shards_are_left_alone(cleaners, web_shards, cleaned, tmp_path, capsys):
     output = tmp_path / "twice"
-    assert main(arguments(models, shards, "--output", output)) == 0
+    assert main(arguments(cleaners, web_shards, "--output", output)) == 0
     tars = {path: path.stat().st_mtime_ns for path in output.rglob("*.tar")}
-    assert main(arguments(models, shards, "--output", output)) == 2
+    assert main(arguments(cleaners, web_shards, "--output", output)) == 2
     assert "holds finished shards: go on with them (--resume)" in capsys.readouterr().err
-    assert main(arguments(models, shards, "--output", output, "--resume")) == 0
+    assert main(arguments(cleaners, web_shards, "--output", output, "--resume")) == 0
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*.tar")} == tars
-    assert contents(output) == contents(whole)
-    assert main(arguments(models, shards, "--output", output, "--resume", "--threshold", 0.6)) == 2
+    assert contents(output) == contents(cleaned)
+    assert main(arguments(cleaners, web_shards, "--output", output, "--resume", "--threshold", 0.6)) == 2
     assert "other options (threshold was 0.5, is 0.6)" in capsys.readouterr().err
 
 
-def test_other_weights_are_refused(shards, tmp_path, capsys):
+def test_other_weights_are_refused(web_shards, tmp_path, capsys):
     output, own = tmp_path / "clean", tmp_path / "models"
-    assert main(arguments(save_models(own), shards, "--output", output, "--shard", "0/3")) == 0
+    assert main(arguments(save_models(own), web_shards, "--output", output, "--shard", "0/3")) == 0
     save_models(own, filter_seed=4)
-    assert main(arguments(own, shards, "--output", output, "--resume")) == 2
+    assert main(arguments(own, web_shards, "--output", output, "--resume")) == 2
     assert "other weights" in capsys.readouterr().err
 
 
-def test_shares_together_are_the_whole(models, shards, whole, tmp_path, capsys):
+def test_shares_together_are_the_whole(cleaners, web_shards, cleaned, tmp_path, capsys):
     output = tmp_path / "shared"
     for i in (1, 0):
         assert not (output / INDEX).exists()
-        assert main(arguments(models, shards, "--output", output, "--shard", f"{i}/2")) == 0
+        assert main(arguments(cleaners, web_shards, "--output", output, "--shard", f"{i}/2")) == 0
         if i:
             assert "1 of 3 shards are done" in capsys.readouterr().err
             assert [path.name for path in sorted((output / "done").iterdir())] == ["000001.json"]
-    assert contents(output) == contents(whole)
+    assert contents(output) == contents(cleaned)
 
 
-def test_ray_gives_the_same_folder(models, shards, whole, tmp_path):
+def test_ray_gives_the_same_folder(cleaners, web_shards, cleaned, tmp_path):
     pytest.importorskip("ray", reason="--ray needs the extra `scale`")
     output = tmp_path / "ray"
-    assert main(arguments(models, shards, "--output", output, "--ray=local")) == 0
-    assert contents(output) == contents(whole)
+    assert main(arguments(cleaners, web_shards, "--output", output, "--ray=local")) == 0
+    assert contents(output) == contents(cleaned)
 
 
-def test_without_ray_there_is_one_clear_line(models, shards, tmp_path, monkeypatch, capsys):
+def test_without_ray_there_is_one_clear_line(cleaners, web_shards, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ray", None)
-    assert main(arguments(models, shards, "--output", tmp_path / "ray", "--ray")) == 2
+    assert main(arguments(cleaners, web_shards, "--output", tmp_path / "ray", "--ray")) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "ray" in said

@@ -4,7 +4,6 @@ import io
 import json
 import tarfile
 from dataclasses import replace
-from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -19,8 +18,6 @@ from capfilt_runs import (
     contents,
     picture,
     samples_of,
-    save_models,
-    save_shards,
     texts_of,
 )
 
@@ -34,34 +31,18 @@ from blip_fast.tasks.match import Matcher
 from blip_fast.tokenizer import clean_caption
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> Path:
-    return save_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory) -> Path:
-    return save_shards(tmp_path_factory.mktemp("shards") / "web")
-
-
-@pytest.fixture(scope="module")
-def whole(models, shards, tmp_path_factory) -> Path:
-    """An undisturbed run."""
-    output = tmp_path_factory.mktemp("whole") / "clean"
-    assert main(arguments(models, shards, "--output", output)) == 0
-    return output
-
-
-def test_texts_scores_and_verdicts_equal_those_made_one_at_a_time(models, shards, whole):
-    captioner, matcher = Captioner.from_pretrained(models / "captioner"), Matcher.from_pretrained(models / "filter")
-    found = {sample.record["image"]: sample for sample in samples_of(whole)}
-    assert len(found) == SHARDS * IMAGES == len(samples_of(whole))
-    for sample in iterate(shards):
+def test_texts_scores_and_verdicts_equal_those_made_one_at_a_time(cleaners, web_shards, cleaned):
+    captioner, matcher = Captioner.from_pretrained(cleaners / "captioner"), Matcher.from_pretrained(cleaners / "filter")
+    found = {sample.record["image"]: sample for sample in samples_of(cleaned)}
+    assert len(found) == SHARDS * IMAGES == len(samples_of(cleaned))
+    for sample in iterate(web_shards):
         (caption,) = captioner(sample.image, "a picture of", replace(NUCLEUS, max_length=10), strip_prompt=True)
         texts = [*sample.record["captions"], caption.caption]
         written = found[sample.record["image"]]
         assert [text["text"] for text in written.record["texts"]] == texts
         assert [t["origin"] for t in written.record["texts"]] == ["web"] * (len(texts) - 1) + ["synthetic"]
+        cut = caption.token_ids[-1] != captioner.tokenizer.sep_id
+        assert [t["cut"] for t in written.record["texts"]] == [False] * (len(texts) - 1) + [cut]
         for text, row in zip(texts, written.record["texts"], strict=True):
             if not any(map(str.isalnum, text)):
                 assert not row["kept"]
@@ -76,20 +57,20 @@ def test_texts_scores_and_verdicts_equal_those_made_one_at_a_time(models, shards
             sample.image, sample.key, sample.record["id"], sample.record["note"])
 
 
-def test_shards_and_index_agree(whole):
+def test_shards_and_index_agree(cleaned):
     """Shards with kept texts hold nothing else; the rows of the index are the records' texts."""
-    assert read_index(whole).without_caption == 0
-    assert all(sample.record["captions"] for sample in iterate(whole))
-    assert not any(sample.record["captions"] for sample in iterate(whole / "dropped"))
-    assert len(list(iterate(whole))) > 0 and len(list(iterate(whole / "dropped"))) > 0
-    rows = texts_of(whole)
+    assert read_index(cleaned).without_caption == 0
+    assert all(sample.record["captions"] for sample in iterate(cleaned))
+    assert not any(sample.record["captions"] for sample in iterate(cleaned / "dropped"))
+    assert len(list(iterate(cleaned))) > 0 and len(list(iterate(cleaned / "dropped"))) > 0
+    rows = texts_of(cleaned)
     by_key = {(row["file"], row["key"]): [] for row in rows}
     for row in rows:
         by_key[row["file"], row["key"]].append((row["text"], row["origin"], np.float32(row["itm"]),
-                                                np.float32(row["itc"]), row["kept"]))
+                                                np.float32(row["itc"]), row["kept"], row["cut"]))
     for part in ("", "dropped"):
-        for shard in read_index(whole / part).shards:
-            with tarfile.open(whole / part / shard.file) as tar:
+        for shard in read_index(cleaned / part).shards:
+            with tarfile.open(cleaned / part / shard.file) as tar:
                 for name in tar.getnames():
                     if name.endswith(".json"):
                         record = json.loads(tar.extractfile(name).read())
@@ -99,11 +80,11 @@ def test_shards_and_index_agree(whole):
     assert len(rows) == SHARDS * (IMAGES + sum(map(len, CAPTIONS)))
 
 
-def test_the_best_of_several_captions(models, shards, tmp_path):
+def test_the_best_of_several_captions(cleaners, web_shards, tmp_path):
     """n samples of an image are n texts; of those that pass, the likeliest alone is kept, and an image with none is
     dropped; beam search is an option."""
     output = tmp_path / "best"
-    assert main(arguments(models, shards / "000000.tar", "--output", output, "--captions", 3, "--keep", "best",
+    assert main(arguments(cleaners, web_shards / "000000.tar", "--output", output, "--captions", 3, "--keep", "best",
                           "--threshold", 0.3)) == 0
     for sample in samples_of(output):
         texts = sample.record["texts"]
@@ -111,10 +92,10 @@ def test_the_best_of_several_captions(models, shards, tmp_path):
         passing = [text["itm"] for text in texts if text["itm"] >= 0.3 and any(map(str.isalnum, text["text"]))]
         assert [text["itm"] for text in texts if text["kept"]] == ([max(passing)] if passing else [])
     beams = tmp_path / "beams"
-    assert main(arguments(models, shards / "000000.tar", "--output", beams, "--beams", 2)) == 0
+    assert main(arguments(cleaners, web_shards / "000000.tar", "--output", beams, "--beams", 2)) == 0
     made = {row["image"]: row["text"] for row in texts_of(beams) if row["origin"] == "synthetic"}
-    captioner = Captioner.from_pretrained(models / "captioner")
-    for sample in iterate(shards):
+    captioner = Captioner.from_pretrained(cleaners / "captioner")
+    for sample in iterate(web_shards):
         if (name := sample.record["image"]) in made:
             (caption,) = captioner(sample.image, "a picture of", GenerationConfig(beams=2, max_length=10, min_length=5),
                                    strip_prompt=True)
@@ -130,7 +111,7 @@ def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(member, io.BytesIO(content))
 
 
-def test_broken_images_are_quarantined_and_lose_nothing_else(models, tmp_path, capsys):
+def test_broken_images_are_quarantined_and_lose_nothing_else(cleaners, tmp_path, capsys):
     """A foreign tar with every kind of broken image, odd records, and a break within its last sample."""
     path, output = tmp_path / "web.tar", tmp_path / "clean"
     good = {**odd_files.good_files(), **odd_files.grey_files()}
@@ -156,7 +137,7 @@ def test_broken_images_are_quarantined_and_lose_nothing_else(models, tmp_path, c
     content[cut : cut + 512] = b"x" * 512
     path.write_bytes(content)
 
-    assert main(arguments(models, path, "--output", output, "--json")) == 0
+    assert main(arguments(cleaners, path, "--output", output, "--json")) == 0
     said = json.loads(capsys.readouterr().out)
     refused = [json.loads(line) for line in (output / "quarantine.jsonl").read_text().splitlines()]
     bad = len(odd_files.bad_files())
@@ -176,75 +157,76 @@ def test_broken_images_are_quarantined_and_lose_nothing_else(models, tmp_path, c
     assert refused[0]["reason"] in (page := (output / "report.html").read_text()) and "Images left out" in page
 
 
-def test_urls_and_a_tar_that_cannot_be_fetched(models, shards, whole, tmp_path, capsys):
+def test_urls_and_a_tar_that_cannot_be_fetched(cleaners, web_shards, cleaned, tmp_path, capsys):
     """The others are done, the run fails with that tar's name, and a resume goes on when it is there."""
     system = fsspec.filesystem("memory")
     system.store.clear()
-    for path in shards.iterdir():
+    for path in web_shards.iterdir():
         if path.name != "000001.tar":
             system.pipe_file(f"/capfilt/{path.name}", path.read_bytes())
     output = tmp_path / "clean"
-    command = arguments(models, "memory://capfilt", "--output", output, "--cache", tmp_path / "cache")
+    command = arguments(cleaners, "memory://capfilt", "--output", output, "--cache", tmp_path / "cache")
     assert main(command) == 1
     said = capsys.readouterr().err
     assert "000001.tar is missing" in said and "2 of 3 shards are done" in said
-    system.pipe_file("/capfilt/000001.tar", (shards / "000001.tar").read_bytes())
+    system.pipe_file("/capfilt/000001.tar", (web_shards / "000001.tar").read_bytes())
     assert main([*command, "--resume"]) == 0
     assert {name: content for name, content in contents(output).items() if name.endswith((".tar", ".parquet", INDEX))} \
-        == {name: content for name, content in contents(whole).items() if name.endswith((".tar", ".parquet", INDEX))}
+        == {name: content for name, content in contents(cleaned).items() if name.endswith((".tar", ".parquet", INDEX))}
 
 
-def test_shards_are_named_as_files_folders_and_patterns(models, shards, tmp_path, capsys):
+def test_shards_are_named_as_files_folders_and_patterns(cleaners, web_shards, tmp_path, capsys):
     (tmp_path / "flat" / "deep").mkdir(parents=True)
     for i in (0, 1):
-        (tmp_path / "flat" / "deep" / f"{i}.tar").write_bytes((shards / f"00000{i}.tar").read_bytes())
+        (tmp_path / "flat" / "deep" / f"{i}.tar").write_bytes((web_shards / f"00000{i}.tar").read_bytes())
     outputs = []
     for name, argument in (("folder", tmp_path / "flat"), ("pattern", tmp_path / "flat" / "*" / "*.tar")):
         outputs.append(tmp_path / name)
-        assert main(arguments(models, argument, "--output", outputs[-1])) == 0
+        assert main(arguments(cleaners, argument, "--output", outputs[-1])) == 0
     assert texts_of(outputs[0]) == texts_of(outputs[1]) and len(read_index(outputs[0]).shards) <= 2
     for argument, sentence in ((tmp_path / "nowhere", "no such shard"), (__file__, "holds no shards"),
                                (tmp_path / "models", "no such shard"), (tmp_path / "flat" / "*.tar", "no shards")):
-        assert main(arguments(models, argument, "--output", tmp_path / "none")) == 2
+        assert main(arguments(cleaners, argument, "--output", tmp_path / "none")) == 2
         assert sentence in capsys.readouterr().err
-    assert main(arguments(models, shards, "--output", shards)) == 2
+    assert main(arguments(cleaners, web_shards, "--output", web_shards)) == 2
     assert "holds shards already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("option", "value", "sentence"), [
     ("--threshold", "2", "it is a probability"), ("--keep", "most", "must be matched or best"),
     ("--batch-size", "0", "must be at least 1"), ("--captions", "0", "n_best is 0"), ("--shard", "3/3", "is none")])
-def test_bad_options_are_refused_before_anything_is_written(models, shards, tmp_path, capsys, option, value, sentence):
-    assert main(arguments(models, shards, "--output", tmp_path / "none", option, value)) == 2
+def test_bad_options_are_refused_before_anything_is_written(cleaners, web_shards, tmp_path, capsys, option, value,
+                                                            sentence):
+    assert main(arguments(cleaners, web_shards, "--output", tmp_path / "none", option, value)) == 2
     assert sentence in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
 
 
-def test_options_that_do_not_fit_the_models_begin_nothing(models, shards, whole, tmp_path, capsys):
+def test_options_that_do_not_fit_the_models_begin_nothing(cleaners, web_shards, cleaned, tmp_path, capsys):
     """They are refused when the models are there, and the same folder takes others."""
     output = tmp_path / "clean"
-    assert main(arguments(models, shards, "--output", output, "--first-token", "[SEP]")) == 2
+    assert main(arguments(cleaners, web_shards, "--output", output, "--first-token", "[SEP]")) == 2
     assert "first token '[SEP]' is none of" in capsys.readouterr().err
-    assert main(arguments(models, shards, "--output", output)) == 0
-    assert contents(output) == contents(whole)
+    assert main(arguments(cleaners, web_shards, "--output", output)) == 0
+    assert contents(output) == contents(cleaned)
 
 
-def test_without_pyarrow_there_is_one_clear_line(models, shards, tmp_path, monkeypatch, capsys):
+def test_without_pyarrow_there_is_one_clear_line(cleaners, web_shards, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("blip_fast.capfilt.folder.find_spec", lambda name: None)
-    assert main(arguments(models, shards, "--output", tmp_path / "none")) == 2
+    assert main(arguments(cleaners, web_shards, "--output", tmp_path / "none")) == 2
     assert "pip install 'blip-fast[capfilt]'" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- what is written
 
 
-def test_training_reads_kept_texts_with_their_origins(whole):
+def test_training_reads_kept_texts_with_their_origins(cleaned):
     """Both origins are drawn, each text under its own."""
     pytest.importorskip("nvidia.dali", reason="training input needs the extra `train`")
     from blip_fast.data.pipeline import InputConfig, TrainInput
     from blip_fast.data.sources import Source
 
-    config = InputConfig([Source("web", str(whole))], image_size=32, batch_size=2, threads=1, flip=False,
+    config = InputConfig([Source("web", str(cleaned))], image_size=32, batch_size=2, threads=1, flip=False,
                          rand_augment=False)
     reader, seen = TrainInput(config), set()
     for _ in range(6):
@@ -258,8 +240,8 @@ def test_training_reads_kept_texts_with_their_origins(whole):
     assert torch.isfinite(batch.images).all()
 
 
-def test_the_report_counts_what_the_index_holds(whole):
-    page, rows = (whole / "report.html").read_text(), texts_of(whole)
+def test_the_report_counts_what_the_index_holds(cleaned):
+    page, rows = (cleaned / "report.html").read_text(), texts_of(cleaned)
     for origin in ("web", "synthetic"):
         total, kept = (sum(row["origin"] == origin and row["kept"] in verdicts for row in rows)
                        for verdicts in ((True, False), (True,)))
@@ -276,3 +258,22 @@ def test_the_report_counts_what_the_index_holds(whole):
              for _, key in wanted]
     assert len(section.split("<article")) - 1 == len(wanted) and len(shown) == len(wanted)
     assert page.count("<img") >= 3 and "<script" not in page
+
+
+@pytest.mark.parametrize(("length", "many"), [(10, True), (200, False)])
+def test_captions_that_were_cut_off_are_counted(cleaners, web_shards, tmp_path, capsys, length, many):
+    """In the index, the report, the summary's line and its JSON; where there are many the page says what to do."""
+    output = tmp_path / "clean"
+    command = arguments(cleaners, web_shards, "--output", output, "--captions", 4, "--max-length", length)
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    made = [row for row in texts_of(output) if row["origin"] == "synthetic"]
+    cut = sum(row["cut"] for row in made)
+    assert (cut / len(made) > 0.05) == many and 0 <= cut < len(made) == 4 * SHARDS * IMAGES
+    share = f"{100 * cut / len(made):.1f}%"
+    assert f"{cut} synthetic ones ({share}) were cut off at {length} tokens (--max-length)" in said
+    assert main([*command, "--resume", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["synthetic_cut"] == cut
+    page = (output / "report.html").read_text()
+    assert f'<td>were cut off</td><td class="number">{cut}</td><td>{share}</td>' in page
+    assert ("raise --max-length" in page) == many

@@ -8,11 +8,11 @@ import published
 import pytest
 import torch
 from hf_models import save_model, small_tokenizer
+from visdial_files import DENSE, VISDIAL, written
 
 from blip_fast.checkpoint import load_model
 from blip_fast.cli import main
 from blip_fast.data.annotated import annotated_images, read_annotations
-from blip_fast.data.published import published_rows
 from blip_fast.evaluation import evaluate_dialogues
 from blip_fast.images import image_pixels
 from blip_fast.metrics.dialog import dialog_figures, ndcg
@@ -107,62 +107,7 @@ def test_what_a_ranker_refuses(checkpoint, tmp_path):
         DialogRanker(model, ranker.tokenizer)
 
 
-# ---------------------------------------------------------------- the published files, and the command
-
-VISDIAL = {"version": "1.0", "split": "val", "data": {
-    "questions": ["is it red?", "where is it?", "how many?"], "answers": ["no", "on the grass", "two", "red"],
-    "dialogs": [
-        {"image_id": 7, "caption": "a dog", "dialog": [
-            {"question": 1, "answer": 1, "answer_options": [0, 1, 2], "gt_index": 1},
-            {"question": 0, "answer": 0, "answer_options": [3, 2, 0], "gt_index": 2}]},
-        {"image_id": 123, "caption": "two dogs", "dialog": [
-            {"question": 2, "answer": 2, "answer_options": [2, 0, 3], "gt_index": 0}]}]}}
-DENSE = [{"image_id": 7, "round_id": 2, "gt_relevance": [0.0, 0.5, 1.0]},
-         {"image_id": 123, "round_id": 1, "gt_relevance": [0, 0, 0]}]
-
-
-def written(path: Path, content) -> str:
-    path.write_text(json.dumps(content))
-    return str(path)
-
-
-def test_published_files(tmp_path):
-    files = [written(tmp_path / "visdial.json", VISDIAL), written(tmp_path / "dense.json", DENSE)]
-    rows = list(published_rows("visdial", files))
-    assert rows == [
-        {"image": "VisualDialog_val2018/VisualDialog_val2018_000000000007.jpg", "captions": ["a dog"], "split": "val",
-         "id": 7, "dialog": [
-            {"question": "where is it?", "answer": "on the grass", "candidates": ["no", "on the grass", "two"],
-             "right": 1},
-            {"question": "is it red?", "answer": "no", "candidates": ["red", "two", "no"], "right": 2,
-             "relevance": [0.0, 0.5, 1.0]}]},
-        {"image": "VisualDialog_val2018/VisualDialog_val2018_000000000123.jpg", "captions": ["two dogs"],
-         "split": "val", "id": 123, "dialog": [
-            {"question": "how many?", "answer": "two", "candidates": ["two", "no", "red"], "right": 0,
-             "relevance": [0, 0, 0]}]}]
-    sparse = list(published_rows("visdial", files[:1]))
-    assert not any("relevance" in one for row in sparse for one in row["dialog"])
-    asked = [{"question": 0, "answer": 0}, {"question": 1, "answer_options": [2, 1]}]
-    dialogs = [{"image_id": 1, "caption": "c", "dialog": asked}]
-    test = {**VISDIAL, "split": "test", "data": {**VISDIAL["data"], "dialogs": dialogs}}
-    (row,) = published_rows("visdial", [written(tmp_path / "test.json", test)])
-    assert row["image"] == "VisualDialog_test2018/VisualDialog_test2018_000000000001.jpg"
-    assert row["dialog"] == [{"question": "is it red?", "answer": "no"},
-                             {"question": "where is it?", "candidates": ["two", "on the grass"]}]
-
-
-@pytest.mark.parametrize(("change", "said"), [
-    (lambda c: [], 'has no "split", a text'),
-    (lambda c: {**c, "split": "train"}, "split 'train', whose images it does not place"),
-    (lambda c: {**c, "data": []}, 'has no list "dialogs"'),
-    (lambda c: {**c, "data": {**c["data"], "answers": []}},
-     'entry 1 of the dialogue about image 7 names 1 of "answers", which is not there'),
-    (lambda c: {**c, "data": {**c["data"], "dialogs": [{"image_id": 7, "caption": "a", "dialog": [3]}]}},
-     "is no object"),
-])
-def test_published_files_that_are_not_understood(tmp_path, change, said):
-    with pytest.raises(ValueError, match=said):
-        list(published_rows("visdial", [written(tmp_path / "visdial.json", change(VISDIAL))]))
+# ---------------------------------------------------------------- rows, and the command
 
 
 @pytest.mark.parametrize("dialog", [
@@ -181,6 +126,7 @@ def test_rows_without_a_dialogue_are_refused(tmp_path, dialog):
 @pytest.fixture
 def data(tmp_path, pictures) -> Path:
     """VisDial in small, turned into rows by the command."""
+    pytest.importorskip("ijson", reason="VisDial's files need the extra `visdial`")
     folder = tmp_path / "visdial"
     (folder / "VisualDialog_val2018").mkdir(parents=True)
     for i, number in enumerate((7, 123)):

@@ -129,22 +129,57 @@ def test_nlvr2_of_a_folder_and_of_shards(nlvr2, folder, tmp_path, capsys):
     assert found == pytest.approx(expected | {"consistency": expected["accuracy"]})
 
 
+def published_nlvr2(predictions: Path, labelled: list[dict]) -> tuple[float, float]:
+    """(accuracy, consistency) as NLVR2's own script reads predictions: no header, identifiers as keys, any case."""
+    said = dict(line.split(",") for line in predictions.read_text().splitlines())
+    assert len(said) == len(labelled)
+    consistent: dict[tuple[str, ...], bool] = {}
+    right = 0
+    for example in labelled:
+        subset, number, _, sentence = example["identifier"].split("-")
+        same = said[example["identifier"]].lower() == example["label"].lower()
+        right += same
+        consistent[subset, number, sentence] = consistent.get((subset, number, sentence), True) and same
+    return right / len(labelled), sum(consistent.values()) / len(consistent)
+
+
+def test_nlvr2_predictions_as_the_published_evaluation_reads_them(nlvr2, folder, tmp_path, capsys):
+    """From published annotations to the file of predictions, which says the same as the figures."""
+    labelled = [{"identifier": f"dev-{i // 4}-{i % 2}-{i // 2 % 2}", "sentence": row["caption"],
+                 "label": str(row["label"])} for i, row in enumerate(pairs())]
+    for entry, row in zip(labelled, pairs(), strict=True):
+        stem = "-".join(entry["identifier"].split("-")[:3])
+        (tmp_path / "dev").mkdir(exist_ok=True)
+        for side, name in enumerate((row["image"], row["second_image"])):
+            (tmp_path / "dev" / f"{stem}-img{side}.png").write_bytes((folder / name).read_bytes())
+    (tmp_path / "dev.json").write_text("".join(json.dumps(entry) + "\n" for entry in labelled))
+    assert main(["data", "annotations", "nlvr2", str(tmp_path / "dev.json"), "--output",
+                 str(tmp_path / "annotations.jsonl")]) == 0
+    capsys.readouterr()
+    output = tmp_path / "new" / "predictions.csv"
+    found = evaluate(capsys, "nlvr2", "--model", nlvr2, "--data", tmp_path, "--split", "dev", "--output", output)
+    assert (found["accuracy"], found["consistency"]) == pytest.approx(published_nlvr2(output, labelled))
+    lines = output.read_text().splitlines()
+    assert [line.partition(",")[0] for line in lines] == [entry["identifier"] for entry in labelled]
+    assert {line.partition(",")[2] for line in lines} == {"True", "False"}
+
+
 def test_ranks_share_the_work(vqa, nlvr2, folder, tmp_path):
     """Three processes, three images with five questions and 40 pairs: what one process says, said once."""
     for name in ("vqa", "nlvr2"):
         (tmp_path / name).mkdir()
     votes = [["dog"] * 10] * 5
-    runs = {("vqa", vqa, data(tmp_path / "vqa", folder, questions(votes))): ["--output", str(tmp_path / "out.json")],
-            ("nlvr2", nlvr2, data(tmp_path / "nlvr2", folder, pairs())): []}
-    for (task, model, place), options in runs.items():
-        command = ["evaluate", task, "--model", model, "--data", place, *options, "--json"]
+    named = [{**row, "identifier": f"dev-{i}-0-0"} for i, row in enumerate(pairs())]
+    runs = {("vqa", vqa, data(tmp_path / "vqa", folder, questions(votes))): tmp_path / "out.json",
+            ("nlvr2", nlvr2, data(tmp_path / "nlvr2", folder, named)): tmp_path / "out.csv"}
+    for (task, model, place), output in runs.items():
+        command = ["evaluate", task, "--model", model, "--data", place, "--output", str(output), "--json"]
         said = []
         for start in ([sys.executable], [sys.executable, "-m", "torch.distributed.run", "--standalone",
                                          "--nproc-per-node", "3"]):
             done = subprocess.run([*start, "-m", "blip_fast", *command], capture_output=True, text=True, timeout=300)
             assert done.returncode == 0, done.stderr
-            written = (tmp_path / "out.json").read_text() if options else ""
-            said.append((done.stdout, written))
+            said.append((done.stdout, output.read_text()))
         assert said[0] == said[1] and len(said[0][0].splitlines()) == 1
 
 
@@ -172,3 +207,6 @@ def test_what_is_refused(vqa, nlvr2, folder, tmp_path, capsys):
     place = data(tmp_path, folder, [unnamed])
     err = evaluate(capsys, "vqa", "--model", vqa, "--data", place, "--output", "x", status=2)
     assert "0.png has a row without question_id" in err
+    place = data(tmp_path, folder, pairs())
+    err = evaluate(capsys, "nlvr2", "--model", nlvr2, "--data", place, "--output", "x", status=2)
+    assert "0.png has a row without identifier" in err

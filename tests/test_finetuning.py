@@ -191,6 +191,7 @@ PUBLISHED = {  # pixels, lr, pairs of a global batch, epochs over pairs, max tok
     "retrieval_flickr30k": (384, 1e-5, 256, 6, 35, ("itc", "itm")),
     "vqa": (480, 2e-5, 256, 10, 35, ("answer",)),
     "nlvr2": (384, 3e-5, 256, 15, 512, ("reasoning",)),
+    "visdial": (384, 2e-5, 240, 20, 512, ("dialogue",)),  # lr, batch and epochs are not confirmed: see the recipe
 }
 
 

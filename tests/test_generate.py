@@ -217,6 +217,22 @@ def test_samples_of_an_image(small):
     assert len({tuple(text.token_ids) for text in several}) > 3
 
 
+def test_texts_that_were_cut_off(small):
+    """Greedily those that go on where there is more room; of any search those of full length without [SEP]."""
+    _, model = small
+    image_kv, bos, sep = see(model, noise(40)), model.config.tokens.bos, model.config.tokens.sep
+    short, long = (generate(model, image_kv, prompts_of([bos, 11], 40), GenerationConfig(max_length=length))
+                   for length in (6, 30))
+    assert [text.cut for text in short] == [a.token_ids != b.token_ids for a, b in zip(short, long, strict=True)]
+    assert len({text.cut for text in short}) == 2
+    for options in ({"beams": 3}, {"beams": 3, "beam_rule": "authors"}, {"top_p": 0.95, "temperature": 1.5}):
+        texts = generate(model, image_kv, prompts_of([bos, 11], 40), GenerationConfig(max_length=6, **options),
+                         list(range(40)))
+        assert [text.cut for text in texts] == [len(text.token_ids) == 6 and text.token_ids[-1] != sep
+                                                for text in texts]
+        assert any(text.cut for text in texts)
+
+
 @pytest.mark.parametrize("beams", [1, 3])
 def test_banned_words_are_transformers(small, beams):
     theirs, model = small

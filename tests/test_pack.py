@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,26 @@ def test_rows_of_one_image_become_one_sample(tmp_path) -> None:
     first, second = iterate(tmp_path / "out")
     assert first.record["captions"] == ["one, two", "three"] and second.record["captions"] == ["x"]
     assert (first.record["id"], first.record["mood"], second.record["id"]) == (7, "calm", 8)
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch) -> None:
+    """Four times as many dialogues of many answers, in another order than they are written in."""
+    monkeypatch.setattr("blip_fast.data.pack.READ_AHEAD", 4)
+    folder, path, peaks = folder_with(tmp_path, ["a.jpg"]), tmp_path / "rows.jsonl", []
+    for count in (5, 40, 160):  # the first is there for what is imported on the way
+        with path.open("w") as stream:
+            for number in range(count):
+                answers = [f"answer {i} to question {number}" for i in range(1000)]
+                rounds = [{"question": "what?", "candidates": answers, "right": 0}]
+                stream.write(json.dumps({"image": "a.jpg", "caption": "a", "dialog": rounds}) + "\n")
+        tracemalloc.start()
+        report = pack(folder, path, tmp_path / str(count), shuffle_seed=1, threads=1)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        asked = [sample.record["dialog"][0]["candidates"][7] for sample in iterate(tmp_path / str(count))]
+        assert report.samples == count and sorted(asked) == sorted(f"answer 7 to question {n}" for n in range(count))
+        assert asked != sorted(asked)
+    assert peaks[2] < 1.3 * peaks[1]
 
 
 def test_split_and_extra_fields(tmp_path) -> None:

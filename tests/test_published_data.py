@@ -116,9 +116,10 @@ def test_nlvr2(tmp_path):
     lines = json.dumps(dev) + "\n\n" + json.dumps(train) + "\n"
     assert rows("nlvr2", written(tmp_path / "dev.json", lines), prefix="nlvr2") == [
         {"image": "nlvr2/dev/dev-850-0-img0.png", "second_image": "nlvr2/dev/dev-850-0-img1.png",
-         "caption": "Both show a dog.", "label": False, "sentence_id": "dev-850-1"},
+         "caption": "Both show a dog.", "label": False, "identifier": "dev-850-0-1", "sentence_id": "dev-850-1"},
         {"image": "nlvr2/images/train/22/train-10171-2-img0.png", "label": True, "caption": "One dog.",
-         "second_image": "nlvr2/images/train/22/train-10171-2-img1.png", "sentence_id": "train-10171-0"}]
+         "second_image": "nlvr2/images/train/22/train-10171-2-img1.png", "identifier": "train-10171-2-0",
+         "sentence_id": "train-10171-0"}]
     of_blip = [{"sentence": "A dog.", "label": "True", "images": ["dev/x-img0.png", "dev/x-img1.png"]}]
     assert rows("nlvr2", written(tmp_path / "nlvr_dev.json", of_blip)) == [
         {"image": "dev/x-img0.png", "second_image": "dev/x-img1.png", "caption": "A dog.", "label": True}]

@@ -200,6 +200,11 @@ def test_bad_vocabularies_are_refused(tmp_path) -> None:
         Tokenizer(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "dog"])
     with pytest.raises(ValueError, match="'dog' twice"):
         Tokenizer(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "dog", "cat", "dog"])
+    cased = [*BERT_TOKENS, "[unused0]", "the", "The", "##ing", "A", "dog"]
+    (tmp_path / "vocab.txt").write_text("\n".join(cased) + "\n")
+    for path in (tmp_path, tmp_path / "vocab.txt"):
+        with pytest.raises(ValueError, match=r"vocab\.txt is a cased vocabulary \(it holds 'The'\)"):
+            Tokenizer.from_pretrained(path)
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": {}}}))
     with pytest.raises(ValueError, match="is a BPE tokenizer"):
         Tokenizer.from_pretrained(tmp_path)

@@ -15,6 +15,7 @@ from blip_train.commands.train_reranker import COMMAND
 from blip_train.reranker import Pair, RerankerRecipe, read_pairs, split_pairs, train_reranker
 
 from blip_fast import cli
+from blip_fast.bert_cnn import pack_pairs
 from blip_fast.checkpoint.bert import load_bert, load_bert_cnn
 from blip_fast.metrics.binary import accuracy, area_under_roc
 from blip_fast.tasks.rerank import related
@@ -92,7 +93,7 @@ def test_a_planted_rule_is_learnt(tmp_path, capsys):
               if (" ".join(words), label) not in seen]
     truth = torch.tensor([label in caption.split() for caption, label in unseen])
     assert len(unseen) > 50 and 0.2 < truth.double().mean() < 0.8
-    assert accuracy(related(model, tokenizer, unseen), truth) >= 0.95
+    assert accuracy(related(model, *pack_pairs(tokenizer, *zip(*unseen, strict=True))), truth) >= 0.95
     before = load_bert(tmp_path / "bert")[0]
     assert torch.equal(before.word_embeds.weight, model.bert.word_embeds.weight), "embeddings are left as they were"
     assert not torch.equal(before.layers[0].feed_forward.mlp_in.weight, model.bert.layers[0].feed_forward.mlp_in.weight)
@@ -131,6 +132,15 @@ def test_first_epoch_by_an_independent_loop(bert):
     loss.backward()
     step = twin.output.weight - 1e-3 * twin.output.weight.grad / (twin.output.weight.grad.abs() + 1e-8)
     torch.testing.assert_close(model.output.weight, step, rtol=0, atol=1e-5)
+
+
+def test_texts_are_tokenised_once(bert, monkeypatch):
+    pairs, held_out = split_pairs(planted(60, seed=1), 0.2, seed=0)
+    model, tokenizer = load_bert(bert)
+    packed, pack = [], tokenizer.pack
+    monkeypatch.setattr(tokenizer, "pack", lambda texts, **options: (packed.extend(texts), pack(texts, **options))[1])
+    train_reranker(model, tokenizer, pairs, held_out, RerankerRecipe(epochs=3, batch_size=16))
+    assert sorted(packed) == sorted(text for pair in [*pairs, *held_out] for text in (pair.caption, pair.label))
 
 
 def test_pairs_are_shared_out():

@@ -77,7 +77,8 @@ class WebBatch:
 
 @dataclass(frozen=True)
 class CapFiltRow:
-    """One text of one image: ITM's probability that they match, ITC's cosine, and whether it is kept."""
+    """One text of one image: ITM's probability that they match, ITC's cosine, whether it is kept, and whether it was
+    `cut`: a synthetic text that `generation.max_length` ended before it had come to its end."""
 
     image: str
     text: str
@@ -85,6 +86,7 @@ class CapFiltRow:
     itm: float
     itc: float
     kept: bool
+    cut: bool
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class CapFiltResult:
         return [row for row in self.rows if row.origin == origin]
 
     def write_jsonl(self, path: str | Path) -> None:
-        """One object a line: `image`, `text`, `origin`, `itm`, `itc`, `kept`."""
+        """One object a line: `image`, `text`, `origin`, `itm`, `itc`, `kept`, `cut`."""
         lines = (json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in self.rows)
         Path(path).write_text("".join(lines), encoding="utf-8")
 
@@ -171,12 +173,27 @@ def check_models(captioner: Captioner, matcher: Matcher, config: CapFiltConfig) 
 def _filtered(matcher: Matcher, written: Iterator[tuple[Image, Caption | ImageError]], config: CapFiltConfig,
               batch_size: int) -> Iterator[tuple[Image, list[CapFiltRow] | ImageError]]:
     while some := list(islice(written, batch_size)):
-        captioned = [(image, caption) for image, caption in some if isinstance(caption, Caption)]
-        texts = [[*image.captions, *(c.caption for c in (caption, *caption.others))] for image, caption in captioned]
-        scores = iter(_scored(matcher, [image.pixels for image, _ in captioned], texts, config.first_token))
-        left = iter(texts)
+        captioned = [(image, _texts(image, caption)) for image, caption in some if isinstance(caption, Caption)]
+        scores = iter(_scored(matcher, [image.pixels for image, _ in captioned],
+                              [[each.text for each in texts] for _, texts in captioned], config.first_token))
+        left = iter(texts for _, texts in captioned)
         for image, caption in some:
             yield image, caption if isinstance(caption, ImageError) else _rows(image, next(left), scores, config)
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A text that is to be scored; see `CapFiltRow`."""
+
+    text: str
+    origin: Origin
+    cut: bool
+
+
+def _texts(image: WebImage, caption: Caption) -> list[_Text]:
+    """The image's web captions, then the synthetic ones, likeliest first."""
+    return [*(_Text(text, "web", cut=False) for text in image.captions),
+            *(_Text(each.caption, "synthetic", each.cut) for each in (caption, *caption.others))]
 
 
 def _scored(matcher: Matcher, pixels: Sequence[Tensor], texts: Sequence[Sequence[str]],
@@ -188,17 +205,17 @@ def _scored(matcher: Matcher, pixels: Sequence[Tensor], texts: Sequence[Sequence
     return zip(scores.itm.tolist(), scores.itc.tolist(), strict=True)
 
 
-def _rows(image: WebImage, texts: Sequence[str], scores: Iterator[tuple[float, float]],
+def _rows(image: WebImage, texts: Sequence[_Text], scores: Iterator[tuple[float, float]],
           config: CapFiltConfig) -> list[CapFiltRow]:
     """`scores` gives the next ones for as many texts."""
     mine = list(islice(scores, len(texts)))
-    passed = [itm >= config.threshold and any(char.isalnum() for char in text)
-              for text, (itm, _) in zip(texts, mine, strict=True)]
+    passed = [itm >= config.threshold and any(char.isalnum() for char in each.text)
+              for each, (itm, _) in zip(texts, mine, strict=True)]
     if config.keep == "best" and any(passed):
         best = max((i for i, ok in enumerate(passed) if ok), key=lambda i: mine[i][0])
         passed = [i == best for i in range(len(texts))]
-    return [CapFiltRow(image.name, text, "web" if i < len(image.captions) else "synthetic", itm, itc, kept)
-            for i, (text, (itm, itc), kept) in enumerate(zip(texts, mine, passed, strict=True))]
+    return [CapFiltRow(image.name, each.text, each.origin, itm, itc, kept, each.cut)
+            for each, (itm, itc), kept in zip(texts, mine, passed, strict=True)]
 
 
 def match_scores(matcher: Matcher, pixels: Tensor, texts: Sequence[Sequence[str]], first_token: str) -> MatchScores:

@@ -164,9 +164,10 @@ class CleanShard:
         import pyarrow.parquet as parquet  # pyright: ignore[reportMissingImports]
 
         path = self._directory / TEXTS / f"{self._stem}.parquet"
-        string, number = pyarrow.string(), pyarrow.float32()
+        string, number, verdict = pyarrow.string(), pyarrow.float32(), pyarrow.bool_()
         schema = pyarrow.schema([("file", string), ("key", string), ("image", string), ("text", string),
-                                 ("origin", string), ("itm", number), ("itc", number), ("kept", pyarrow.bool_())])
+                                 ("origin", string), ("itm", number), ("itc", number), ("kept", verdict),
+                                 ("cut", verdict)])
         parquet.write_table(pyarrow.Table.from_pylist(self._texts, schema), part_of(path))
         part_of(path).replace(path)
 

@@ -24,6 +24,7 @@ from blip_fast.report.plot import Bars
 
 SHOWN = 12  # images a section
 LINES = 6  # texts of an image, at most
+MANY_CUT = 0.05  # share of the synthetic texts that were cut off, above which the page says what to do
 ITM_BINS, ITC_BINS = np.linspace(0, 1, 11), np.linspace(-1, 1, 21)
 ORIGINS = ("web", "synthetic")
 SECTIONS = {
@@ -46,10 +47,12 @@ class Example:
 
 @dataclass
 class Summary:
-    """Texts and kept texts of each origin, their scores' histograms, and examples for each section."""
+    """Texts and kept texts of each origin, how many of the synthetic ones were cut off, scores' histograms, and
+    examples for each section."""
 
     texts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ORIGINS, 0))
     kept: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ORIGINS, 0))
+    cut: int = 0
     itm: dict[str, NDArray[Any]] = field(default_factory=lambda: {o: np.zeros(len(ITM_BINS) - 1, int) for o in ORIGINS})
     itc: dict[str, NDArray[Any]] = field(default_factory=lambda: {o: np.zeros(len(ITC_BINS) - 1, int) for o in ORIGINS})
     examples: dict[str, list[Example]] = field(default_factory=lambda: {name: [] for name in SECTIONS})
@@ -62,6 +65,7 @@ class Summary:
         if not len(table):
             return
         columns = {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
+        self.cut += int(columns["cut"].sum())
         for origin in ORIGINS:
             mine = columns["origin"] == origin
             self.texts[origin] += int(mine.sum())
@@ -103,6 +107,7 @@ def write_report(folder: CleanFolder, every: Sequence[Done]) -> tuple[dict[str, 
               "images_kept": sum(done.kept.samples for done in every if done.kept is not None),
               **{name: summary.texts[name] for name in ORIGINS},
               **{f"{name}_kept": summary.kept[name] for name in ORIGINS},
+              "synthetic_cut": summary.cut,
               "refused": sum(len(done.refused) for done in every)}
     options = json.loads((directory / OPTIONS).read_bytes())
     report = _page(counts, summary, options)
@@ -131,9 +136,24 @@ def _page(counts: dict[str, int], summary: Summary, options: dict[str, Any]) -> 
     report.table(["Images", ""], [["read", counts["images"]], ["with a kept text", counts["images_kept"]],
                                   ["without", counts["images"] - counts["images_kept"]],
                                   ["left out", counts["refused"]]])
+    _lengths(report, counts, generation["max_length"])
     report.section("Scores", "How many texts of each origin lie in which range.")
     return report.plots([_histogram("ITM: probability that they match", summary.itm, ITM_BINS),
                          _histogram("ITC: cosine", summary.itc, ITC_BINS)])
+
+
+def _lengths(report: Report, counts: dict[str, int], max_length: int) -> None:
+    cut, share = counts["synthetic_cut"], share_cut(counts)
+    said = (f"{share:.1%} of the synthetic texts were cut off in the middle by the maximum of {max_length} tokens (the "
+            "first one and the prompt counted), and texts for training should be whole: raise --max-length and run "
+            "again." if share > MANY_CUT else f"At most {max_length} tokens, the first one and the prompt counted.")
+    rows = [["came to their end", counts["synthetic"] - cut, f"{1 - share:.1%}"], ["were cut off", cut, f"{share:.1%}"]]
+    report.section("Lengths of synthetic texts", said).table(["Synthetic texts", "", "share"], rows)
+
+
+def share_cut(counts: dict[str, int]) -> float:
+    """The share of a run's synthetic texts that were cut off, 0 to 1; `counts` as `write_report` returns them."""
+    return counts["synthetic_cut"] / max(1, counts["synthetic"])
 
 
 def _histogram(title: str, counts: dict[str, NDArray[Any]], bins: NDArray[Any]) -> Bars:

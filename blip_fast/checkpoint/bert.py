@@ -27,7 +27,8 @@ def load_bert(directory: str | Path) -> tuple[Bert, Tokenizer]:
 
     Raises:
         FileNotFoundError: there is no such directory, or no tokenizer in it.
-        ValueError: it is no BERT, is broken (each tensor is named), or its tokenizer does not belong to it.
+        ValueError: it is no BERT, or a cased one; it is broken (each tensor is named), or its tokenizer does not belong
+            to it.
     """
     content = _config_of(directory)
     strange = next((key for key, value in NEEDED.items() if content.get(key, value) != value), None)

@@ -125,7 +125,7 @@ def _clean(args: Namespace, config: CapFiltConfig, folder: CleanFolder, every: S
 
 def _end(args: Namespace, folder: CleanFolder, count: int) -> None:
     """Write the indexes and the report where all shards are done; say what there is."""
-    from blip_fast.capfilt.report import write_report
+    from blip_fast.capfilt.report import share_cut, write_report
     from blip_fast.data.pack import QUARANTINE
 
     there = sum(folder.is_done(number) for number in range(count))
@@ -139,7 +139,8 @@ def _end(args: Namespace, folder: CleanFolder, count: int) -> None:
         return
     print(f"{args.output}: {counts['images']:,} images, {counts['images_kept']:,} of them with a text to train on; "
           f"{counts['web_kept']:,} of {counts['web']:,} web texts and {counts['synthetic_kept']:,} of "
-          f"{counts['synthetic']:,} synthetic ones are kept")
+          f"{counts['synthetic']:,} synthetic ones are kept; {counts['synthetic_cut']:,} synthetic ones "
+          f"({share_cut(counts):.1%}) were cut off at {args.max_length} tokens (--max-length)")
     if counts["refused"]:
         print(f"{args.output}/{QUARANTINE}: {counts['refused']:,} images left out, and why")
     print(f"look at {page}")

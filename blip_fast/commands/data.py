@@ -55,7 +55,8 @@ def _annotations_arguments(parser: ArgumentParser) -> None:
              "videos msrvtt, msrvtt-qa or msvd-qa; the first three, nlvr2 and msrvtt also as beside the published BLIP")
     add("files", nargs="+", metavar="FILE", help="as published; vqa: questions and annotations, a test set's questions "
                                                  "alone; visual-genome: question_answers.json image_data.json; "
-                                                 "visdial: dialogues, perhaps dense annotations too; msvd-qa: "
+                                                 "visdial: dialogues, perhaps dense annotations too, behind the "
+                                                 "training set's dataset_coco.json of Karpathy's split; msvd-qa: "
                                                  "questions and youtube_mapping.txt")
     add("--output", required=True, metavar="FILE.jsonl", help="annotations.jsonl in the folder of images")
     add("--split", type=str | None, help="give this to rows that have no split of their own")

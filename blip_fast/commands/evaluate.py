@@ -70,6 +70,12 @@ def _vqa_arguments(parser: ArgumentParser) -> None:
         help="write the test server's list of question_id and answer; rows need a question_id")
 
 
+def _nlvr2_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--output", type=str | None, metavar="FILE.csv",
+                        help="write what the published evaluation reads, a line of identifier and True or False for "
+                             "each pair; rows need an identifier")
+
+
 def _visdial_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--caption-in", choices=("attention", "text"), default="attention",
                         help="where the image's caption stands: in the cross-attention beside the image, as in the "
@@ -141,8 +147,7 @@ def _caption(args: Namespace, images: list[AnnotatedImage], ranks: Ranks) -> dic
     if args.output is not None:
         rows = ({"image": image.name, "caption": caption, "references": image.captions}
                 for image, caption in zip(images, result.captions, strict=True))
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.output).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+        _write(args.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     figures = {"lm_loss": result.loss, "unigram_entropy": result.unigram_entropy,
                "unigram_cross_entropy": result.unigram_cross_entropy}
     if metrics is not None:
@@ -165,8 +170,7 @@ def _vqa(args: Namespace, images: list[AnnotatedImage], ranks: Ranks) -> dict[st
 
     generation = GenerationConfig(beams=args.beams, max_length=args.max_length, min_length=args.min_length)
     choices = [] if args.answers is None else read_list(args.answers, "answer")
-    if args.output is not None and (unnamed := next((i.name for i in images if "question_id" not in i.row), None)):
-        raise ValueError(f"{unnamed} has a row without question_id: --output needs one in every row")
+    _check_names(args.output, images, "question_id")
     answerer = Answerer.from_pretrained(args.model, **model_options(args))
     with _progress(ranks) as (track, _):
         found = evaluate_answers(answerer, images, generation, choices=choices, top_k=args.top_k,
@@ -174,8 +178,7 @@ def _vqa(args: Namespace, images: list[AnnotatedImage], ranks: Ranks) -> dict[st
     if args.output is not None and ranks.rank == 0:
         content = [{"question_id": image.row["question_id"], "answer": answer}
                    for image, answer in zip(images, found.answers, strict=True)]
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.output).write_text(json.dumps(content), "utf-8")
+        _write(args.output, json.dumps(content))
     by_type = {f"vqa_accuracy_{name}": value for name, value in sorted(found.by_type.items())}
     return {"vqa_accuracy": found.vqa_accuracy, **by_type, "commonest_answer": found.commonest}
 
@@ -184,9 +187,14 @@ def _nlvr2(args: Namespace, images: list[AnnotatedImage], ranks: Ranks) -> dict[
     from blip_fast.evaluation import evaluate_pairs
     from blip_fast.tasks.reason import Reasoner
 
+    _check_names(args.output, images, "identifier")
     reasoner = Reasoner.from_pretrained(args.model, **model_options(args))
     with _progress(ranks) as (track, _):
-        return evaluate_pairs(reasoner, images, track=track, ranks=ranks)
+        found = evaluate_pairs(reasoner, images, track=track, ranks=ranks)
+    if args.output is not None and ranks.rank == 0:
+        _write(args.output, "".join(f"{image.row['identifier']},{judged}\n"
+                                    for image, judged in zip(images, found.judged, strict=True)))
+    return {"accuracy": found.accuracy, "consistency": found.consistency}
 
 
 def _visdial(args: Namespace, images: list[AnnotatedImage], ranks: Ranks) -> dict[str, Any]:
@@ -209,6 +217,17 @@ def _video_qa(args: Namespace, images: list[AnnotatedImage], ranks: Ranks) -> di
 
     figures = _vqa(args, as_videos(images, args.frames), ranks)
     return {"frames": args.frames, "accuracy": figures["commonest_answer"]}
+
+
+def _check_names(output: str | None, images: list[AnnotatedImage], key: str) -> None:
+    """Raises ValueError where predictions are to be written and a row lacks what names its own."""
+    if output is not None and (unnamed := next((image.name for image in images if key not in image.row), None)):
+        raise ValueError(f"{unnamed} has a row without {key}: --output needs one in every row")
+
+
+def _write(output: str, content: str) -> None:
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    Path(output).write_text(content, "utf-8")
 
 
 @contextmanager
@@ -262,7 +281,7 @@ TASKS = {
                      "--model Salesforce/blip-image-captioning-base --data flickr8k --metrics java-free"),
     "vqa": _Task("answers to questions, by VQA's official accuracy", _vqa_arguments, _vqa,
                  "--model Salesforce/blip-vqa-base --data vqa --split val --answers answer_list.json", shared=True),
-    "nlvr2": _Task("whether sentences are true of pairs of images", lambda parser: None, _nlvr2,
+    "nlvr2": _Task("whether sentences are true of pairs of images", _nlvr2_arguments, _nlvr2,
                    "--model model_base_nlvr.pth --tokenizer bert-base-uncased --data nlvr2 --split dev", shared=True),
     "visdial": _Task("answers ranked in dialogues, by VisDial's measures", _visdial_arguments, _visdial,
                      "--model models/visdial --data visdial --split val", shared=True),

@@ -6,10 +6,12 @@ from __future__ import annotations
 import csv
 import json
 import tarfile
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from blip_fast.data.shards import INDEX, SECOND, read_index
 from blip_fast.data.tars import LocalTar
@@ -53,8 +55,11 @@ def annotated_images(data: str | Path, split: str | None) -> list[AnnotatedImage
     return chosen
 
 
-def read_annotations(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file (UTF-8) or of a CSV file with a header.
+class AnnotationFile:
+    """The rows of a JSONL file or of a CSV file with a header, both in UTF-8, read one by one.
+
+    Each comes with its place in the file, by which it is found again: who wants rows in another order need not keep
+    them in memory.
 
     A row has `image`, a path, and `caption`, or in JSONL `captions`, a list; where wanted `split`, an integer `id` and
     whatever else. It is given back with `captions` as a list, perhaps an empty one, and all else as it was. In JSONL a
@@ -63,18 +68,55 @@ def read_annotations(path: str | Path) -> list[dict[str, Any]]:
     or false), or hold a dialogue (VisDial: `dialog`, a list of rounds with `question`, `answer`, which the last may
     lack, and where answers are to be ranked `candidates`, `right`, the place of the one that was given, and
     `relevance`, a number for each).
-
-    Raises FileNotFoundError, and ValueError that names the first row that is not understood.
     """
-    path = Path(path)
-    if path.suffix not in (".jsonl", ".csv"):
-        raise ValueError(f"{path} must be JSONL or CSV, named .jsonl or .csv")
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            rows = enumerate(csv.DictReader(stream), start=1) if path.suffix == ".csv" else json_rows(stream, path)
-            return [_row(row, f"{path}, row {number}") for number, row in rows]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} cannot be read as {path.suffix[1:].upper()} in UTF-8: {error}") from None
+
+    def __init__(self, path: str | Path) -> None:
+        """Raises FileNotFoundError; ValueError where it is neither by its name, or its header cannot be read."""
+        self.path = Path(path)
+        if self.path.suffix not in (".jsonl", ".csv"):
+            raise ValueError(f"{path} must be JSONL or CSV, named .jsonl or .csv")
+        self._header: list[str] | None = None
+        with self._opened(0) as (stream, lines):
+            if stream.read(len(BOM_UTF8)) != BOM_UTF8:
+                stream.seek(0)
+            if self.path.suffix == ".csv":
+                self._header = next(csv.reader(lines), [])
+            self._start = stream.tell()
+
+    def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Each row's place and the row. Raises ValueError that names the first row that is not understood."""
+        with self._opened(self._start) as (stream, lines):
+            place = self._start
+            for number, content in self._contents(lines):
+                yield place, _row(content, f"{self.path}, row {number}")
+                place = stream.tell()
+
+    def row(self, place: int) -> dict[str, Any]:
+        """The row at a place that iteration told."""
+        with self._opened(place) as (_, lines):
+            return _row(next(self._contents(lines))[1], f"{self.path}, byte {place}")
+
+    def _contents(self, lines: Iterator[str]) -> Iterator[tuple[int, Any]]:
+        """Each row's number, from 1, and what it holds."""
+        if self._header is None:
+            return json_rows(lines, self.path)
+        return enumerate(csv.DictReader(lines, self._header), start=1)
+
+    @contextmanager
+    def _opened(self, place: int) -> Iterator[tuple[BinaryIO, Iterator[str]]]:
+        """The file, which stands at a place, and its lines from there on."""
+        try:
+            with self.path.open("rb") as stream:
+                stream.seek(place)
+                yield stream, (line.decode() for line in iter(stream.readline, b""))
+        except (UnicodeDecodeError, csv.Error) as error:
+            kind = self.path.suffix[1:].upper()
+            raise ValueError(f"{self.path} cannot be read as {kind} in UTF-8: {error}") from None
+
+
+def read_annotations(path: str | Path) -> list[dict[str, Any]]:
+    """All rows of an `AnnotationFile`. Raises as that does."""
+    return [row for _, row in AnnotationFile(path)]
 
 
 def write_annotations(folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -150,7 +192,7 @@ def _has_candidates(one: dict[str, Any]) -> bool:
 
 
 def _of_folder(folder: Path) -> Iterator[AnnotatedImage]:
-    for row in read_annotations(folder / ANNOTATIONS):
+    for _, row in AnnotationFile(folder / ANNOTATIONS):
         second = StoredImage(row["second_image"], folder / row["second_image"]) if "second_image" in row else None
         yield AnnotatedImage(row["image"], folder / row["image"], captions=row["captions"], row=row, second=second)
 

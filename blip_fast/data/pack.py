@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -26,7 +26,7 @@ from nvidia import nvimgcodec
 from rich.console import Console
 from rich.progress import track
 
-from blip_fast.data.annotated import read_annotations
+from blip_fast.data.annotated import AnnotationFile
 from blip_fast.data.integrity import image_format, what_is_wrong
 from blip_fast.data.shards import Sample, claim, write_shards
 from blip_fast.images import SUFFIXES, ImageError, load_image
@@ -60,8 +60,9 @@ def pack(
 ) -> PackReport:
     """Write shards into `directory`; the same input gives the same bytes.
 
-    `annotations` is a file for `read_annotations`, its images paths below `folder`; rows of one image are one sample,
-    but for questions and pairs of images, each a sample of its own.
+    `annotations` is an `AnnotationFile`, its images paths below `folder`; rows of one image are one sample, but for
+    questions, pairs of images and dialogues, each a sample of its own. What is in memory of all samples is their rows'
+    places.
     Without annotations every image below `folder` is packed, without captions. `split` keeps the rows of that split.
     DALI shuffles within a buffer only: give a `shuffle_seed` where neighbouring rows are alike.
 
@@ -69,13 +70,14 @@ def pack(
     `directory` holds shards already, and ValueError where not a single image can be read.
     """
     folder = Path(folder)
-    records = _records(folder, annotations, split)
+    records, row = _records(folder, annotations, split)
     if shuffle_seed is not None:
         records = [records[i] for i in np.random.default_rng(shuffle_seed).permutation(len(records))]
     directory = claim(directory)
     quarantine = directory / QUARANTINE
     with quarantine.open("w", encoding="utf-8") as refused:
-        samples = _good_samples(folder, records, refused, threads or os.cpu_count() or 1)
+        read = (_merged(record, row) for record in records)
+        samples = _good_samples(folder, read, len(records), refused, threads or os.cpu_count() or 1)
         first = next(samples, None)
         if first is None:
             raise ValueError(f"none of {len(records)} images can be read: {quarantine} says why")
@@ -84,11 +86,12 @@ def pack(
     return PackReport(index.samples, index.without_caption, len(index.shards), left_out, directory)
 
 
-def _good_samples(folder: Path, records: list[dict[str, Any]], refused: TextIO, threads: int) -> Iterator[Sample]:
+def _good_samples(folder: Path, records: Iterator[dict[str, Any]], count: int, refused: TextIO,
+                  threads: int) -> Iterator[Sample]:
     """Samples of the images that can be read, in order; a line in `refused` for each of the others."""
     hidden = not sys.stderr.isatty()
     with ThreadPoolExecutor(threads) as pool:
-        left = track(iter(records), "packing", total=len(records), console=Console(stderr=True), disable=hidden)
+        left = track(records, "packing", total=count, console=Console(stderr=True), disable=hidden)
         while chunk := list(islice(left, READ_AHEAD * threads)):
             names = [[record[name] for name in ("image", "second_image") if name in record] for record in chunk]
             contents = pool.map(_read, [folder / name for of_sample in names for name in of_sample])
@@ -134,23 +137,33 @@ def checked(content: bytes, name: str) -> bytes | ImageError:
     return content
 
 
-def _records(folder: Path, annotations: str | Path | None, split: str | None) -> list[dict[str, Any]]:
-    """One record per image, in the order of the annotations: key, image, captions and what else is known."""
+def _records(folder: Path, annotations: str | Path | None,
+             split: str | None) -> tuple[list[list[int]], Callable[[int], dict[str, Any]]]:
+    """For each sample, in the order of the annotations, the number of its first row and the places of all of its rows;
+    and what reads the row at a place."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder of images")
     if annotations is None:
         found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
         rows = [{"image": path.relative_to(folder).as_posix(), "captions": []} for path in found]
+        placed, read = enumerate(rows), rows.__getitem__
     else:
-        rows = read_annotations(annotations)
-    by_image: dict[str | int, dict[str, Any]] = {}
-    for i, row in enumerate(rows):
+        file = AnnotationFile(annotations)
+        placed, read = file, file.row
+    by_image: dict[str | int, list[int]] = {}
+    for number, (place, row) in enumerate(placed):
         if split is not None and row.get("split") != split:
             continue
-        own = "question" in row or "second_image" in row
-        record = by_image.setdefault(i if own else row["image"], {**row, "key": f"{i:09d}", "captions": []})
-        record["captions"] += row["captions"]
+        own = any(key in row for key in ("question", "second_image", "dialog"))
+        by_image.setdefault(number if own else row["image"], [number]).append(place)
     if not by_image:
         wanted = f" of split {split!r}" if split is not None else ""
         raise ValueError(f"{annotations or folder} names no image{wanted}: nothing to pack")
-    return list(by_image.values())
+    return list(by_image.values()), read
+
+
+def _merged(record: list[int], row: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
+    """A sample's record: key, image, captions and what else is known of it by its first row."""
+    number, *places = record
+    rows = [row(place) for place in places]
+    return {**rows[0], "key": f"{number:09d}", "captions": [caption for one in rows for caption in one["captions"]]}

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -154,7 +155,8 @@ def visual_genome_rows(questions: Path, images: Path) -> Iterator[Row]:
 
 def nlvr2_rows(path: Path) -> Iterator[Row]:
     """NLVR2's `train.json`, `dev.json` and `test1.json` (an entry a line), or the published BLIP's `nlvr_dev.json`.
-    `sentence_id` is the identifier without the pair's number: consistency counts by it."""
+    `sentence_id` is the identifier without the pair's number: consistency counts by it. The published BLIP's files
+    name neither."""
     for entry, where in _each(_load_lines(path), path):
         label = _get(entry, "label", str, where)
         if label not in ("True", "False"):
@@ -172,46 +174,67 @@ def nlvr2_rows(path: Path) -> Iterator[Row]:
         subset, number, pair, sentence = parts
         folder = f"images/train/{entry['directory']}" if "directory" in entry else subset
         first, second = (f"{folder}/{subset}-{number}-{pair}-img{i}.png" for i in (0, 1))
-        yield {"image": first, "second_image": second, **row, "sentence_id": f"{subset}-{number}-{sentence}"}
+        yield {"image": first, "second_image": second, **row, "identifier": "-".join(parts),
+               "sentence_id": f"{subset}-{number}-{sentence}"}
 
 
-def visdial_rows(dialogues: Path, dense: Path | None = None) -> Iterator[Row]:
-    """VisDial 1.0's `visdial_1.0_val.json`, perhaps with `visdial_1.0_val_dense_annotations.json`, or its test set: an
-    image, its caption and `dialog`, the rounds as `read_annotations` wants them. Its training set is on COCO's images
-    without saying in which of their folders, and is refused."""
-    content = _load(dialogues)
-    content = content if isinstance(content, dict) else {}
-    split = _get(content, "split", str, str(dialogues))
-    data: Row = content["data"] if isinstance(content.get("data"), dict) else {}
-    if split not in ("val", "test"):
-        raise ValueError(f"{dialogues} is VisDial's split {split!r}, whose images it does not place: take val or test")
-    relevance = {} if dense is None else {
+def visdial_rows(dialogues: Path, beside: Path | None = None) -> Iterator[Row]:
+    """VisDial 1.0: an image, its caption and `dialog`, the rounds as an `AnnotationFile` holds them. One dialogue at a
+    time is in memory, and all questions and answers.
+
+    Args:
+        dialogues: `visdial_1.0_train.json`, `visdial_1.0_val.json` or `visdial_1.0_test.json`.
+        beside: of the validation set perhaps `visdial_1.0_val_dense_annotations.json`; of the training set Karpathy's
+            `dataset_coco.json`, which says which of its images stand in COCO's `train2014` and which in `val2014`.
+    """
+    split = next(_streamed(dialogues, "split"), None)
+    if split not in ("train", "val", "test"):
+        raise ValueError(f'{dialogues} has no "split" that is train, val or test: it is of another format')
+    if split == "train" and beside is None:
+        raise ValueError(f"{dialogues} does not say which of COCO's folders its images are in: name dataset_coco.json "
+                         "of Karpathy's split behind it")
+    coco = _coco_images(beside) if split == "train" and beside is not None else {}
+    relevance = {} if split == "train" or beside is None else {
         (_get(entry, "image_id", int, where), _get(entry, "round_id", int, where)):
-            _get(entry, "gt_relevance", list, where) for entry, where in _each(_load(dense), dense)}
-    for entry, where in _entries(data, "dialogs", dialogues):
-        image, rounds = _get(entry, "image_id", int, where), []
-        dialog = _each(_get(entry, "dialog", list, where), dialogues, f" of the dialogue about image {image}")
-        for number, (asked, place) in enumerate(dialog, 1):
-            one: Row = {"question": _numbered(data, "questions", asked.get("question"), place)}
-            if "answer" in asked:
-                one["answer"] = _numbered(data, "answers", asked["answer"], place)
-            if "answer_options" in asked:
-                options = _get(asked, "answer_options", list, place)
-                one["candidates"] = [_numbered(data, "answers", option, place) for option in options]
-            one |= {"right": asked["gt_index"]} if "gt_index" in asked else {}
-            one |= {"relevance": relevance[image, number]} if (image, number) in relevance else {}
-            rounds.append(one)
-        folder = f"VisualDialog_{split}2018"
-        yield {"image": f"{folder}/{folder}_{image:012d}.jpg", "captions": [_get(entry, "caption", str, where)],
-               "split": split, "id": image, "dialog": rounds}
+            _get(entry, "gt_relevance", list, where) for entry, where in _each(_load(beside), beside)}
+    texts = {key: [*_streamed(dialogues, f"data.{key}.item")] for key in ("questions", "answers")}
+    entry = None
+    for entry, where in _objects(_streamed(dialogues, "data.dialogs.item"), dialogues, " of dialogs"):
+        image, folder = _get(entry, "image_id", int, where), f"VisualDialog_{split}2018"
+        if split == "train" and image not in coco:
+            raise ValueError(f"{where}: image {image} is not in {beside}")
+        rounds = _each(_get(entry, "dialog", list, where), dialogues, f" of the dialogue about image {image}")
+        yield {"image": coco.get(image, f"{folder}/{folder}_{image:012d}.jpg"),
+               "captions": [_get(entry, "caption", str, where)], "split": split, "id": image,
+               "dialog": [_round(asked, texts, relevance.get((image, number)), place)
+                          for number, (asked, place) in enumerate(rounds, 1)]}
+    if entry is None:
+        raise ValueError(f'{dialogues} has no list "dialogs" with an entry: it is of another format')
 
 
-def _numbered(data: Row, key: str, number: Any, where: str) -> str:
+def _coco_images(karpathy: Path) -> dict[int, str]:
+    """Where each of COCO's images is, by its number."""
+    entries = _objects(_streamed(karpathy, "images.item"), karpathy, " of images")
+    return {_get(entry, "cocoid", int, where):
+            f"{_get(entry, 'filepath', str, where)}/{_get(entry, 'filename', str, where)}" for entry, where in entries}
+
+
+def _round(asked: Row, texts: dict[str, list[Any]], relevance: list[Any] | None, where: str) -> Row:
+    one: Row = {"question": _numbered(texts, "questions", asked.get("question"), where)}
+    if "answer" in asked:
+        one["answer"] = _numbered(texts, "answers", asked["answer"], where)
+    if "answer_options" in asked:
+        one["candidates"] = [_numbered(texts, "answers", option, where)
+                             for option in _get(asked, "answer_options", list, where)]
+    one |= {"right": asked["gt_index"]} if "gt_index" in asked else {}
+    return one | ({} if relevance is None else {"relevance": relevance})
+
+
+def _numbered(texts: dict[str, list[Any]], key: str, number: Any, where: str) -> str:
     """The text that VisDial names by its place in a list."""
-    texts = data.get(key)
-    if not isinstance(texts, list) or not isinstance(number, int) or not 0 <= number < len(texts):
+    if not isinstance(number, int) or not 0 <= number < len(texts[key]):
         raise ValueError(f'{where} names {number!r} of "{key}", which is not there')
-    return texts[number]
+    return texts[key][number]
 
 
 def msrvtt_rows(path: Path) -> Iterator[Row]:
@@ -269,6 +292,20 @@ def _load_lines(path: Path) -> Any:
     return [entry for _, entry in json_rows(lines, path)]
 
 
+def _streamed(path: Path, prefix: str) -> Iterator[Any]:
+    """What stands at `prefix` of a JSON file (in ijson's notation: "a.item" is each entry of the list "a"), one by
+    one: the file may be larger than the memory."""
+    if find_spec("ijson") is None:
+        raise ValueError("VisDial's annotations need ijson, which is not installed: pip install 'blip-fast[visdial]'")
+    import ijson  # pyright: ignore[reportMissingImports]
+
+    try:
+        with path.open("rb") as stream:
+            yield from ijson.items(stream, prefix, use_float=True)
+    except (ijson.JSONError, UnicodeDecodeError):  # whose words take several lines
+        raise ValueError(f"{path} is no whole JSON in UTF-8: fetch it again") from None
+
+
 def _entries(content: Any, key: str, path: Path) -> Iterator[tuple[Row, str]]:
     if not isinstance(content, dict) or not isinstance(content.get(key), list):
         raise ValueError(f'{path} has no list "{key}": it is of another format')
@@ -276,10 +313,15 @@ def _entries(content: Any, key: str, path: Path) -> Iterator[tuple[Row, str]]:
 
 
 def _each(content: Any, path: Path, of: str = "") -> Iterator[tuple[Row, str]]:
-    """Each entry, an object, with the words that stand for it in messages."""
+    """`_objects` of what should be a list."""
     if not isinstance(content, list):
         raise ValueError(f"{path} is no list: it is of another format")
-    for number, entry in enumerate(content, 1):
+    return _objects(content, path, of)
+
+
+def _objects(entries: Iterable[Any], path: Path, of: str) -> Iterator[tuple[Row, str]]:
+    """Each entry, an object, with the words that stand for it in messages."""
+    for number, entry in enumerate(entries, 1):
         where = f"{path}, entry {number}{of}"
         if not isinstance(entry, dict):
             raise ValueError(f"{where} is no object")
@@ -299,7 +341,8 @@ FORMATS = {
     "vqa": Format("QUESTIONS ANNOTATIONS, QUESTIONS of a test set, or FILE of the published BLIP", vqa_rows, most=2),
     "visual-genome": Format("question_answers.json image_data.json", visual_genome_rows, least=2, most=2),
     "nlvr2": Format("FILE as published, or the published BLIP's", nlvr2_rows),
-    "visdial": Format("DIALOGUES, or DIALOGUES DENSE_ANNOTATIONS", visdial_rows, most=2),
+    "visdial": Format("DIALOGUES, DIALOGUES DENSE_ANNOTATIONS, or of the training set DIALOGUES dataset_coco.json",
+                      visdial_rows, most=2),
     "msrvtt": Format("MSRVTT_JSFUSION_test.csv, or FILE.jsonl of the published BLIP", msrvtt_rows),
     "msrvtt-qa": Format("FILE as published", msrvtt_qa_rows),
     "msvd-qa": Format("FILE youtube_mapping.txt", msvd_qa_rows, least=2, most=2),

@@ -21,12 +21,14 @@ class Generated:
     """A generated text.
 
     `token_ids` is all of it, as transformers' `generate` returns it: [DEC] and the prompt, then what was generated,
-    with [SEP] at the end unless `max_length` cut it off. `score` follows the config's beam rule; without beams it is
-    the same formula over the model's own probabilities (before penalties, temperature and nucleus).
+    with [SEP] at the end unless it is `cut`: `max_length` ended it before it had come to its end. `score` follows the
+    config's beam rule; without beams it is the same formula over the model's own probabilities (before penalties,
+    temperature and nucleus).
     """
 
     token_ids: list[int]
     score: float
+    cut: bool
 
 
 @dataclass(frozen=True)
@@ -109,9 +111,10 @@ def generate(model: BlipModel, image_kv: ImageKV, prompts: Sequence[Sequence[int
 
 
 def _texts(ids: list[list[int]], scores: list[float], prompt_length: int, sep_id: int) -> list[Generated]:
-    """Cut texts off behind their [SEP]; those with a score of −∞ are none."""
-    return [Generated(text[: text.index(sep_id, prompt_length) + 1] if sep_id in text[prompt_length:] else text, score)
-            for text, score in zip(ids, scores, strict=True) if score > -torch.inf]
+    """Texts up to their [SEP]; those with a score of −∞ are none."""
+    whole = [sep_id in text[prompt_length:] for text in ids]
+    return [Generated(text[: text.index(sep_id, prompt_length) + 1] if ends else text, score, not ends)
+            for text, score, ends in zip(ids, scores, whole, strict=True) if score > -torch.inf]
 
 
 def _room(model: BlipModel, image_kv: ImageKV) -> int:

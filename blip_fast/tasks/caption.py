@@ -32,7 +32,8 @@ class Caption:
 
     `caption` is the text of `token_ids` without special tokens, the prompt included unless it was stripped.
     `token_ids` is what transformers' `generate` returns for the image: [DEC], the prompt, the generated tokens and
-    [SEP] (none where `max_length` cut the caption off). `score` follows the beam rule of the `GenerationConfig`.
+    [SEP], which is missing where the caption is `cut`: `max_length` ended it before it had come to its end. `score`
+    follows the beam rule of the `GenerationConfig`.
     `others` are the next best, best first, where `n_best` asks for them. Where they were re-ranked (`tasks/rerank.py`)
     `rerank` is what the order goes by.
     """
@@ -40,6 +41,7 @@ class Caption:
     caption: str
     token_ids: list[int]
     score: float
+    cut: bool
     others: tuple[Caption, ...] = ()
     rerank: float | None = None
 
@@ -218,7 +220,7 @@ class Captioner(PretrainedTask):
         if not texts:
             return ImageError(f"{read.image}: no text has a probability: take another --dtype, or ban fewer words")
         skipped = len(read.prompt_ids) if strip_prompt else 0
-        best, *others = (Caption(self.tokenizer.decode(text.token_ids[skipped:]), text.token_ids, text.score)
+        best, *others = (Caption(self.tokenizer.decode(text.token_ids[skipped:]), text.token_ids, text.score, text.cut)
                          for text in texts)
         return replace(best, others=tuple(others))
 

@@ -21,11 +21,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from blip_fast.bert_cnn import BertCnn, pack_pairs
+from blip_fast.bert_cnn import BertCnn, pack_pairs, select_pairs
 from blip_fast.generate import GenerationConfig
 from blip_fast.images import ImageError
 from blip_fast.inference import evaluating
 from blip_fast.model import BlipModel
+from blip_fast.packing import PackedTexts
 from blip_fast.tasks.caption import Caption, Captioned, Captioner
 from blip_fast.tasks.classify import Classifier, Labels, ScoredLabel
 from blip_fast.tasks.loading import pixels_or_error
@@ -105,20 +106,19 @@ class BertCnnScorer:
 
     def score(self, pixels: Tensor, candidates: Sequence[Sequence[Candidate]]) -> Tensor:
         best = _contexts(self._classifier, self._labels, pixels)
-        pairs = [(candidate.text, label.label) for mine, label in zip(candidates, best, strict=True)
-                 for candidate in mine]
-        return related(self._bert_cnn, self._tokenizer, pairs)
+        captions = [candidate.text for mine in candidates for candidate in mine]
+        labels = [label.label for mine, label in zip(candidates, best, strict=True) for _ in mine]
+        return related(self._bert_cnn, *pack_pairs(self._tokenizer, captions, labels))
 
 
-def related(model: BertCnn, tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> Tensor:
-    """The probability, by BERT-CNN in evaluation mode, that captions and labels of (caption, label) belong together →
-    float64 [pairs] on the CPU."""
-    device = model.output.weight.device
-    most, found = texts_at_a_time(device), [torch.empty(0, dtype=torch.float64)]
+def related(model: BertCnn, pairs: PackedTexts, types: Tensor) -> Tensor:
+    """The probability, by BERT-CNN in evaluation mode, that captions and labels of pairs (`pack_pairs`, on the CPU)
+    belong together → float64 [pairs] on the CPU."""
+    device, found = model.output.weight.device, [torch.empty(0, dtype=torch.float64)]
     with torch.no_grad():
-        for start in range(0, len(pairs), most):
-            packed, types = pack_pairs(tokenizer, *zip(*pairs[start : start + most], strict=True))
-            found.append(model(packed.to(device), types.to(device)).double().sigmoid().cpu())
+        for some in torch.arange(len(pairs)).split(texts_at_a_time(device)) if len(pairs) else ():
+            packed, kinds = select_pairs(pairs, types, some)
+            found.append(model(packed.to(device), kinds.to(device)).double().sigmoid().cpu())
     return torch.cat(found)
 
 

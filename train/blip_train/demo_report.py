@@ -9,7 +9,7 @@ from blip_fast.data.annotated import AnnotatedImage
 from blip_fast.data.scenes import scene_from_slots, score_caption
 from blip_fast.report.page import Card, Line, Metric, Report
 from blip_train.demo import STAGES, DemoResult
-from blip_train.report import loss_plots, retrieval_metrics
+from blip_train.report import loss_plots, named_metrics, retrieval_metrics
 
 SHOWN = 12  # pictures a section
 NAMES = {
@@ -25,9 +25,7 @@ NAMES = {
 
 def figures(result: DemoResult) -> list[Metric]:
     """The demo's figures with their targets and, where there are any, chance levels."""
-    values = result.metrics
-    return [Metric(title, values[name], target=target, chance=values.get(f"chance_{name}"))
-            for name, (title, target) in NAMES.items()]
+    return named_metrics(result.metrics, NAMES)
 
 
 def write_demo_report(result: DemoResult, path: Path) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -81,6 +81,13 @@ def retrieval_metrics(recalls: dict[str, float], chances: dict[str, float]) -> l
     directions = {"i2t": "image → text", "t2i": "text → image"}
     return [Metric(f"{directions[name[:3]]} R@{name[5:]}", value, chance=chances[name])
             for name, value in recalls.items()]
+
+
+def named_metrics(values: Mapping[str, float], names: Mapping[str, tuple[str, float]]) -> list[Metric]:
+    """The values that `names` gives a title and a target, each with what chance gives, `chance_NAME`, where that is
+    known."""
+    return [Metric(title, values[name], target=target, chance=values.get(f"chance_{name}"))
+            for name, (title, target) in names.items()]
 
 
 def _retrieval(report: Report, recipe: Recipe, model: BlipModel, tokenizer: Tokenizer,

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blip_fast.bert_cnn import Bert, BertCnn, pack_pairs
+from blip_fast.bert_cnn import Bert, BertCnn, pack_pairs, select_pairs
 from blip_fast.metrics.binary import accuracy, area_under_roc
+from blip_fast.packing import PackedTexts
 from blip_fast.tasks.rerank import related
 from blip_fast.tokenizer import Tokenizer
 
@@ -127,6 +128,8 @@ def train_reranker(bert: Bert, tokenizer: Tokenizer, pairs: Sequence[Pair], held
         ValueError: the loss or a score is not finite; there are not held-out pairs of both answers.
     """
     device, truth = bert.norm.weight.device, torch.tensor([pair.belong for pair in held_out])
+    answers = torch.tensor([float(pair.belong) for pair in pairs])
+    packed, unseen = _packed(tokenizer, pairs), _packed(tokenizer, held_out)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(recipe.seed)
         model = BertCnn(bert).to(device)
@@ -139,7 +142,9 @@ def train_reranker(bert: Bert, tokenizer: Tokenizer, pairs: Sequence[Pair], held
             model.train()
             losses = []
             for batch in torch.randperm(len(pairs)).split(recipe.batch_size):
-                loss = _loss(model, tokenizer, [pairs[place] for place in batch.tolist()])
+                some, types = select_pairs(*packed, batch)
+                loss = F.binary_cross_entropy_with_logits(model(some.to(device), types.to(device)),
+                                                          answers[batch].to(device))
                 _require_finite(loss, number)
                 optimizer.zero_grad()
                 loss.backward()
@@ -147,7 +152,7 @@ def train_reranker(bert: Bert, tokenizer: Tokenizer, pairs: Sequence[Pair], held
                 losses.append(loss.item())
                 advance()
             model.eval()
-            scores = related(model, tokenizer, [(pair.caption, pair.label) for pair in held_out])
+            scores = related(model, *unseen)
             _require_finite(scores, number)
             epochs.append(Epoch(number, sum(losses) / len(losses), accuracy(scores, truth),
                                 area_under_roc(scores, truth)))
@@ -155,11 +160,8 @@ def train_reranker(bert: Bert, tokenizer: Tokenizer, pairs: Sequence[Pair], held
     return model.requires_grad_(True), epochs
 
 
-def _loss(model: BertCnn, tokenizer: Tokenizer, pairs: Sequence[Pair]) -> Tensor:
-    device = model.output.weight.device
-    packed, types = pack_pairs(tokenizer, [pair.caption for pair in pairs], [pair.label for pair in pairs])
-    truth = torch.tensor([float(pair.belong) for pair in pairs], device=device)
-    return F.binary_cross_entropy_with_logits(model(packed.to(device), types.to(device)), truth)
+def _packed(tokenizer: Tokenizer, pairs: Sequence[Pair]) -> tuple[PackedTexts, Tensor]:
+    return pack_pairs(tokenizer, [pair.caption for pair in pairs], [pair.label for pair in pairs])
 
 
 def _require_finite(values: Tensor, epoch: int) -> None:

@@ -142,6 +142,7 @@ def _measure(task: str, model: Path, images: list[AnnotatedImage]) -> tuple[dict
         by_type = {f"vqa_accuracy_{kind}": value for kind, value in sorted(found.by_type.items())}
         return {"vqa_accuracy": found.vqa_accuracy, **by_type}, found.answers
     if task == "pairs":
-        return dict(evaluate_pairs(Reasoner.from_pretrained(model), images)), []
+        judged = evaluate_pairs(Reasoner.from_pretrained(model), images)
+        return {"accuracy": judged.accuracy, "consistency": judged.consistency}, []
     figures = evaluate_dialogues(DialogRanker.from_pretrained(model), images)
     return {name: figures[name] for name in ("mrr", "r1", "r5", "r10", "mean_rank")}, []

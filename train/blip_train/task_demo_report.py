@@ -13,7 +13,7 @@ from blip_fast.report.page import Card, Line, Metric, Report
 from blip_fast.tasks.dialog import DialogRanker, Dialogue
 from blip_fast.tasks.reason import Reasoner
 from blip_train.prepare import EXPORT
-from blip_train.report import loss_plots
+from blip_train.report import loss_plots, named_metrics
 from blip_train.task_demo import TaskDemoResult
 
 SHOWN = 12  # pictures a section
@@ -30,9 +30,7 @@ NAMES = {
 
 def task_figures(result: TaskDemoResult) -> list[Metric]:
     """The figures with their targets and chance levels."""
-    values = result.metrics
-    return [Metric(title, values[name], target=target, chance=values[f"chance_{name}"])
-            for name, (title, target) in NAMES.items()]
+    return named_metrics(result.metrics, NAMES)
 
 
 def write_task_report(result: TaskDemoResult, path: Path) -> Path:
