@@ -131,7 +131,7 @@ def _clear(directory: Path, folders: Set[str]) -> None:
 
 
 def _pretraining(directory: Path, options: Sequence[str]) -> Recipe:
-    """`scenes.yaml` without wrong captions, with a vocabulary that has the tasks' words, and positions for a dialogue."""
+    """`scenes.yaml` without wrong captions, with the tasks' words in its vocabulary and positions for a dialogue."""
     Tokenizer([*BERT_TOKENS, *WORDS]).save(directory / "words")
     return _recipe("scenes.yaml", f"--name={PRETRAINING}", f"--runs={directory}",
                    f"--tokenizer.source={directory / 'words'}", f"--model.text.max_positions={LONGEST}",
