@@ -28,8 +28,8 @@ NAMES = {
     "visdial_r1": ("VisDial R@1", 0.75),
     "visdial_r5": ("VisDial R@5", 0.95),
     "visdial_mrr": ("VisDial MRR", 0.85),
-    "video_i2t_r1": ("Video retrieval R@1, video → text", 0.50),
-    "video_t2i_r1": ("Video retrieval R@1, text → video", 0.50),
+    "video_i2t_r1": ("Video retrieval R@1, video → text", 0.80),
+    "video_t2i_r1": ("Video retrieval R@1, text → video", 0.80),
     "video_qa_accuracy": ("Video QA accuracy", 0.60),
 }
 
