@@ -34,7 +34,7 @@ PRETRAINING, CLIPS = "pretrain", "clips"
 FILES = ("metrics.json", "report.html")
 RECIPES = {"questions": "scenes_vqa.yaml", "pairs": "scenes_nlvr2.yaml", "dialogues": "scenes_visdial.yaml"}
 # To train and to test on.
-PICTURES = {"questions": (6000, 400), "pairs": (12000, 400), "dialogues": (6000, 150), CLIPS: (0, 200)}
+PICTURES = {"questions": (6000, 400), "pairs": (24000, 400), "dialogues": (6000, 150), CLIPS: (0, 200)}
 PREFIXES = {"questions": "", "pairs": "nlvr2_", "dialogues": "visdial_", CLIPS: "video_"}  # of a task's figures
 SEED = 3  # of the tasks' pictures; those of pre-training have their recipe's
 RETRIEVAL_FRAMES, ANSWERING_FRAMES, RERANKED = 8, 16, 64  # of a clip; candidates: as `blip-fast evaluate`
