@@ -116,7 +116,7 @@ def test_without_a_model_one_is_pretrained_that_reads_the_tasks(tmp_path, monkey
     assert (first.name, first.model.vision.image_size) == ("questions", 32)
 
 
-def test_what_is_refused(tmp_path):
+def test_what_is_refused(tmp_path, monkeypatch):
     kept = tmp_path / "kept.txt"
     kept.write_text("mine")
     good = save_model(tmp_path / "good")
@@ -129,4 +129,7 @@ def test_what_is_refused(tmp_path):
     short = save_model(tmp_path / "short", positions=40)
     with pytest.raises(ValueError, match=f"has 40 text positions, dialogues need {LONGEST}"):
         demo.task_demo(tmp_path / "out", short)
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(ValueError, match="blip-fast\\[video\\]"):
+        demo.task_demo(tmp_path / "out", good)
     assert not (tmp_path / "out").exists()

@@ -26,6 +26,7 @@ from blip_fast.tasks.dialog import DialogRanker
 from blip_fast.tasks.loading import load_for_task
 from blip_fast.tasks.reason import Reasoner
 from blip_fast.tokenizer import BERT_TOKENS, Tokenizer
+from blip_fast.video import require_av
 from blip_train.launch import carry_out
 from blip_train.prepare import EXPORT
 from blip_train.recipe import Recipe, load_recipe
@@ -75,9 +76,10 @@ def task_demo(directory: Path, model: Path | None = None, pictures: Mapping[str,
         options: of all recipes, as `blip-fast train` takes them (`["--runtime.ranks=1"]`).
 
     Raises:
-        ValueError: the directory holds something else; the model's vocabulary lacks the tasks' words, or it has too
-            few positions.
+        ValueError: PyAV is not installed; the directory holds something else; the model's vocabulary lacks the tasks'
+            words, or it has too few positions. Before anything is removed or trained.
     """
+    require_av()
     if model is not None:
         _check(model)
     _clear(directory, {"data", *RECIPES} if model is not None else {"data", *RECIPES, PRETRAINING, "words"})
