@@ -128,7 +128,7 @@ async def _multipart(request: Request, limits: Limits) -> tuple[dict[str, Any], 
     try:
         form = await request.form(max_files=MOST_FIELDS, max_fields=MOST_FIELDS,
                                   max_part_size=4 * limits.text_characters + 1000)
-    except (Refused, ConnectionError):
+    except Refused:
         raise
     except Exception as error:  # parsers raise whatever a broken body leads them to
         raise broken_body(f"it is no whole {MULTIPART} ({type(error).__name__})") from None

@@ -92,8 +92,6 @@ class Guard:
                 await self._app(scope, receive, answer.send)
         except Refused as refused:
             await answer.refuse(refused)
-        except ConnectionError:  # the client went away while it was sending, or was being answered
-            pass
         except Exception as error:  # its message may quote what was sent
             _log.error("%s at a request", type(error).__name__)
             await answer.refuse(internal())
@@ -158,14 +156,15 @@ class _Body:
             await self._discard()
 
     async def receive(self) -> MutableMapping[str, Any]:
-        """The next part. Raises Refused (`too_large`)."""
-        if self._ended.is_set():
-            await self._left.wait()
-            return {"type": "http.disconnect"}
-        message = await self._next()
-        if self._size > self._most:
-            await self._discard()
-        return message
+        """The next part. Routes do not hear that the client has gone: they are cancelled. Raises Refused
+        (`too_large`)."""
+        if not self._ended.is_set():
+            message = await self._next()
+            if self._size > self._most:
+                await self._discard()
+            if not self._left.is_set():
+                return message
+        return await asyncio.Future()
 
     async def gone(self) -> None:
         """Until the client goes away."""
