@@ -14,11 +14,10 @@ from typing import Any
 
 import httpx
 import torch
-from jsonargparse import ArgumentParser
 from odd_files import encoded, picture
 
 from blip_fast.checkpoint.native import save_native
-from blip_fast.commands.serve import COMMAND, _settings
+from blip_fast.commands.serve import settings_from
 from blip_fast.config import BlipConfig, SpecialTokens, TextConfig, TextStacks, VisionConfig
 from blip_fast.model import BlipModel
 from blip_fast.serve.app import make_app
@@ -53,9 +52,7 @@ def write_model(directory: Path, stacks: TextStacks) -> Path:
 
 def settings_of(*arguments: object) -> Settings:
     """As the command line has them."""
-    parser = ArgumentParser(exit_on_error=False)
-    COMMAND.arguments(parser)
-    return _settings(parser.parse_args([str(argument) for argument in arguments]))
+    return settings_from([str(argument) for argument in arguments])
 
 
 def photos(count: int, kind: str = "JPEG") -> list[bytes]:

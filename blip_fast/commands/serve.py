@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
@@ -56,6 +57,13 @@ def _limit_arguments(parser: ArgumentParser) -> None:
     add("--decoders", type=int, default=2, help="processes that open pictures")
 
 
+def settings_from(arguments: Sequence[str]) -> Settings:
+    """What a command line of `blip-fast serve` says. Raises ValueError where it does not fit."""
+    parser = ArgumentParser(exit_on_error=False)
+    _arguments(parser)
+    return _settings(parser.parse_args(list(arguments)))
+
+
 def _run(args: Namespace) -> int:
     settings = _settings(args)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
@@ -68,7 +76,6 @@ def _run(args: Namespace) -> int:
 
 
 def _settings(args: Namespace) -> Settings:
-    """What the arguments say. Raises ValueError where they do not fit."""
     from blip_fast.images import MAX_PIXELS
     from blip_fast.serve.settings import LOOPBACK, Limits, Settings
 

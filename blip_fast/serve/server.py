@@ -48,6 +48,7 @@ def serve(settings: Settings, host: str, port: int) -> None:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listening.bind((host, port))
+            listening.listen()  # who asks now waits until the application has begun
         except OSError as error:
             raise OSError(f"cannot listen at {host}, port {port}: {error.strerror}") from None
         shown = f"[{host}]" if ":" in host else host
