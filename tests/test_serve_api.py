@@ -227,11 +227,15 @@ REFUSED = {
     "no type": ({"content": b"x"}, 415, "unknown_type"),
     "no boundary": ({"content": b"x", "headers": {"Content-Type": "multipart/form-data"}}, 400, "broken_body"),
     "a broken form": ({"content": b"--b\r\nbroken", "headers": {"Content-Type": "multipart/form-data; boundary=b"}},
-                      422, "bad_value"),
+                      400, "broken_body"),
+    "a form that is cut off": ({"content": b'--b\r\nContent-Disposition: form-data; name="num"\r\n\r\n1\r\n--b\r\n',
+                                "headers": {"Content-Type": "multipart/form-data; boundary=b"}}, 400, "broken_body"),
+    "an unknown field that is no text": ({"content": b'{"\\ud800\\n": 1}',
+                                          "headers": {"Content-Type": "application/json"}}, 422, "bad_value"),
     "a nameless part": ({"content": b'--b\r\nContent-Disposition: form-data; filename="x"\r\n\r\nx\r\n--b--\r\n',
                          "headers": {"Content-Type": "multipart/form-data; boundary=b"}}, 400, "broken_body"),
     "an odd charset": ({"content": b"--b\r\n", "headers": {
-        "Content-Type": "multipart/form-data; boundary=b; charset=\xff\xfe".encode("latin-1")}}, 422, "bad_value"),
+        "Content-Type": "multipart/form-data; boundary=b; charset=\xff\xfe".encode("latin-1")}}, 400, "broken_body"),
 }
 
 

@@ -11,7 +11,9 @@ from typing import Annotated, Any, TypeVar
 from fastapi import Request
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo
 from starlette.datastructures import FormData, UploadFile
+from starlette.formparsers import MultiPartParser
 
+from blip_fast.search.store import printable
 from blip_fast.serve.refusals import Refused, bad_value, broken_body
 from blip_fast.serve.settings import Limits
 
@@ -108,7 +110,7 @@ async def read_form(request: Request, model: type[Fields], limits: Limits) -> tu
         return model.model_validate(fields, context={"limits": limits}), pictures
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        place = ".".join(str(part) for part in first["loc"])[:50]
+        place = printable(".".join(str(part) for part in first["loc"])[:50])
         raise bad_value(f"{place}: {first['msg'].removeprefix('Value error, ')}.") from None
 
 
@@ -124,15 +126,27 @@ def body_of(model: type[Empty], pictures: str) -> dict[str, Any]:
         JSON: {"schema": {**fields, "properties": {"images": listed, **fields.get("properties", {})}}}}}}
 
 
+class _WholeForm(MultiPartParser):
+    """Knows whether the form came to its end: of one that is cut off, the last part would be left out silently."""
+
+    whole = False
+
+    def on_end(self) -> None:
+        self.whole = True
+
+
 async def _multipart(request: Request, limits: Limits) -> tuple[dict[str, Any], list[Picture | Link]]:
+    parser = _WholeForm(request.headers, request.stream(), max_files=MOST_FIELDS, max_fields=MOST_FIELDS,
+                        max_part_size=4 * limits.text_characters + 1000)
     try:
-        form = await request.form(max_files=MOST_FIELDS, max_fields=MOST_FIELDS,
-                                  max_part_size=4 * limits.text_characters + 1000)
+        form = await parser.parse()
     except Refused:
         raise
     except Exception as error:  # parsers raise whatever a broken body leads them to
-        raise broken_body(f"it is no whole {MULTIPART} ({type(error).__name__})") from None
+        raise broken_body(f"it is no {MULTIPART} ({type(error).__name__})") from None
     try:
+        if not parser.whole:
+            raise broken_body("it ends before its last boundary")
         return await _sorted(form)
     finally:
         await form.close()

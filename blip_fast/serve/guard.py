@@ -86,7 +86,7 @@ class Guard:
         began, answer = time.perf_counter(), _Answer(send)
         try:
             self._check(scope)
-            if scope["method"] == "POST":
+            if _is_guarded(scope):
                 await self._work(scope, receive, answer)
             else:
                 await self._app(scope, receive, answer.send)
@@ -107,7 +107,7 @@ class Guard:
         if names and _host_name(headers.get(b"host", b"")) not in names:
             raise Refused(403, "wrong_host", "This server answers to names of this machine alone: ask for "
                           f"{names[0]}, or start it with an API key.")
-        if not scope["path"].startswith("/v1/") or scope["path"] in OPEN:
+        if not _is_guarded(scope):
             return
         if headers.get(b"sec-fetch-site") in (b"cross-site", b"same-site"):
             raise Refused(403, "other_site", "Pages of other sites may not ask this server: open its own page.")
@@ -121,7 +121,7 @@ class Guard:
         limits = self._house.limits
         with self._house.seat() as seat:
             scope["seat"] = seat
-            body = _Body(receive, limits.upload_bytes)
+            body = _Body(receive, limits.upload_bytes, scope["method"] == "POST")
             work = asyncio.ensure_future(self._route(scope, body, answer))
             gone = asyncio.ensure_future(body.gone())
             try:
@@ -145,9 +145,12 @@ class Guard:
 class _Body:
     """A request's body as it comes: a limit on its bytes, and a notice when the client goes away."""
 
-    def __init__(self, receive: Receive, most: int) -> None:
+    def __init__(self, receive: Receive, most: int, is_read: bool) -> None:
+        """`is_read`: the route takes it in; else it is none."""
         self._receive, self._most, self._size = receive, most, 0
         self._ended, self._left = asyncio.Event(), asyncio.Event()
+        if not is_read:
+            self._ended.set()
 
     async def check_length(self, scope: Scope) -> None:
         """Refuse what says that it is too large before anything of it is kept. Raises Refused (`too_large`)."""
@@ -217,6 +220,11 @@ class _Answer:
         await self.send({"type": "http.response.start", "status": refused.status,
                          "headers": [(name.lower().encode(), value.encode()) for name, value in headers.items()]})
         await self.send({"type": "http.response.body", "body": body})
+
+
+def _is_guarded(scope: Scope) -> bool:
+    """Whether a request does work, wants the key, and needs a seat."""
+    return scope["path"].startswith("/v1/") and scope["path"] not in OPEN
 
 
 def _host_name(host: bytes) -> str:
