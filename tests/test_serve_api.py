@@ -318,6 +318,25 @@ def test_images_of_all_sizes(server, captioner):
     assert [[caption["text"] for caption in row["captions"]] for row in rows] == offline(captioner, pictures)
 
 
+def test_captions_that_nobody_waits_for_are_dropped(server):
+    """Those in the queue, those in the worker, and those in its batch; the next caption comes at once."""
+    crew, pixels = server.service.workers, bytes(3 * IMAGE_SIZE**2)
+    head = {"kind": "caption", "size": IMAGE_SIZE, "prompt": None}
+
+    async def check() -> float:
+        jobs = [asyncio.ensure_future(crew.do(head, pixels)) for _ in range(2000)]
+        await server.until(lambda: any(job.done() for job in jobs))
+        for job in jobs:
+            job.cancel()
+        done = await asyncio.gather(*jobs, return_exceptions=True)
+        assert crew.waiting == 0
+        await crew.do(head, pixels)
+        await server.until(lambda: not crew._members[0].jobs)
+        return sum(isinstance(each, tuple) for each in done)
+
+    assert server.run(check()) < 500
+
+
 def test_a_decoder_that_dies_costs_one_picture(server):
     """The next picture is opened by another process."""
     os.kill(server.service.decoders.pids[0], signal.SIGKILL)

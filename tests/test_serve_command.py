@@ -173,7 +173,12 @@ def check_broken_requests(server) -> None:
         with socket.create_connection(("127.0.0.1", port)) as gone:
             gone.sendall(b"POST /v1/caption HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n"
                          b"Content-Type: multipart/form-data; boundary=b\r\n\r\n--b\r\n")
+        whole = httpx.Request("POST", f"{server.url}/v1/caption", files=files(photos(16)))
+        with socket.create_connection(("127.0.0.1", port)) as gone:
+            lines = [f"{name}: {value}" for name, value in whole.headers.items()]
+            gone.sendall("\r\n".join(["POST /v1/caption HTTP/1.1", *lines, "", ""]).encode() + whole.read())
     until(lambda: "blip_fast_queue_length 0.0" in httpx.get(f"{server.url}/metrics").text, 20)
+    assert 'status="499"' in httpx.get(f"{server.url}/metrics").text
     large = http.client.HTTPConnection("127.0.0.1", port)
     large.request("POST", "/v1/caption", bytes(21_000_000), {"Content-Type": "application/json"})
     answer = large.getresponse()

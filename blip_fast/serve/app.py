@@ -34,7 +34,8 @@ def make_app(service: Service) -> Guard:
             await service.stop()
 
     app = FastAPI(title="blip-fast", version=service.info()["version"], docs_url=None, redoc_url=None,
-                  lifespan=lifespan, description="Captions, scores, answers and search for pictures, by BLIP.")
+                  redirect_slashes=False, lifespan=lifespan,
+                  description="Captions, scores, answers and search for pictures, by BLIP.")
     app.state.service = service
     app.include_router(routes)
     _add_page(app)

@@ -28,6 +28,7 @@ from blip_fast.serve.refusals import Refused, not_ready
 
 STEADY = 60.0  # seconds after which a process that ends is taken to have run well
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before a process that did not run well is started again
+READ_AHEAD = 1 << 20  # bytes of an answer that are taken in before it is asked for
 LOOK = 0.25  # seconds between two looks for processes that hang
 
 _SPAWN = multiprocessing.get_context("spawn")
@@ -189,7 +190,7 @@ class Crew:
             raise
         finally:
             theirs.close()
-        reader, member.writer = await asyncio.open_connection(sock=ours)
+        reader, member.writer = await asyncio.open_connection(sock=ours, limit=READ_AHEAD)
         watch = asyncio.create_task(self._watch(member))
         try:
             while (message := await read(reader)) is not None:
