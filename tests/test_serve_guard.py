@@ -14,7 +14,8 @@ from blip_fast.serve.guard import Guard, House
 from blip_fast.serve.observing import Observing
 from blip_fast.serve.settings import Limits, Settings
 
-LIMITS = Limits(upload_bytes=1000, queue=2, seconds=0.3)
+LIMITS = Limits(upload_bytes=1000, queue=2)
+SHORT = Limits(upload_bytes=1000, seconds=0.3)
 LOCAL = [(b"host", b"localhost:8000")]
 
 
@@ -91,7 +92,7 @@ def scope(method="POST", path="/v1/caption", headers=()):
 
 
 async def ask(over, client, **options):
-    await asyncio.wait_for(over(scope(**options), client.receive, client.send), 10)
+    await asyncio.wait_for(over(scope(**options), client.receive, client.send), 100)
     return client
 
 
@@ -159,8 +160,8 @@ def test_a_request_of_several_pictures_takes_several_seats():
 def test_time_is_over():
     """Work is cancelled and the client told; a body that does not end is no way to stay."""
     async def check():
-        app = App(wait=30)
-        over, house = guarded(app)
+        app = App(wait=300)
+        over, house = guarded(app, SHORT)
         late = await ask(over, Client())
         assert late.status == 504 and late.code == "timed_out" and app.ends == ["cancelled"]
         slow = Client([b"x"])
@@ -173,8 +174,8 @@ def test_time_is_over():
 
 def test_a_client_that_goes_away_ends_its_work():
     async def check():
-        app = App(wait=30)
-        over, house = guarded(app, Limits(seconds=60))
+        app = App(wait=300)
+        over, house = guarded(app)
         gone = await ask(over, Client(leaves=True))
         assert gone.status is None and app.ends == ["cancelled"] and house.taken == 0
         early = await ask(over, Client(leaves="early"))

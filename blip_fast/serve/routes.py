@@ -30,7 +30,7 @@ NDJSON = "application/x-ndjson"
 routes = APIRouter(prefix="/v1")
 
 
-def service_of(request: Request) -> Service:
+async def service_of(request: Request) -> Service:
     return request.app.state.service
 
 
