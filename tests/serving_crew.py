@@ -32,7 +32,7 @@ def obedient(sock: socket.socket, folder: str) -> None:
                 threading.Event().wait(600)
             case "work":  # for long, with signs of life
                 for _ in range(10):
-                    time.sleep(0.1)
+                    time.sleep(0.3)
                     send(sock, {"beat": 1})
             case "refuse":
                 send(sock, {"id": head["id"], "error": {"status": 422, "code": "bad_value", "message": "No."}})

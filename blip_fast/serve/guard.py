@@ -178,7 +178,6 @@ class _Body:
     async def _discard(self) -> None:
         while not self._ended.is_set() and self._size <= DISCARDED * self._most:
             await self._next()
-        self._ended.set()
         raise too_large(self._most)
 
     async def _next(self) -> MutableMapping[str, Any]:
