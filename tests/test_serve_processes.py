@@ -20,7 +20,7 @@ from blip_fast.serve.refusals import Refused, worker_lost
 
 
 @asynccontextmanager
-async def crew(folder, count=1, main=serving_crew.obedient, depth=4, patience=30.0, begun=True):
+async def crew(folder, count=1, main=serving_crew.obedient, depth=4, patience=600.0, begun=True):
     failures = []
     made = Crew("tests", main, [(str(folder),)] * count, depth=depth, patience=patience, lost=worker_lost,
                 failed=failures.append)
