@@ -44,10 +44,10 @@ def test_jpegs_end_at_their_own_end(options):
 
 
 def test_all_lossy_webps_and_many_frames():
-    frames = [picture(seed=seed) for seed in range(3)]
+    frames = [picture(61, 41, seed) for seed in range(3)]
     for options in ({"lossless": True}, {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\0"},
                     {"save_all": True, "append_images": frames}):
-        assert format_of(encoded(picture(61, 41), "WEBP", **options)) == "WEBP"
+        assert format_of(encoded(frames[0], "WEBP", **options)) == "WEBP"
     assert format_of(encoded(picture().convert("RGBA"), "WEBP")) == "WEBP"
     assert format_of(encoded(frames[0], "PNG", save_all=True, append_images=frames)) == "PNG"
     assert format_of(encoded(frames[0], "GIF", save_all=True, append_images=frames, comment=b"; not the end")) == "GIF"
@@ -63,13 +63,11 @@ def test_a_phones_second_picture_belongs_to_the_first():
     assert "behind the end" in refusal(several + as_zip()).message
 
 
-@pytest.mark.parametrize("behind", [as_zip(), HTML, b"%PDF-1.7\n", b"\x00", b"\r\n", encoded(picture(), "PNG")],
+@pytest.mark.parametrize("behind", [as_zip(), HTML, b"%PDF-1.7\n", b"\x01", b"\r\n", encoded(picture(), "PNG")],
                          ids=["zip", "html", "pdf", "a byte", "line end", "png"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_polyglots_are_refused(kind, behind):
     body = encoded(picture(), kind, **KINDS[kind]) + behind
-    if kind == "JPEG" and behind == b"\x00":
-        pytest.skip("zeros behind a JPEG are padding")
     assert refusal(body).code == "not_an_image" and "behind the end" in refusal(body).message
 
 
@@ -96,11 +94,11 @@ def test_disguises(body):
 
 def test_bombs_are_refused_by_their_header(monkeypatch):
     """Nothing is decoded: not 900 million pixels, not one more than the limit."""
+    huge = encoded(picture(), "GIF")
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     assert refusal(bomb()).code == "too_many_pixels"
     over = refusal(png(1001, 1000, 8, 2, b""))
     assert over.code == "too_many_pixels" and "1,001 × 1,000" in over.message and over.status == 422
-    huge = encoded(picture(), "GIF")
     assert refusal(huge[:6] + b"\xff\xff\xff\xff" + huge[10:]).code == "too_many_pixels"
 
 
