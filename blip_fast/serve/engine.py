@@ -149,7 +149,7 @@ class Engine:
         """A word's map over the picture, or a sheet of all words' maps."""
         assert self.explainer is not None
         size, (width, height) = head["size"], head["panel"]
-        picture = Image.frombuffer("RGB", (width, height), blob[3 * size**2 :])
+        picture = Image.frombytes("RGB", (width, height), blob[3 * size**2 :])
         pixels, word = _pixels(blob[: 3 * size**2], size), head["word"]
         explanation = self.explainer(pixels, head["text"], () if word is None else (word,))
         drawn = (word_sheet(picture, [explanation.text, *explanation.words]) if word is None

@@ -111,7 +111,7 @@ async def read_form(request: Request, model: type[Fields], limits: Limits) -> tu
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         place = printable(".".join(str(part) for part in first["loc"])[:50])
-        raise bad_value(f"{place}: {first['msg'].removeprefix('Value error, ')}.") from None
+        raise bad_value(f"{place}: {first['msg'].removeprefix('Value error, ')}") from None
 
 
 def body_of(model: type[Empty], pictures: str) -> dict[str, Any]:

@@ -60,7 +60,8 @@ def broken_body(why: str) -> Refused:
 
 
 def bad_value(message: str) -> Refused:
-    return Refused(422, "bad_value", message)
+    """`message` may be one of the tasks' own, which end without a point."""
+    return Refused(422, "bad_value", message if message.endswith(".") else f"{message}.")
 
 
 def not_an_image(why: str) -> Refused:
