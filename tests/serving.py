@@ -75,13 +75,13 @@ class Running:
         self.service, self.loop = service, asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
-        self.client = httpx.AsyncClient(transport=httpx.ASGITransport(make_app(service)), base_url=HOST, timeout=120)
+        self.client = httpx.AsyncClient(transport=httpx.ASGITransport(make_app(service)), base_url=HOST, timeout=1200)
 
     def start(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
     def run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        return self.start(coroutine).result(180)
+        return self.start(coroutine).result(1800)
 
     def post(self, path: str, **options: Any) -> httpx.Response:
         return self.run(self.client.post(path, **options))
@@ -89,7 +89,7 @@ class Running:
     def get(self, path: str, **options: Any) -> httpx.Response:
         return self.run(self.client.get(path, **options))
 
-    async def until(self, holds: Callable[[], bool], seconds: float = 120) -> None:
+    async def until(self, holds: Callable[[], bool], seconds: float = 1200) -> None:
         async with asyncio.timeout(seconds):
             while not holds():
                 await asyncio.sleep(0.02)
