@@ -110,7 +110,7 @@ async def read_form(request: Request, model: type[Fields], limits: Limits) -> tu
         return model.model_validate(fields, context={"limits": limits}), pictures
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        place = printable(".".join(str(part) for part in first["loc"])[:50])
+        place = printable(".".join(str(part) for part in first["loc"])[:50]) or "body"
         raise bad_value(f"{place}: {first['msg'].removeprefix('Value error, ')}") from None
 
 
