@@ -15,8 +15,6 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 from odd_files import encoded, picture
-
-pytest.importorskip("playwright.sync_api", reason="no playwright: pip install 'blip-fast[dev]'")
 from playwright.sync_api import Browser, Locator, Page, Request, Response, expect
 
 SCREENSHOTS = Path(__file__).parents[1] / "runs" / "screenshots"

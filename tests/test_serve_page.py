@@ -10,6 +10,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("fastapi", reason="no server: pip install 'blip-fast[serve]'")
+pytest.importorskip("playwright.sync_api", reason="no browser to drive: pip install 'blip-fast[dev]'")
+
+import httpx
+from odd_files import save_pictures
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 from serve_browser import (
     CONTRAST,
     DROP,
@@ -21,21 +28,37 @@ from serve_browser import (
     choose,
     chromium,
     filled,
+    post,
     tab_to,
     upload,
     watched_page,
 )
+from serving import write_model
+from test_serve_command import served
 
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from blip_fast.search import Index
 
 PHONE_WIDTH = 380
 PAGE = Path(__file__).parents[1] / "blip_fast" / "serve" / "page"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("serve")) as server:
-        yield server
+def arguments(tmp_path_factory) -> tuple[object, ...]:
+    """A server's that can do everything: models of random weights, and an index of twelve pictures."""
+    directory = tmp_path_factory.mktemp("served")
+    model = write_model(directory / "model", "tied")
+    (directory / "photos").mkdir()
+    index = Index.create(directory / "index", model)
+    index.add([save_pictures(directory / "photos", 12)])
+    index.close()
+    return ("--model", model, "--answerer", write_model(directory / "answerer", "untied"),
+            "--index", directory / "index", "--explain", "--max-upload-mb", 1)
+
+
+@pytest.fixture(scope="module")
+def origin(arguments) -> Iterator[str]:
+    with served(*arguments) as server:
+        yield server.wait()
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +70,8 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture
-def watched(browser: Browser, server: Server, request) -> Iterator[Watched]:
-    with watched_page(browser, server.origin, request.node.name) as watched:
+def watched(browser: Browser, origin: str, request) -> Iterator[Watched]:
+    with watched_page(browser, origin, request.node.name) as watched:
         yield watched
 
 
@@ -57,12 +80,12 @@ def page(watched: Watched) -> Page:
     return watched.page
 
 
-def test_upload(page, server):
+def test_upload(page, origin):
     """A chosen picture is shown with what the API says of it: three captions, best first, and their scores."""
     file = upload("sea.png")
     choose(page, file)
     captioned(page, "sea.png")
-    (row,) = server.post("/v1/caption", {"image": file, "num": "3"})["results"]
+    (row,) = post(origin, "/v1/caption", file, num=3)["results"]
     lines = card(page, "sea.png").locator(".captions li")
     assert lines.locator(".text").all_text_contents() == [caption["text"] for caption in row["captions"]]
     shown = [float(text.replace("−", "-")) for text in lines.locator(".number").all_text_contents()]
@@ -74,14 +97,14 @@ def test_upload(page, server):
     expect(page.locator("#progress")).to_have_text("1")
 
 
-def test_options(page, server):
+def test_options(page, origin):
     """The number of captions and their beginning are the server's options."""
     file = upload("sea.png")
     page.get_by_label("Captions for each").select_option("2")
     page.get_by_label("Captions begin with").fill("two dogs")
     choose(page, file)
     captioned(page, "sea.png")
-    (row,) = server.post("/v1/caption", {"image": file, "num": "2", "prompt": "two dogs"})["results"]
+    (row,) = post(origin, "/v1/caption", file, num=2, prompt="two dogs")["results"]
     assert card(page, "sea.png").locator(".captions .text").all_text_contents() == [c["text"] for c in row["captions"]]
     assert len(row["captions"]) == 2
 
@@ -155,9 +178,9 @@ def test_wrong_files(page, watched):
     expect(card(page, "page.jpg").get_by_role("button", name="Try again")).to_be_hidden()
 
 
-def test_too_large(page, watched, server):
+def test_too_large(page, watched, origin):
     """Bytes and pixels beyond the limits are refused without an upload; the server refuses them too."""
-    limit = server.info["limits"]["upload_bytes"]
+    limit = httpx.get(origin + "/v1/info").json()["limits"]["upload_bytes"]
     large = {"name": "large.png", "mimeType": "image/png", "buffer": b"\x89PNG" + bytes(limit)}
     choose(page, large)
     expect(card(page, "large.png").get_by_role("alert")).to_contain_text("at most")
@@ -184,7 +207,7 @@ def test_a_server_that_does_not_answer(page):
     expect(card(page, "sea.png").get_by_role("alert")).to_have_count(0)
 
 
-def test_question(page, server):
+def test_question(page, origin):
     """The newest answer stands first, as the API gives it."""
     file = upload("sea.png")
     choose(page, file)
@@ -193,15 +216,15 @@ def test_question(page, server):
         form.get_by_label("Ask a question").fill(question)
         form.get_by_role("button", name="Ask").click()
         expect(form.locator("dt").first).to_have_text(question)
-        expected = server.post("/v1/ask", {"image": file, "question": question})
+        expected = post(origin, "/v1/ask", file, question=question)
         expect(form.locator("dd .text").first).to_have_text(expected["answer"])
     assert form.locator("dt").all_text_contents() == ["<b>what</b> colour?", "how many dogs?"]
-    form.get_by_label("Ask a question").fill("w" * (server.info["limits"]["text_characters"] + 1))
+    form.get_by_label("Ask a question").fill("w" * 501)
     form.get_by_role("button", name="Ask").click()
     expect(form.get_by_role("alert")).to_contain_text("Make it shorter")
 
 
-def test_ranking(page, server):
+def test_ranking(page, origin):
     """Texts by their probability of a match, with bars of its length."""
     file, texts = upload("sea.png"), ["a red ball on a table", "two dogs", "a man rides a horse"]
     choose(page, file)
@@ -209,7 +232,7 @@ def test_ranking(page, server):
     form.get_by_label("Which text fits best?").fill("\n".join(["", *texts, " "]))
     form.get_by_role("button", name="Rank").click()
     expect(form.locator("li")).to_have_count(3)
-    scores = server.post("/v1/score", {"image": file, "texts": texts})["scores"]
+    scores = post(origin, "/v1/score", file, texts=texts)["scores"]
     ranked = sorted(scores, key=lambda row: -row["itm"])
     assert form.locator("li .text").all_text_contents() == [row["text"] for row in ranked]
     shares = [bar.evaluate("bar => bar.offsetWidth / bar.parentElement.offsetWidth") for bar in form.locator("i").all()]
@@ -237,13 +260,13 @@ def test_words(page):
     expect(heat).to_be_hidden()
 
 
-def test_search(page, server):
+def test_search(page, origin):
     """A grid of what the API finds, by text and by picture; the focus follows what is found for a picture."""
     page.get_by_label("Search the index").fill("a red ball")
     page.keyboard.press("Enter")
     heading = page.get_by_role("heading", name="Pictures for “a red ball”")
     expect(heading).to_be_visible()
-    hits = server.post("/v1/search", {"text": "a red ball"})["hits"]
+    hits = post(origin, "/v1/search", text="a red ball")["hits"]
     assert page.locator("#hits .name").all_text_contents() == [hit["name"] for hit in hits] and hits
     for image in page.locator("#hits img").all():
         expect(image).to_have_attribute("src", re.compile("blob:"))
@@ -265,10 +288,10 @@ def test_only_what_the_server_can_do(page, watched):
     expect(page.locator(".rank")).to_be_visible()
 
 
-def test_an_api_key(browser, tmp_path, request):
+def test_an_api_key(browser, arguments, request):
     """Without the key the card says what the server says; with it, it is captioned, and thumbnails are loaded."""
-    with (serving(tmp_path, "--api_key", "open sesame") as server,
-          watched_page(browser, server.origin, request.node.name) as watched):
+    with (served(*arguments, "--api-key", "open sesame") as server,
+          watched_page(browser, server.wait(), request.node.name) as watched):
         watched.expected = {401}
         page = watched.page
         choose(page, upload("sea.png"))
