@@ -15,7 +15,6 @@ pytest.importorskip("fastapi", reason="no server: pip install 'blip-fast[serve]'
 pytest.importorskip("playwright.sync_api", reason="no browser to drive: pip install 'blip-fast[dev]'")
 
 import httpx
-from odd_files import save_pictures
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from serve_browser import (
     CONTRAST,
@@ -27,16 +26,14 @@ from serve_browser import (
     card,
     choose,
     chromium,
+    everything,
     filled,
     post,
     tab_to,
     upload,
     watched_page,
 )
-from serving import write_model
 from test_serve_command import served
-
-from blip_fast.search import Index
 
 PHONE_WIDTH = 380
 PAGE = Path(__file__).parents[1] / "blip_fast" / "serve" / "page"
@@ -44,15 +41,7 @@ PAGE = Path(__file__).parents[1] / "blip_fast" / "serve" / "page"
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory) -> tuple[object, ...]:
-    """A server's that can do everything: models of random weights, and an index of twelve pictures."""
-    directory = tmp_path_factory.mktemp("served")
-    model = write_model(directory / "model", "tied")
-    (directory / "photos").mkdir()
-    index = Index.create(directory / "index", model)
-    index.add([save_pictures(directory / "photos", 12)])
-    index.close()
-    return ("--model", model, "--answerer", write_model(directory / "answerer", "untied"),
-            "--index", directory / "index", "--explain", "--max-upload-mb", 1)
+    return everything(tmp_path_factory.mktemp("served"))
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +251,7 @@ def test_words(page):
 
 def test_search(page, origin):
     """A grid of what the API finds, by text and by picture; the focus follows what is found for a picture."""
-    page.get_by_label("Search the index").fill("a red ball")
+    page.get_by_role("searchbox", name="Search the index").fill("a red ball")
     page.keyboard.press("Enter")
     heading = page.get_by_role("heading", name="Pictures for “a red ball”")
     expect(heading).to_be_visible()
@@ -286,6 +275,23 @@ def test_only_what_the_server_can_do(page, watched):
     for hidden in ("#search", ".words", ".ask", ".similar"):
         expect(page.locator(hidden)).to_be_hidden()
     expect(page.locator(".rank")).to_be_visible()
+
+
+def test_a_server_that_loads_its_model(page, watched):
+    """The page waits for it."""
+    watched.expected = {503}
+    answers = iter([503, 503])
+
+    def answer(route) -> None:
+        status = next(answers, None)
+        route.continue_() if status is None else route.fulfill(
+            status=status, json={"error": {"code": "not_ready", "message": "The model is being loaded."}})
+
+    page.route("**/ready", answer)
+    page.reload()
+    expect(page.locator("#broken")).to_have_text("The model is being loaded.")
+    expect(page.locator("#model")).to_contain_text("model · blip_fast")
+    expect(page.locator("#broken")).to_be_hidden()
 
 
 def test_an_api_key(browser, arguments, request):
