@@ -21,6 +21,7 @@ from serving import write_model
 from blip_fast.search import Index
 
 SCREENSHOTS = Path(__file__).parents[1] / "runs" / "screenshots"
+PATIENCE = 60_000  # milliseconds until a page that does not become what is expected is a failure
 
 # Puts a PNG, a list of bytes, on the clipboard.
 PASTE = """bytes => navigator.clipboard.write([
@@ -129,7 +130,8 @@ def watched_page(browser: Browser, origin: str, name: str) -> Iterator[Watched]:
     """The page of the server at `origin`; in the end it must have been clean, and its screenshot is left under
     `name`."""
     context = browser.new_context(base_url=origin, viewport={"width": 1200, "height": 900})
-    context.set_default_timeout(30_000)
+    context.set_default_timeout(PATIENCE)
+    expect.set_options(timeout=PATIENCE)
     watched = Watched(context.new_page(), origin)
     watched.watch()
     open_page(watched.page)
