@@ -76,7 +76,7 @@ CONTRAST = """() => {
 }"""
 
 # Roles of the accessibility tree that must have names.
-NAMED_ROLES = {"button", "link", "textbox", "searchbox", "combobox", "image", "article", "group", "region",
+NAMED_ROLES = {"button", "link", "textbox", "searchbox", "combobox", "image", "img", "article", "group", "region",
                "heading"}
 
 

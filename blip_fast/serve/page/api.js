@@ -85,7 +85,8 @@ async function send(path, options) {
   const response = await unbroken(fetch(path, { ...options, headers }));
   if (response.ok) return response;
   const { error } = await response.json().catch(() => ({}));
-  throw new Refusal(error?.code ?? "unexplained", error?.message ?? `The server answered with status ${response.status}.`);
+  const status = `The server answered with status ${response.status}.`; // something before it has answered, say
+  throw new Refusal(error?.code ?? "unexplained", error?.message ?? status);
 }
 
 function read(response, kind) {
@@ -98,6 +99,7 @@ async function unbroken(promise) {
     return await promise;
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Refusal("unreachable", "The server could not be reached, or it broke off. See that it runs, then try again.");
+    const sentence = "The server could not be reached, or it broke off. See that it runs, then try again.";
+    throw new Refusal("unreachable", sentence);
   }
 }

@@ -161,7 +161,9 @@ export class Card {
 
   showHeat(blob, word, button) {
     const [picture, heat] = [this.find(".picture"), this.find(".heat")];
-    for (const each of this.element.querySelectorAll(".word")) each.setAttribute("aria-pressed", String(each === button));
+    for (const each of this.element.querySelectorAll(".word")) {
+      each.setAttribute("aria-pressed", String(each === button));
+    }
     URL.revokeObjectURL(heat.src);
     heat.hidden = !blob;
     picture.hidden = Boolean(blob) || !this.viewable;

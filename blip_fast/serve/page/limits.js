@@ -30,7 +30,8 @@ export function refusedFile(file) {
 /** The same of its width and height. */
 export function refusedSize(width, height) {
   if (width * height <= limits.pixels) return "";
-  return `This picture has ${width} × ${height} pixels, and at most ${pixels(limits.pixels)} are taken. Save it smaller.`;
+  const most = pixels(limits.pixels);
+  return `This picture has ${width} × ${height} pixels, and at most ${most} are taken. Save it smaller.`;
 }
 
 /** Why texts cannot be sent; "" where they can. */
