@@ -91,7 +91,7 @@ class Watched:
     expected: set[int] = field(default_factory=set)  # statuses that the test provokes
 
     def watch(self) -> None:
-        self.page.on("request", self.requests.append)
+        self.page.on("request", lambda request: self.requests.append(request))
         self.page.on("response", self._see)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.on("console", lambda message: self._hear(message.type, message.text))
