@@ -1,6 +1,5 @@
 """The page of `blip-fast serve` in Chromium, on a server with a small model: what people do with it, by mouse, keyboard
-and clipboard; on a phone, in the dark, and with files that are no pictures. Screenshots are left in runs/screenshots.
-"""
+and clipboard; on a phone, in the dark, and with files that are no pictures. Screenshots are in runs/screenshots."""
 
 from __future__ import annotations
 
@@ -34,9 +33,6 @@ from serve_browser import (
     watched_page,
 )
 from test_serve_command import served
-
-PHONE_WIDTH = 380
-PAGE = Path(__file__).parents[1] / "blip_fast" / "serve" / "page"
 
 
 @pytest.fixture(scope="module")
@@ -298,8 +294,7 @@ def test_an_api_key(browser, arguments, request):
     """Without the key the card says what the server says; with it, it is captioned, and thumbnails are loaded."""
     with (served(*arguments, "--api-key", "open sesame") as server,
           watched_page(browser, server.wait(), request.node.name) as watched):
-        watched.expected = {401}
-        page = watched.page
+        watched.expected, page = {401}, watched.page
         choose(page, upload("sea.png"))
         expect(card(page, "sea.png").get_by_role("alert")).to_be_visible()
         page.get_by_label("API key").fill("open sesame")
@@ -342,9 +337,9 @@ def test_keyboard_only(page):
 
 def test_a_phone(page):
     """380 pixels are enough: nothing is wider, and what is pressed is large enough for a finger."""
-    page.set_viewport_size({"width": PHONE_WIDTH, "height": 800})
+    page.set_viewport_size({"width": 380, "height": 800})
     filled(page)
-    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE_WIDTH
+    assert page.evaluate("document.documentElement.scrollWidth") <= 380
     sizes = page.locator("button:visible, .button, input:visible:not(.unseen), select").evaluate_all(
         "all => all.map(each => Math.min(each.offsetWidth, each.offsetHeight))")
     assert min(sizes) >= 24  # WCAG 2.2, 2.5.8
@@ -379,8 +374,7 @@ def test_a_screen_reader_finds_names(page):
     operated = [pair for pair in named if pair[0] in NAMED_ROLES]
     assert len(operated) > 15 and all(name for _, name in operated), [role for role, name in operated if not name]
     levels = page.locator("h1, h2, h3").evaluate_all("all => all.map(each => Number(each.tagName[1]))")
-    assert levels[0] == 1 and all(b - a <= 1 for a, b in pairwise(levels))
-    assert levels.count(1) == 1
+    assert levels[0] == 1 and levels.count(1) == 1 and all(b - a <= 1 for a, b in pairwise(levels))
 
 
 def test_names_are_no_markup(page):
@@ -395,7 +389,8 @@ def test_names_are_no_markup(page):
 
 def test_the_files_need_nothing_from_outside():
     """No address but the server's own, nothing that turns text into markup, no inline script or style."""
-    sources = {path.name: path.read_text(encoding="utf-8") for path in PAGE.iterdir()}
+    page = Path(__file__).parents[1] / "blip_fast" / "serve" / "page"
+    sources = {path.name: path.read_text(encoding="utf-8") for path in page.iterdir()}
     assert {"index.html", "page.css", "page.js"} <= set(sources)
     for name, text in sources.items():
         text = text.replace('xmlns="http://www.w3.org/2000/svg"', "")
