@@ -21,7 +21,7 @@ from serving import write_model
 from blip_fast.search import Index
 
 SCREENSHOTS = Path(__file__).parents[1] / "runs" / "screenshots"
-PATIENCE = 60_000  # milliseconds until a page that does not become what is expected is a failure
+PATIENCE = 300_000  # milliseconds until a page that does not become what is expected is a failure
 
 # Puts a PNG, a list of bytes, on the clipboard.
 PASTE = """bytes => navigator.clipboard.write([
@@ -162,7 +162,7 @@ def everything(directory: Path) -> tuple[object, ...]:
 def post(origin: str, path: str, *files: dict, **fields: Any) -> Any:
     """What the API says, asked by another client and another form than the page's."""
     images = [{"base64": base64.b64encode(file["buffer"]).decode()} for file in files]
-    answer = httpx.post(origin + path, json={"images": images, **fields}, timeout=60)
+    answer = httpx.post(origin + path, json={"images": images, **fields}, timeout=PATIENCE / 1000)
     assert answer.status_code == 200, answer.text
     return answer.json()
 

@@ -32,7 +32,7 @@ from serve_browser import (
     upload,
     watched_page,
 )
-from test_serve_command import served
+from serving import served
 
 
 @pytest.fixture(scope="module")

@@ -91,11 +91,12 @@ def _settings(args: Namespace) -> Settings:
                          "--allow-anyone")
     if args.max_pixels > MAX_PIXELS:
         raise ValueError(f"--max-pixels {args.max_pixels} is more than images are read with: {MAX_PIXELS} at most")
+    worker = _worker(args)
     limits = Limits(upload_bytes=int(args.max_upload_mb * 1e6), pixels=args.max_pixels, images=args.max_images,
                     texts=args.max_texts, text_characters=args.max_characters, queue=args.queue, seconds=args.seconds,
                     captions=min(MOST_CAPTIONS, args.beams))
     guarded = key is not None or args.allow_anyone
-    return Settings(_worker(args), _devices(args), limits, key, () if guarded else LOOPBACK,
+    return Settings(worker, _devices(args), limits, key, () if guarded else LOOPBACK,
                     tuple(host.strip() for host in (args.url_hosts or "").split(",") if host.strip()), args.decoders)
 
 
