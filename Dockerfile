@@ -19,7 +19,7 @@ FROM python:3.11-slim
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 10001 blip && mkdir -p /models/hub && chown -R blip /models
 COPY --from=build /opt/blip-fast /opt/blip-fast
-ENV PATH=/opt/blip-fast/bin:$PATH PYTHONUNBUFFERED=1 HF_HOME=/models/hub
+ENV PATH=/opt/blip-fast/bin:$PATH PYTHONUNBUFFERED=1 HF_HOME=/models/hub TRITON_CACHE_DIR=/models/triton
 USER blip
 VOLUME /models
 EXPOSE 8000

@@ -3,6 +3,8 @@
 import http.client
 import json
 import os
+import re
+import shlex
 import signal
 import socket
 import threading
@@ -19,6 +21,7 @@ pytest.importorskip("python_multipart")
 pytest.importorskip("uvicorn")
 
 import httpx
+import yaml
 from serving import PATIENCE, Served, files, photos, served, settings_of, until, write_model
 
 from blip_fast.serve.settings import LOOPBACK, Limits
@@ -61,6 +64,20 @@ def test_devices_and_workers():
     assert settings_of("--model", "m", "--workers", 2).devices == (None, None)
     assert settings_of("--model", "m", "--beams", 8).limits.captions == 5
     assert settings_of("--model", "m").limits == Limits()
+
+
+def test_containers_and_units_start_it_as_it_is_started(monkeypatch):
+    """Dockerfile, compose.yaml and the systemd unit name options that there are."""
+    monkeypatch.setenv("BLIP_FAST_API_KEY", "of the environment")
+    root = Path(__file__).parents[1]
+    docker = (root / "Dockerfile").read_text(encoding="utf-8")
+    begin, usual = (json.loads(*re.findall(rf"^{name} (.*)", docker, re.M)) for name in ("ENTRYPOINT", "CMD"))
+    services = yaml.safe_load((root / "compose.yaml").read_text(encoding="utf-8"))["services"]
+    unit = shlex.split(*re.findall("^ExecStart=(.*)", (root / "deploy/blip-fast.service").read_text("utf-8"), re.M))
+    for command in (begin + usual, *(begin + service["command"] for service in services.values()), unit):
+        assert Path(command[0]).name == "blip-fast" and command[1] == "serve"
+        assert settings_of(*command[2:]).worker["model"]
+    assert sorted(services) == ["cpu", "cuda"]
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path):

@@ -34,7 +34,7 @@ def add_model_options(parser: ArgumentParser, required: bool = True, models: Seq
 
 
 def model_options(args: Namespace) -> dict[str, Any]:
-    """Keyword arguments of a task's `from_pretrained`, behind its first one; of `--devices` the first."""
-    device = args.device if "device" in args else (args.devices or "").partition(",")[0] or None
-    return {"dtype": args.dtype, "device": device, "image_size": args.image_size, "heads": args.heads,
+    """Keyword arguments of a task's `from_pretrained`, behind its first one; with `--devices` all but the device."""
+    device = {} if "devices" in args else {"device": args.device}
+    return {"dtype": args.dtype, **device, "image_size": args.image_size, "heads": args.heads,
             "tokenizer": args.tokenizer, "threads": args.threads}
