@@ -30,7 +30,7 @@ export function percent(value) {
 
 /** Bytes as people read them. */
 export function bytes(count) {
-  if (count < 1e6) return `${Math.max(1, Math.round(count / 1e3))} kB`;
+  if (count < 1e6) return `${Math.ceil(count / 1e3)} kB`;
   return `${Number((count / 1e6).toFixed(1))} MB`;
 }
 

@@ -58,11 +58,11 @@ function show(hits, heading, signal) {
 
 async function showThumbnail(item, hit, signal) {
   const picture = item.querySelector("img");
-  picture.alt = hit.name;
   try {
     const address = URL.createObjectURL(await indexed(hit.image, signal));
     addresses.push(address);
     picture.src = address;
+    picture.alt = hit.name; // until now it would be shown beside a broken picture
   } catch (error) {
     if (error.name !== "AbortError") item.querySelector(".hint").textContent = error.message;
   }
