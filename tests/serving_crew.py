@@ -34,6 +34,8 @@ def obedient(sock: socket.socket, folder: str) -> None:
                 for _ in range(10):
                     time.sleep(0.3)
                     send(sock, {"beat": 1})
+            case "babble":
+                sock.sendall(b"\0\0\0\x02\0\0\0\0]]")
             case "refuse":
                 send(sock, {"id": head["id"], "error": {"status": 422, "code": "bad_value", "message": "No."}})
                 continue

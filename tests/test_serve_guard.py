@@ -196,6 +196,9 @@ def test_keys():
             assert client.headers["www-authenticate"] == "Bearer"
         assert (await ask(over, Client(), headers=[(b"authorization", b"bearer secret-key")])).status == 200
         assert (await ask(over, Client(), path="/v1/indexed/1", method="GET")).status == 401
+        client = Client()
+        await over({**scope(path="/below/v1/caption"), "root_path": "/below"}, client.receive, client.send)
+        assert client.status == 401
         for path in ("/", "/v1/info", "/health", "/metrics"):
             assert (await ask(over, Client(), path=path, method="GET")).status == 200
 

@@ -69,7 +69,7 @@ def test_jobs_are_shared_out_and_answered(tmp_path):
     run(check())
 
 
-@pytest.mark.parametrize("order", ["die", "crash"])
+@pytest.mark.parametrize("order", ["die", "crash", "babble"])
 def test_a_process_that_dies_is_replaced(tmp_path, order):
     """Its own jobs are lost, those that wait are done by the next, and nobody waits forever."""
     async def check():

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import count, cycle
+from itertools import cycle, takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -129,15 +129,11 @@ async def load(port: int, uploads: Sequence[bytes], clients: int, seconds: float
 
 
 def offline(captioner: Captioner, pictures: Sequence[Path], seconds: float, batch: int) -> tuple[int, float]:
-    """How many pictures the engine captions in about so many seconds, and in how many exactly."""
-    began, done = time.perf_counter(), count()
-    stream = captioner.stream(cycle(pictures), generation=GENERATION, batch_size=batch, ordered=False)
-    for _ in stream:
-        number = next(done)
-        if time.perf_counter() - began > seconds:
-            stream.close()  # pyright: ignore[reportAttributeAccessIssue]
-            return number + 1, time.perf_counter() - began
-    raise AssertionError("the stream has no end")
+    """How many pictures the engine captions that are given to it for so many seconds, and in how many it is done."""
+    began = time.perf_counter()
+    given = takewhile(lambda _: time.perf_counter() - began < seconds, cycle(pictures))
+    captioned = captioner.stream(given, generation=GENERATION, batch_size=batch, ordered=False)
+    return sum(1 for _ in captioned), time.perf_counter() - began
 
 
 def compare(model: str, pictures: Sequence[Path], log: Path, args: Namespace) -> dict[str, Any]:

@@ -223,7 +223,8 @@ class _Answer:
 
 def _is_guarded(scope: Scope) -> bool:
     """Whether a request does work, wants the key, and needs a seat."""
-    return scope["path"].startswith("/v1/") and scope["path"] not in OPEN
+    path = scope["path"].removeprefix(scope.get("root_path", ""))  # as the routes see it
+    return path.startswith("/v1/") and path not in OPEN
 
 
 def _host_name(host: bytes) -> str:

@@ -166,8 +166,8 @@ class Crew:
             began = loop.time()
             try:
                 await self._live(member)
-            except OSError as error:  # no room for another process
-                _log.error("a process of the %s cannot be started: %s", self.name, error.strerror)
+            except Exception as error:  # no room for another process, or it says what cannot be read
+                _log.error("a process of the %s is given up: %s", self.name, type(error).__name__)
             finally:
                 self._bury(member)
             failures = 0 if loop.time() - began > STEADY else failures + 1
