@@ -23,6 +23,7 @@ from blip_fast.generate import GenerationConfig
 from blip_fast.images import load_image
 from blip_fast.report.heat import overlay, panel_size
 from blip_fast.search import Index
+from blip_fast.serve.app import PAGE
 from blip_fast.serve.fetching import Fetcher
 from blip_fast.serve.guard import CSP
 from blip_fast.tasks.answer import Answerer
@@ -291,6 +292,17 @@ def test_reference(server):
     assert re.findall(r'(?:src|href)="([^"]*)"', page) and all(
         link.startswith("/") for link in re.findall(r'(?:src|href)="([^"]*)"', page))
     assert "<script" not in page and "style=" not in page
+
+
+def test_the_pages_files_need_nothing_from_outside():
+    """No address but the server's own, nothing that turns text into markup, no inline script or style."""
+    sources = {path.name: path.read_text(encoding="utf-8") for path in PAGE.iterdir()}
+    assert {"index.html", "page.css", "page.js"} <= set(sources)
+    for name, text in sources.items():
+        text = text.replace('xmlns="http://www.w3.org/2000/svg"', "")
+        assert not re.search(r"(?i)https?:|//\w+\.|innerHTML|outerHTML|insertAdjacent|document\.write|eval\(", text), (
+            name)
+    assert not re.search(r"(?i)<style|\sstyle=|\son\w+=|<script(?![^>]*\ssrc=)", sources["index.html"])
 
 
 def test_health_and_metrics(server):

@@ -32,8 +32,13 @@ class Link:
     url: str
 
 
+def _limits(info: ValidationInfo) -> Limits:
+    assert info.context is not None  # `read_form` gives it
+    return info.context["limits"]
+
+
 def _text(value: str, info: ValidationInfo) -> str:
-    most = info.context["limits"].text_characters
+    most = _limits(info).text_characters
     if len(value) > most:
         raise ValueError(f"{len(value):,} characters are more than {most:,}")
     if not value.strip():
@@ -46,14 +51,14 @@ def _text(value: str, info: ValidationInfo) -> str:
 
 
 def _number(value: int, info: ValidationInfo) -> int:
-    most = info.context["limits"].captions
+    most = _limits(info).captions
     if value > most:
         raise ValueError(f"this server writes {most} captions of a picture at most")
     return value
 
 
 def _texts(value: list[str], info: ValidationInfo) -> list[str]:
-    most = info.context["limits"].texts
+    most = _limits(info).texts
     if len(value) > most:
         raise ValueError(f"{len(value):,} texts are more than {most:,}")
     return value
