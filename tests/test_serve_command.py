@@ -33,7 +33,8 @@ def model(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(("arguments", "says"), [
-    ([], "nothing to serve"), (["--model", "m", "--host", "0.0.0.0"], "lets the network in"),
+    ([], "nothing to serve"), (["--answerer", "m", "--explain"], "matches texts"),
+    (["--model", "m", "--host", "0.0.0.0"], "lets the network in"),
     (["--model", "m", "--api-key", "short"], "8 characters"),
     (["--model", "m", "--api-key", "schlüssel-lang"], "ASCII"),
     (["--model", "m", "--workers", "0"], "at least 1"), (["--model", "m", "--seconds", "0"], "greater than 0"),

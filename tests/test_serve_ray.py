@@ -11,9 +11,9 @@ pytest.importorskip("prometheus_client")
 pytest.importorskip("ray.serve", reason="no Ray Serve: pip install 'ray[serve]'")
 
 import httpx
-import ray
+import ray  # pyright: ignore[reportMissingImports]
 import yaml
-from ray import serve
+from ray import serve  # pyright: ignore[reportMissingImports]
 from serving import PATIENCE, files, photos, until, write_model
 
 from blip_fast.images import load_image

@@ -5,16 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
 from blip_fast.commands import Command
 from blip_fast.commands.caption_options import add_caption_options
 from blip_fast.commands.model_options import add_model_options, model_options
-
-if TYPE_CHECKING:
-    from blip_fast.serve.settings import Settings
+from blip_fast.serve.settings import LOOPBACK, Limits, Settings
 
 MODELS = ("model", "matcher", "answerer")
 KEY = "BLIP_FAST_API_KEY"
@@ -46,14 +44,15 @@ def _arguments(parser: ArgumentParser) -> None:
 
 def _limit_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("--max-upload-mb", type=float, default=20.0, help="of a request's body")
-    add("--max-pixels", type=int, default=40_000_000, help="of a picture")
-    add("--max-images", type=int, default=16, help="of a request")
-    add("--max-texts", type=int, default=64, help="of a request")
-    add("--max-characters", type=int, default=500, help="of a text")
-    add("--queue", type=int, default=128, help="pictures and questions in the house; what comes beyond gets status 429")
-    add("--seconds", type=float, default=60.0, help="that a request may take; a worker that says nothing for so long "
-        "is replaced")
+    add("--max-upload-mb", type=float, default=Limits.upload_bytes / 1e6, help="of a request's body")
+    add("--max-pixels", type=int, default=Limits.pixels, help="of a picture")
+    add("--max-images", type=int, default=Limits.images, help="of a request")
+    add("--max-texts", type=int, default=Limits.texts, help="of a request")
+    add("--max-characters", type=int, default=Limits.text_characters, help="of a text")
+    add("--queue", type=int, default=Limits.queue,
+        help="pictures and questions in the house; what comes beyond gets status 429")
+    add("--seconds", type=float, default=Limits.seconds,
+        help="that a request may take; a worker that says nothing for so long is replaced")
     add("--decoders", type=int, default=2, help="processes that open pictures")
 
 
@@ -64,7 +63,7 @@ def settings_from(arguments: Sequence[str]) -> Settings:
     return _settings(parser.parse_args(list(arguments)))
 
 
-def _run(args: Namespace) -> int:
+def _run(args: Namespace) -> None:
     settings = _settings(args)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     for name in ("multipart", "python_multipart"):  # they quote what was sent
@@ -72,15 +71,15 @@ def _run(args: Namespace) -> int:
     from blip_fast.serve.server import serve
 
     serve(settings, args.host, args.port)
-    return 0
 
 
 def _settings(args: Namespace) -> Settings:
     from blip_fast.images import MAX_PIXELS
-    from blip_fast.serve.settings import LOOPBACK, Limits, Settings
 
     if all(getattr(args, name) is None for name in (*MODELS, "index")):
         raise ValueError("nothing to serve: name a --model, a --matcher, an --answerer or an --index")
+    if args.explain and args.model is None and args.matcher is None and args.index is None:
+        raise ValueError("--explain needs a model that matches texts: name a --matcher, a --model or an --index")
     if args.batch_size < 1 or args.decoders < 1 or (args.workers is not None and args.workers < 1):
         raise ValueError("--batch-size, --workers and --decoders must be at least 1")
     key = args.api_key if args.api_key is not None else os.environ.get(KEY) or None

@@ -74,7 +74,7 @@ class Empty(BaseModel):
 
 
 class CaptionFields(Empty):
-    num: Annotated[int, AfterValidator(_number)] = Field(1, ge=1, le=5, description="Alternatives, best first")
+    num: Annotated[int, AfterValidator(_number)] = Field(1, ge=1, description="Alternatives, best first")
     prompt: Text | None = Field(None, description="What captions begin with; the server's own unless given")
 
 
