@@ -8,6 +8,7 @@ import pytest
 from blip_fast.cli import main
 from blip_fast.data.annotated import annotated_images
 from blip_fast.data.clips import FRAMES, Clip, draw_clip, sample_clips, write_clips, write_video
+from blip_fast.data.scene_tasks import facts
 from blip_fast.data.scenes import Scene, Thing, parse_caption
 from blip_fast.video import read_frames
 
@@ -42,13 +43,6 @@ def test_the_first_thing_moves_as_told_and_the_other_stays(relation, direction, 
     assert (across < -0.3).all() if relation in ("left of", "above") else (across > 0.3).all()
 
 
-def test_words_and_answers_of_a_clip():
-    clip = Clip(Scene(RED_AND_BLUE, "left of", "grey"), "up")
-    assert clip.caption() == "a small red circle left of a large blue square on grey moving up"
-    assert clip.questions() == [("what moves", "small red circle"), ("which way does it move", "up"),
-                                ("what stays", "large blue square"), ("what is the background", "grey")]
-
-
 def test_clips_are_scenes_of_their_split_and_move_every_way():
     clips = sample_clips(200, "test", seed=4)
     assert clips == sample_clips(200, "test", seed=4) != sample_clips(200, "test", seed=5)
@@ -64,11 +58,13 @@ def test_folders_of_clips(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out) == {"directory": str(folder), "videos": 3,
                                                    "questions": str(folder / "questions")}
     clips, told = sample_clips(3, "test", seed=7), annotated_images(folder, "test")
-    assert [image.captions for image in told] == [[clip.caption()] for clip in clips]
-    assert parse_caption(told[0].captions[0].rsplit(" ", 2)[0]) == clips[0].scene
+    assert [parse_caption(caption) for image in told for caption in image.captions] == [clip.scene for clip in clips]
     asked = annotated_images(folder / "questions", "test")
-    assert [(image.row["question"], image.row["answers"]) for image in asked] == [
-        (question, [answer]) for clip in clips for question, answer in clip.questions()]
+    true = [{(fact.question, fact.answer, fact.kind) for fact in facts(clip.scene)} for clip in clips for _ in range(4)]
+    for image, mine in zip(asked, true, strict=True):
+        (answer,) = image.row["answers"]
+        assert (image.row["question"], answer, image.row["answer_type"]) in mine
+    assert len({(image.name, image.row["question"]) for image in asked}) == 12
     assert [image.where.resolve() for image in asked] == [image.where for image in told for _ in range(4)]
     assert [image.row["question_id"] for image in asked] == list(range(12))
     again = write_clips(tmp_path / "again", 3, "test", 7, 32)

@@ -1,4 +1,4 @@
-"""`blip-fast tasks` in small: data, three fine-tunings and their evaluation end to end, the metrics and the page."""
+"""`blip-fast tasks` in small: data, fine-tunings, clips, their evaluation end to end, the metrics and the page."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("nvidia.dali", reason="the training input needs the extra `train`")
 from blip_train import task_demo as demo
 from blip_train.prepare import with_tokenizer
+from blip_train.recipe import ScenesRecipe
 from blip_train.task_demo_report import NAMES
 
 from blip_fast.checkpoint import save_native
@@ -30,11 +31,12 @@ from pathlib import Path
 from blip_train.task_demo import task_demo
 from blip_train.task_demo_report import write_task_report
 
-result = task_demo(Path(sys.argv[1]), Path(sys.argv[2]), {"questions": (16, 4), "pairs": (16, 8), "dialogues": (16, 3)},
+result = task_demo(Path(sys.argv[1]), Path(sys.argv[2]), {"questions": (16, 4), "pairs": (16, 8), "dialogues": (16, 3),
+                    "clips": (0, 5)},
                    ["--runtime.ranks=1", "--runtime.batch_size=4", "--runtime.precision=float32",
                     "--schedule.max_steps=2"])
 write_task_report(result, Path(sys.argv[1]) / "report.html")
-print(json.dumps({"questions": result.answers}))
+print(json.dumps(result.answers))
 """
 
 
@@ -73,17 +75,27 @@ def test_all_tasks_end_to_end(tmp_path, capsys):
         assert len(same) >= 2
         assert same == pytest.approx({name: metrics[f"{prefix}{name}"] for name in same})
 
+    clips = output / "data" / "clips" / "test"
+    for task, tried, data, names in (("video-retrieval", model, clips, {"i2t_r1": "i2t_r1", "t2i_r1": "t2i_r1"}),
+                                     ("video-qa", output / "questions" / "model", clips / "questions",
+                                      {"accuracy": "qa_accuracy"})):
+        assert main(["evaluate", task, "--model", str(tried), "--data", str(data), "--json"]) == 0
+        said = json.loads(capsys.readouterr().out)
+        assert said | {theirs: pytest.approx(metrics[f"video_{ours}"]) for theirs, ours in names.items()} == said
+
     page = (output / "report.html").read_text()
-    answers = json.loads(done.stdout.splitlines()[-1])["questions"]
-    assert len(answers) == 16 and all(row["question"] in page for row in rows["questions", "test"])
+    answers = json.loads(done.stdout.splitlines()[-1])
+    asked = read_annotations(clips / "questions" / "annotations.jsonl")
+    assert {task: len(mine) for task, mine in answers.items()} == {"questions": 16, "clips": 20}
+    assert all(row["question"] in page for row in rows["questions", "test"] + asked)
     assert all(one["question"] in page for row in rows["dialogues", "test"] for one in row["dialog"])
     assert all(row["captions"][0] in page for row in rows["pairs", "test"])
-    assert page.count("data:image/png") == 4 + 8 + 3
+    assert page.count("data:image/png") == 4 + 8 + 3 + 5
     assert all(f"{kind} loss" in page for kind in ("Answer", "Reasoning", "Dialogue"))
 
 
 def test_without_a_model_one_is_pretrained_that_reads_the_tasks(tmp_path, monkeypatch):
-    """The recipe is scenes.yaml's but for words and positions; its model is what the tasks start from."""
+    """The recipe is scenes.yaml's but for noise, words and positions; its model is what the tasks start from."""
     carried = []
 
     def carry_out(recipe):
@@ -96,7 +108,8 @@ def test_without_a_model_one_is_pretrained_that_reads_the_tasks(tmp_path, monkey
     with pytest.raises(KeyboardInterrupt):
         demo.task_demo(tmp_path / "out", pictures={"questions": (4, 2)})
     pretraining, first = carried
-    assert (pretraining.model.text.max_positions, pretraining.data.scenes.count) == (LONGEST, 24000)
+    assert (pretraining.model.text.max_positions, pretraining.data.scenes) == (LONGEST, ScenesRecipe(
+        count=24000, noise=0.0, test=200, one_object_share=0.2, seed=0))
     tokenizer = Tokenizer.from_pretrained(pretraining.tokenizer.source)
     assert all(tokenizer.unk_id not in tokenizer.encode(word) for word in WORDS)
     assert Path(first.init) == tmp_path / "out" / "pretrain" / "model"

@@ -1,13 +1,11 @@
 """Clips: short videos of scenes in which one thing moves, with captions, and questions with their answers.
 
 A clip holds a scene of two objects (`scenes.py`). The one that is told first moves across the line between them, by
-`PATH` of the picture's side and at one speed, so that its relation to the other stays as it is told:
-
-    a small red circle left of a large blue square on grey moving up
-
-Every clip is asked what moves, which way, what stays, and what the background is. A picture tells the last. Whoever
-looks at frames in no order can tell what moves and along which line, but not whether up or down.
+`PATH` of the picture's side and at one speed, so that its relation to the other, and all else that captions and
+questions say of scenes, holds in every frame: a model that learnt from pictures of scenes can be asked about clips.
 """
+
+from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from blip_fast.data.annotated import write_annotations
+from blip_fast.data.scene_tasks import ask
 from blip_fast.data.scenes import RELATIONS, SPLITS, Scene, caption, draw, sample_scenes
 from blip_fast.video import require_av
 
@@ -36,15 +35,6 @@ class Clip:
 
     scene: Scene
     direction: str
-
-    def caption(self) -> str:
-        return f"{caption(self.scene)} moving {self.direction}"
-
-    def questions(self) -> list[tuple[str, str]]:
-        """(question, answer)."""
-        moving, staying = (f"{thing.size} {thing.colour} {thing.shape}" for thing in self.scene.things)
-        return [("what moves", moving), ("which way does it move", self.direction), ("what stays", staying),
-                ("what is the background", self.scene.background)]
 
 
 def sample_clips(count: int, split: str, seed: int) -> list[Clip]:
@@ -78,8 +68,8 @@ def write_clips(folder: Path, count: int, split: str, seed: int, image_size: int
     """Write clips into `folder` as MP4 with annotations.jsonl, and in it a folder `QUESTIONS`, whose annotations.jsonl
     asks about the same files.
 
-    Rows of the first, also returned: image (the video), captions (one), split. Those of the questions: image, question,
-    answers (one), question_id, split.
+    Rows of the first, also returned: image (the video), captions (one), split. Those of the questions, four about each
+    clip: image, question, answers (one), answer_type, question_id, split.
 
     Raises:
         ValueError: PyAV is not installed; the image size is odd, which H.264's colours do not allow; another split.
@@ -89,13 +79,14 @@ def write_clips(folder: Path, count: int, split: str, seed: int, image_size: int
         raise ValueError(f"the image size is {image_size}: videos need an even number of pixels a side")
     clips = sample_clips(count, split, seed)
     (folder / QUESTIONS).mkdir(parents=True, exist_ok=True)
+    questions = ask([clip.scene for clip in clips], np.random.default_rng([seed, SPLITS.index(split)]))
     told, asked = [], []
-    for i, clip in enumerate(clips):
+    for i, (clip, facts) in enumerate(zip(clips, questions, strict=True)):
         name = f"{i:06d}.mp4"
         write_video(folder / name, draw_clip(clip, image_size, [seed, SPLITS.index(split), i]), image_size)
-        told.append({"image": name, "captions": [clip.caption()], "split": split})
-        asked += [{"image": f"../{name}", "question": question, "answers": [answer], "question_id": len(asked) + j,
-                   "split": split} for j, (question, answer) in enumerate(clip.questions())]
+        told.append({"image": name, "captions": [caption(clip.scene)], "split": split})
+        asked += [{"image": f"../{name}", "question": fact.question, "answers": [fact.answer], "answer_type": fact.kind,
+                   "question_id": len(asked) + j, "split": split} for j, fact in enumerate(facts)]
     for place, rows in ((folder, told), (folder / QUESTIONS, asked)):
         write_annotations(place, rows)
     return told

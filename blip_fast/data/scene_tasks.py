@@ -114,7 +114,7 @@ def _place(scene: Scene, i: int) -> str:
     return PLACES[scene.relation][i]
 
 
-def _ask(scenes: Sequence[Scene], rng: np.random.Generator) -> Iterator[list[Fact]]:
+def ask(scenes: Sequence[Scene], rng: np.random.Generator) -> Iterator[list[Fact]]:
     """`QUESTIONS_EACH` questions about each scene. Kinds take turns, then any slot that can be asked about is, and of
     the answers that are true here that one is asked for which was asked for least: words tell little of the answer."""
     kinds, asked, turn = tuple(VALUES), Counter[tuple[str, str, str]](), 0
@@ -144,14 +144,14 @@ def _votes(fact: Fact, rng: np.random.Generator) -> list[str]:
 def _question_rows(folder: Path, count: int, split: str, seed: int, image_size: int) -> Iterator[Row]:
     rng = _rng(seed, split, "questions")
     scenes = sample_scenes(count, split, seed, one_object_share=0.0)
-    for i, (scene, asked) in enumerate(zip(scenes, _ask(scenes, rng), strict=True)):
+    for i, (scene, asked) in enumerate(zip(scenes, ask(scenes, rng), strict=True)):
         name = _drawn(folder, f"{i:06d}.png", scene, image_size, rng)
         for fact in asked:
             yield {"image": name, "question": fact.question, "answers": _votes(fact, rng), "answer_type": fact.kind,
                    "truth": fact.answer, "scene": slots_of(scene)}
 
 
-def _blind_answers(train: Sequence[Row], test: Sequence[Row]) -> list[str]:
+def blind_answers(train: Sequence[Row], test: Sequence[Row]) -> list[str]:
     """For each test question the answer that training gives to its words most often, or else to its kind."""
     of_words, of_kind = (_commonest(train, key) for key in ("question", "answer_type"))
     return [of_words.get(row["question"], of_kind[row["answer_type"]]) for row in test]
@@ -332,7 +332,7 @@ def chance(train: Sequence[Row], test: Sequence[Row]) -> dict[str, float]:
     if "label" in test[0]:
         return {"accuracy": 0.5, "consistency": 0.25}
     scores: dict[str, list[float]] = {}
-    for row, answer in zip(test, _blind_answers(train, test), strict=True):
+    for row, answer in zip(test, blind_answers(train, test), strict=True):
         for name in ("vqa_accuracy", f"vqa_accuracy_{row['answer_type']}"):
             scores.setdefault(name, []).append(vqa_accuracy(answer, row["answers"]))
     return {name: sum(values) / len(values) for name, values in sorted(scores.items())}

@@ -1,5 +1,9 @@
-"""VQA, NLVR2 and VisDial end to end, in minutes, on drawn scenes: one pre-trained model, fine-tuned on questions, pairs
-with statements and dialogues, and measured on scenes with combinations never seen in training."""
+"""VQA, NLVR2, VisDial and video end to end, in minutes, on drawn scenes: one pre-trained model, fine-tuned on
+questions, pairs with statements and dialogues, and measured on scenes with combinations never seen in training.
+
+On clips nothing is trained, as in the paper (section 5.6): the pre-trained model finds them by their captions, and the
+one that learnt questions about pictures answers those about clips.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from blip_fast.data.annotated import ANNOTATIONS, AnnotatedImage, annotated_images, read_annotations
-from blip_fast.data.scene_tasks import LONGEST, SPLITS, WORDS, chance, write_scene_task
-from blip_fast.evaluation import evaluate_answers, evaluate_dialogues, evaluate_pairs
+from blip_fast.data.clips import QUESTIONS, write_clips
+from blip_fast.data.scene_tasks import LONGEST, SPLITS, WORDS, blind_answers, chance, write_scene_task
+from blip_fast.data.videos import as_videos
+from blip_fast.evaluation import evaluate_answers, evaluate_dialogues, evaluate_pairs, evaluate_retrieval
 from blip_fast.tasks.answer import Answerer
 from blip_fast.tasks.dialog import DialogRanker
 from blip_fast.tasks.loading import load_for_task
@@ -24,25 +30,27 @@ from blip_train.launch import carry_out
 from blip_train.prepare import EXPORT
 from blip_train.recipe import Recipe, load_recipe
 
-PRETRAINING = "pretrain"
+PRETRAINING, CLIPS = "pretrain", "clips"
 FILES = ("metrics.json", "report.html")
 RECIPES = {"questions": "scenes_vqa.yaml", "pairs": "scenes_nlvr2.yaml", "dialogues": "scenes_visdial.yaml"}
-PICTURES = {"questions": (6000, 400), "pairs": (12000, 400), "dialogues": (6000, 150)}  # to train and to test on
-PREFIXES = {"questions": "", "pairs": "nlvr2_", "dialogues": "visdial_"}  # of a task's figures: vqa_accuracy, nlvr2_…
+# To train and to test on.
+PICTURES = {"questions": (6000, 400), "pairs": (24000, 400), "dialogues": (6000, 150), CLIPS: (0, 200)}
+PREFIXES = {"questions": "", "pairs": "nlvr2_", "dialogues": "visdial_", CLIPS: "video_"}  # of a task's figures
 SEED = 3  # of the tasks' pictures; those of pre-training have their recipe's
+RETRIEVAL_FRAMES, ANSWERING_FRAMES, RERANKED = 8, 16, 64  # of a clip; candidates: as `blip-fast evaluate`
 
 
 @dataclass(frozen=True)
 class TaskDemoResult:
-    """What was measured. By task: the recipe, the test rows, the figures as `blip-fast evaluate` prints them and what
-    somebody who sees nothing reaches (`scene_tasks.chance`). `answers` are those to the test questions; `seconds` by
-    stage."""
+    """What was measured. By task: the recipe (of clips none), the test rows, the figures as `blip-fast evaluate` prints
+    them, what somebody who sees nothing reaches (`scene_tasks.chance`), and the answers (to questions, also about
+    clips). `seconds` is by stage."""
 
     recipes: dict[str, Recipe]
     test: dict[str, list[AnnotatedImage]]
     figures: dict[str, dict[str, Any]]
     chances: dict[str, dict[str, float]]
-    answers: list[str]
+    answers: dict[str, list[str]]
     seconds: dict[str, float]
 
     @property
@@ -73,27 +81,27 @@ def task_demo(directory: Path, model: Path | None = None, pictures: Mapping[str,
     if model is not None:
         _check(model)
     _clear(directory, {"data", *RECIPES} if model is not None else {"data", *RECIPES, PRETRAINING, "words"})
-    seconds: dict[str, float] = {}
+    result = TaskDemoResult({}, {}, {}, {}, {}, {})
     if model is None:
         started = time.perf_counter()
         model = carry_out(_pretraining(directory, options))
-        seconds[PRETRAINING] = time.perf_counter() - started
+        result.seconds[PRETRAINING] = time.perf_counter() - started
     size = load_for_task(model)[0].config.vision.image_size
-    recipes, test, figures, chances, answers = {}, {}, {}, {}, []
     for task, name in RECIPES.items():
         started = time.perf_counter()
         train, held_out = (directory / "data" / task / split for split in SPLITS)
         for folder, split, count in zip((train, held_out), SPLITS, pictures[task], strict=True):
             write_scene_task(task, folder, count, split, SEED, size)
-        recipes[task] = _recipe(name, f"--name={task}", f"--runs={directory}", f"--init={model}",
-                                f"--model.vision.image_size={size}", f"--data.root={train}", *options)
-        carry_out(recipes[task])
-        test[task] = annotated_images(held_out, None)
-        figures[task], said = _measure(task, recipes[task].directory / EXPORT, test[task])
-        answers += said
-        chances[task] = chance(*(read_annotations(folder / ANNOTATIONS) for folder in (train, held_out)))
-        seconds[task] = time.perf_counter() - started
-    result = TaskDemoResult(recipes, test, figures, chances, answers, seconds)
+        result.recipes[task] = _recipe(name, f"--name={task}", f"--runs={directory}", f"--init={model}",
+                                       f"--model.vision.image_size={size}", f"--data.root={train}", *options)
+        carry_out(result.recipes[task])
+        result.test[task] = annotated_images(held_out, None)
+        _measure(task, result)
+        result.chances[task] = chance(*(read_annotations(folder / ANNOTATIONS) for folder in (train, held_out)))
+        result.seconds[task] = time.perf_counter() - started
+    started = time.perf_counter()
+    _measure_clips(model, directory / "data", pictures[CLIPS][1], size, result)
+    result.seconds[CLIPS] = time.perf_counter() - started
     (directory / "metrics.json").write_text(json.dumps(result.metrics, indent=2) + "\n")
     return result
 
@@ -123,26 +131,45 @@ def _clear(directory: Path, folders: Set[str]) -> None:
 
 
 def _pretraining(directory: Path, options: Sequence[str]) -> Recipe:
-    """`scenes.yaml` with a vocabulary that has the tasks' words, and positions for a dialogue."""
+    """`scenes.yaml` without wrong captions, with the tasks' words in its vocabulary and positions for a dialogue."""
     Tokenizer([*BERT_TOKENS, *WORDS]).save(directory / "words")
     return _recipe("scenes.yaml", f"--name={PRETRAINING}", f"--runs={directory}",
                    f"--tokenizer.source={directory / 'words'}", f"--model.text.max_positions={LONGEST}",
-                   "--evaluation.images=0", *options)
+                   "--data.scenes.noise=0.0", "--evaluation.images=0", *options)
 
 
 def _recipe(name: str, *options: str) -> Recipe:
     return load_recipe(Path(str(files("blip_train") / "recipes" / name)), list(options))
 
 
-def _measure(task: str, model: Path, images: list[AnnotatedImage]) -> tuple[dict[str, Any], list[str]]:
+def _measure(task: str, result: TaskDemoResult) -> None:
     """The figures that `blip-fast evaluate` prints, and of questions the answers."""
+    model, images = result.recipes[task].directory / EXPORT, result.test[task]
     if task == "questions":
         found = evaluate_answers(Answerer.from_pretrained(model), images)
         assert found.vqa_accuracy is not None  # ten people answered each question
         by_type = {f"vqa_accuracy_{kind}": value for kind, value in sorted(found.by_type.items())}
-        return {"vqa_accuracy": found.vqa_accuracy, **by_type}, found.answers
-    if task == "pairs":
+        result.figures[task], result.answers[task] = {"vqa_accuracy": found.vqa_accuracy, **by_type}, found.answers
+    elif task == "pairs":
         judged = evaluate_pairs(Reasoner.from_pretrained(model), images)
-        return {"accuracy": judged.accuracy, "consistency": judged.consistency}, []
-    figures = evaluate_dialogues(DialogRanker.from_pretrained(model), images)
-    return {name: figures[name] for name in ("mrr", "r1", "r5", "r10", "mean_rank")}, []
+        result.figures[task] = {"accuracy": judged.accuracy, "consistency": judged.consistency}
+    else:
+        figures = evaluate_dialogues(DialogRanker.from_pretrained(model), images)
+        result.figures[task] = {name: figures[name] for name in ("mrr", "r1", "r5", "r10", "mean_rank")}
+
+
+def _measure_clips(model: Path, data: Path, count: int, size: int, result: TaskDemoResult) -> None:
+    """Draw clips, find them by the pre-trained model, and ask the one that learnt to answer questions."""
+    folder = data / CLIPS / "test"
+    write_clips(folder, count, "test", SEED, size)
+    found, video_of_text = evaluate_retrieval(
+        *load_for_task(model), as_videos(annotated_images(folder, None), RETRIEVAL_FRAMES), top_k=RERANKED)
+    result.test[CLIPS] = as_videos(annotated_images(folder / QUESTIONS, None), ANSWERING_FRAMES)
+    answered = evaluate_answers(Answerer.from_pretrained(result.recipes["questions"].directory / EXPORT),
+                                result.test[CLIPS])
+    asked = [image.row for image in result.test[CLIPS]]
+    blind = blind_answers(read_annotations(data / "questions" / "train" / ANNOTATIONS), asked)
+    result.answers[CLIPS] = answered.answers
+    result.figures[CLIPS] = {**found.recalls(video_of_text), "qa_accuracy": answered.commonest}
+    result.chances[CLIPS] = {**found.chances(video_of_text), "qa_accuracy": sum(
+        row["answers"] == [answer] for row, answer in zip(asked, blind, strict=True)) / len(asked)}

@@ -1,4 +1,4 @@
-"""`blip-fast tasks`: VQA, NLVR2 and VisDial on drawn scenes, in minutes, with a report."""
+"""`blip-fast tasks`: VQA, NLVR2, VisDial and video on drawn scenes, in minutes, with a report."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _run(arguments: Namespace) -> None:
 
 
 COMMAND = Command(
-    help="fine-tune on questions, pairs and dialogues about drawn scenes in minutes, and write a report",
+    help="fine-tune on questions, pairs and dialogues about drawn scenes in minutes, try clips, and write a report",
     example="blip-fast tasks --output runs/tasks",
     arguments=_arguments,
     run=_run,
