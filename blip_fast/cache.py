@@ -39,6 +39,12 @@ class ImagePool:
         """Go on with the given slots alone (int64 [n])."""
         self.kv, self.lengths = self.kv.index_select(2, slots), self.lengths[slots]
 
+    def add(self, slots: int) -> None:
+        """So many empty slots more, behind the others."""
+        layers, parts, _, *rest = self.kv.shape
+        self.kv = torch.cat([self.kv, self.kv.new_zeros(layers, parts, slots, *rest)], dim=2)
+        self.lengths = torch.cat([self.lengths, self.lengths.new_zeros(slots)])
+
 
 class SelfCache:
     """Self-attention keys and values of the tokens decoded so far, in entries that are written once and never moved.
@@ -93,3 +99,12 @@ class SelfCache:
         shift = self.own[:, 0, 0] - entries.view(self.own.shape)[:, 0, 0]
         self.table = (table + shift[:, None, None]).flatten(0, 1)
         self.kv = self.kv.index_select(3, entries)
+
+    def add(self, slots: int) -> None:
+        """So many empty slots more, behind the others, whose entries stay where they are."""
+        before, each, max_tokens = self.own.shape
+        entries = slots * each * max_tokens
+        layers, parts, heads, _, head_dim = self.kv.shape
+        self.kv = torch.cat([self.kv, self.kv.new_zeros(layers, parts, heads, entries, head_dim)], dim=3)
+        self.own = torch.arange(self.kv.shape[3], device=self.own.device).view(before + slots, each, max_tokens)
+        self.table = torch.cat([self.table, self.own[before:].flatten(0, 1)])

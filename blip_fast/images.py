@@ -148,8 +148,14 @@ def evaluation_transform(images: Sequence[Image.Image], image_size: int) -> Tens
     """
     pixels = torch.empty(len(images), image_size, image_size, 3, dtype=torch.uint8)
     for row, image in zip(pixels, images, strict=True):
-        row.copy_(torch.from_numpy(np.array(image.resize((image_size, image_size), Image.Resampling.BICUBIC))))
+        row.copy_(torch.from_numpy(resized(image, image_size)))
     return normalise(pixels)
+
+
+def resized(image: Image.Image, image_size: int) -> np.ndarray:
+    """RGB of any size → uint8 [image_size, image_size, 3], as in `evaluation_transform`, which changes nothing more
+    about its size where it is given the result."""
+    return np.array(image.resize((image_size, image_size), Image.Resampling.BICUBIC))
 
 
 def normalise(pixels: Tensor) -> Tensor:

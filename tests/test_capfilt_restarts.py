@@ -112,7 +112,7 @@ def test_shares_together_are_the_whole(cleaners, web_shards, cleaned, tmp_path, 
 
 
 def test_ray_gives_the_same_folder(cleaners, web_shards, cleaned, tmp_path):
-    pytest.importorskip("ray", reason="--ray needs the extra `scale`")
+    pytest.importorskip("ray.data", reason="--ray needs the extra `scale`")
     output = tmp_path / "ray"
     assert main(arguments(cleaners, web_shards, "--output", output, "--ray=local")) == 0
     assert contents(output) == contents(cleaned)

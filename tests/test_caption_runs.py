@@ -233,7 +233,7 @@ def test_two_runs_do_not_write_one_file(tmp_path):
 
 
 def test_ray_gives_the_same_rows(model, files, tmp_path):
-    pytest.importorskip("ray", reason="--ray needs the extra `scale`")
+    pytest.importorskip("ray.data", reason="--ray needs the extra `scale`")
     folder = fill(tmp_path / "pictures", 40, files)
     outputs = [tmp_path / "here.jsonl", tmp_path / "ray.jsonl"]
     assert main(command(model, folder, "--output", outputs[0], "--batch-size", 2)) == 1
@@ -242,7 +242,7 @@ def test_ray_gives_the_same_rows(model, files, tmp_path):
 
 
 def test_a_cluster_that_does_not_answer_is_one_clear_line(model, files, tmp_path, capsys):
-    pytest.importorskip("ray", reason="--ray needs the extra `scale`")
+    pytest.importorskip("ray.data", reason="--ray needs the extra `scale`")
     assert main(command(model, fill(tmp_path / "pictures", 2, files), "--ray=127.0.0.1:1")) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "no Ray cluster answers at 127.0.0.1:1" in said

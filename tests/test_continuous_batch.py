@@ -5,7 +5,7 @@ import torch
 from generating import noise, prompts_of, see, small_models
 
 from blip_fast.config import BlipConfig, SpecialTokens, TextConfig, VisionConfig
-from blip_fast.generate import GenerationConfig, Request, generate, generate_stream
+from blip_fast.generate import Generation, GenerationConfig, Request, generate, generate_stream
 from blip_fast.model import BlipModel
 from blip_fast.packing import PackedTexts
 from blip_fast.text import TextStack
@@ -109,6 +109,33 @@ def test_slots_are_filled_again(small, monkeypatch):
     together = len(shapes)
     list(generate_stream(model, requests(), GenerationConfig(beams=4), 1))
     assert together < (len(shapes) - together) / 3
+
+
+@pytest.mark.parametrize("config", SEARCHES.values(), ids=SEARCHES)
+@pytest.mark.parametrize("sizes", MODELS.values(), ids=MODELS)
+def test_requests_come_and_go(sizes, config):
+    """As a server's do: slots go when few are left and come back when more enter, some requests are given up, and no
+    bit of the others' texts changes."""
+    model = model_of(*sizes)
+    bos, images = model.config.tokens.bos, 12
+    pixels = torch.randn(images, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    requests = [Request(kv, [bos, *range(20, 20 + n % 6)], 100 + n) for n, kv in enumerate(see(model, pixels).split())]
+    alone = {n: texts for n, request in enumerate(requests)
+             for _, texts in generate_stream(model, [request], config, 1)}
+    generation, found, entered, slots = Generation(model, config, 7), {}, set(), set()
+    arrivals = {0: [0], 2: [1, 2], 3: [3], 4: [4, 5, 6, 7, 8, 9], 9: [10], 30: [11]}
+    for step in range(60):
+        for n in arrivals.get(step, ()):
+            room = generation.free > 0
+            assert generation.enter(n, requests[n]) == room
+            entered |= {n} if room else set()
+        if step == 4:
+            generation.leave(5)
+            generation.leave(11)  # is not there yet
+        found.update(generation.step())
+        slots.add(0 if generation._batch is None else len(generation._batch.places))
+    assert found == {n: alone[n] for n in entered - {5}} and generation.idle and generation.free == 7
+    assert {0, 11} < entered and 1 in slots and len(slots) > 2
 
 
 def test_prompts_of_each_image(small):

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
 from blip_fast.commands import Command
 from blip_fast.commands.model_options import add_model_options, model_options
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from blip_fast.tasks.explain import Explanation
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -41,27 +35,19 @@ def _run(args: Namespace) -> None:
     if Path(args.output).suffix.lower() not in SUFFIXES:
         raise ValueError(f"--output {args.output} must end with one of {', '.join(SUFFIXES)}")
     picture = load_image(args.image)
+    from blip_fast.report.heat import panel_size, word_sheet
     from blip_fast.tasks.explain import Explainer
 
     explainer = Explainer.from_pretrained(args.model, **model_options(args))
     explanation = explainer(picture, args.text, args.word, layer=args.layer, first_token=args.first_token)
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    _drawn(picture, explanation).save(args.output)
+    word_sheet(panel_size(picture), [explanation.text, *explanation.words]).save(args.output)
     if args.json:
         words = [{"word": word.word, "map": word.map.tolist()} for word in explanation.words]
         print(json.dumps({"image": args.image, "text": args.text, "itm": explanation.itm,
                           "map": explanation.text.map.tolist(), "words": words}, ensure_ascii=False))
     else:
         print(f"itm {explanation.itm:.4f}  {args.output}")
-
-
-def _drawn(picture: Image, explanation: Explanation) -> Image:
-    """The text's map, then those of its words."""
-    from blip_fast.report.heat import overlay, panel_size, sheet
-
-    picture = panel_size(picture)
-    maps = (explanation.text, *explanation.words)
-    return sheet([(overlay(picture, each.map.numpy()), each.word) for each in maps])
 
 
 COMMAND = Command(

@@ -12,7 +12,7 @@ from blip_fast.cache import ImagePool, SelfCache
 from blip_fast.generate.beam import BeamSearch
 from blip_fast.generate.config import GenerationConfig
 from blip_fast.generate.sample import Sampling
-from blip_fast.generate.texts import narrow, only_where
+from blip_fast.generate.texts import extend, narrow, only_where
 from blip_fast.model import BlipModel
 
 
@@ -26,7 +26,7 @@ class ContinuousBatch:
 
     def __init__(self, model: BlipModel, config: GenerationConfig, slots: int, keys: int, like: Tensor) -> None:
         """`slots` images of up to `keys` keys, which are of the dtype and on the device of `like`."""
-        self.model, self.keys, stack = model, keys, model.stack("decoder")
+        self.model, self.keys, self.slots, stack = model, keys, slots, model.stack("decoder")
         self.each = config.texts_per_image
         self.search = (Sampling if config.top_p is not None or config.beams == 1 else BeamSearch)(
             config, model.config.tokens.sep)
@@ -38,15 +38,17 @@ class ContinuousBatch:
 
     @property
     def free(self) -> int:
-        """How many slots are free."""
-        return self.places.count(None)
+        """How many images may enter."""
+        return self.slots - len(self.places) + self.places.count(None)
 
     @property
     def idle(self) -> bool:
-        return self.free == len(self.places)
+        return self.free == self.slots
 
     def enter(self, place: int, kv: Tensor, prompt: Sequence[int], seed: int) -> None:
         """Put request number `place` into a free slot; kv [keys, layers, 2, heads, head_dim] is copied."""
+        if None not in self.places:
+            self._grow()
         slot = self.places.index(None)
         self.places[slot] = place
         self.images.enter(slot, kv)
@@ -78,8 +80,14 @@ class ContinuousBatch:
                 self.places[slot] = None
                 yield place, *self.search.results(self.texts, slot)  # type: ignore[arg-type]
 
+    def leave(self, place: int) -> None:
+        """Stop working on a request; nothing happens where it is done."""
+        if place in self.places:
+            self.places[self.places.index(place)] = None
+
     def shrink(self) -> None:
-        """Drop free slots once they are half of all or more: it costs a copy of the others."""
+        """Drop free slots once they are half of those that there are, or more: it costs a copy of the others. They
+        come back when images enter."""
         taken = [slot for slot, place in enumerate(self.places) if place is not None]
         if 2 * len(taken) <= len(self.places):
             slots = torch.tensor(taken, device=self.cached.device)
@@ -87,3 +95,12 @@ class ContinuousBatch:
             self.images.keep(slots)
             self.cache.keep(slots)
             self.places = [self.places[slot] for slot in taken]
+
+    def _grow(self) -> None:
+        """Twice the slots, as many as were asked for at most: a copy of those that there are."""
+        more = min(self.slots, 2 * len(self.places)) - len(self.places)
+        self.texts = extend(self.texts, self.search.empty(more, self.cached.device))  # type: ignore[arg-type]
+        self.cached = torch.cat([self.cached, self.cached.new_zeros(more)])
+        self.images.add(more)
+        self.cache.add(more)
+        self.places += [None] * more

@@ -59,33 +59,76 @@ def generate_stream(model: BlipModel, requests: Iterable[Request], config: Gener
     Raises:
         ValueError: the model is in training mode, no slots; a prompt that leaves no room below `max_length`.
     """
-    if model.training:
-        raise ValueError("the model is in training mode, dropout would change the texts: call model.eval() first")
-    if slots < 1:
-        raise ValueError(f"slots must be at least 1, got {slots}")
-    _check_config(model, config)
-    waiting, held, batch = enumerate(requests), None, None
-    prompt_lengths: dict[int, int] = {}
+    generation, waiting, held = Generation(model, config, slots), enumerate(requests), None
     while True:
-        while batch is None or batch.free:
+        while generation.free:
             held = held or next(waiting, None)
-            if held is None:
+            if held is None or not generation.enter(*held):
                 break
-            place, request = held
-            (kv,), keys = request.image_kv.kv, _room(model, request.image_kv)
-            _check_prompt(request.prompt, config)
-            if batch is None or (batch.idle and batch.keys != keys):
-                batch = ContinuousBatch(model, config, slots, keys, kv)
-            if batch.keys != keys:  # it waits until the others are done: neighbours must not change a text
-                break
-            batch.enter(place, kv, request.prompt, request.seed)
-            prompt_lengths[place], held = len(request.prompt), None
-        if batch is None or batch.idle:
+            held = None
+        if generation.idle:
             return
-        if held is None and batch.free:
-            batch.shrink()
-        for place, token_ids, scores in batch.step():
-            yield place, _texts(token_ids.tolist(), scores.tolist(), prompt_lengths.pop(place), model.config.tokens.sep)
+        yield from generation.step()
+
+
+class Generation:
+    """Texts that are being written: requests enter one by one, step by step, and leave when their texts are finished.
+
+    Everything that `generate_stream` says of its arguments and its texts holds here.
+    """
+
+    def __init__(self, model: BlipModel, config: GenerationConfig, slots: int) -> None:
+        """`slots` requests at a time. Raises ValueError as `generate_stream`."""
+        if model.training:
+            raise ValueError("the model is in training mode, dropout would change the texts: call model.eval() first")
+        if slots < 1:
+            raise ValueError(f"slots must be at least 1, got {slots}")
+        _check_config(model, config)
+        self.model, self.config, self.slots = model, config, slots
+        self._batch: ContinuousBatch | None = None
+        self._prompt_lengths: dict[int, int] = {}  # of the requests that are in
+
+    @property
+    def free(self) -> int:
+        """How many requests may enter, where they need the room that the others have."""
+        return self.slots if self._batch is None else self._batch.free
+
+    @property
+    def idle(self) -> bool:
+        return self._batch is None or self._batch.idle
+
+    @torch.inference_mode()
+    def enter(self, place: int, request: Request) -> bool:
+        """Begin request number `place`. False where it has to wait: no slot is free, or it needs other room than those
+        that are in, and neighbours must not change a text. Raises ValueError for its prompt as `generate_stream`."""
+        _check_prompt(request.prompt, self.config)
+        (kv,), keys = request.image_kv.kv, _room(self.model, request.image_kv)
+        if self._batch is None or (self._batch.idle and self._batch.keys != keys):
+            self._batch = ContinuousBatch(self.model, self.config, self.slots, keys, kv)
+        if self._batch.keys != keys or not self._batch.free:
+            return False
+        self._batch.enter(place, kv, request.prompt, request.seed)
+        self._prompt_lengths[place] = len(request.prompt)
+        return True
+
+    def leave(self, place: int) -> None:
+        """Stop writing for a request; nothing happens where it is done, or never entered."""
+        if self._batch is not None and self._prompt_lengths.pop(place, None) is not None:
+            self._batch.leave(place)
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[int, list[Generated]]]:
+        """Compute a token of every text. Call it when all that may enter have done so: what is free is not computed.
+
+        Returns the requests that this finishes: their numbers and texts.
+        """
+        if self._batch is None or self._batch.idle:
+            return []
+        if self._batch.free:
+            self._batch.shrink()
+        return [(place, _texts(token_ids.tolist(), scores.tolist(), self._prompt_lengths.pop(place),
+                               self.model.config.tokens.sep))
+                for place, token_ids, scores in self._batch.step()]
 
 
 def generate(model: BlipModel, image_kv: ImageKV, prompts: Sequence[Sequence[int]], config: GenerationConfig,

@@ -59,6 +59,12 @@ def narrow(texts: State, slots: Tensor) -> State:
     return type(texts)(*(getattr(texts, field.name)[slots] for field in fields(texts)))
 
 
+def extend(texts: State, empty: State) -> State:
+    """The slots of both, one behind the other."""
+    return type(texts)(*(torch.cat([getattr(texts, field.name), getattr(empty, field.name)])
+                         for field in fields(texts)))
+
+
 def adjust(scores: Tensor, texts: Texts, config: GenerationConfig, sep_id: int) -> Tensor:
     """Scores [slots, each, vocab_size] of the texts' next tokens: repeated tokens made less likely (negative scores
     times `repetition_penalty`, positive ones divided by it), [SEP] impossible before `min_length`, and so is what would

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+
+if TYPE_CHECKING:
+    from blip_fast.tasks.explain import WordMap
 
 PANEL = 360  # longest side of a picture in a sheet
 COLUMNS = 4  # pictures in a row at most
@@ -51,6 +55,11 @@ def sheet(panels: Sequence[tuple[Image.Image, str]]) -> Image.Image:
             page.paste(panels[i][0], (left, top + head))
         top += head + height + 2 * MARGIN
     return page
+
+
+def word_sheet(picture: Image.Image, words: Sequence[WordMap]) -> Image.Image:
+    """Each word's map over the picture."""
+    return sheet([(overlay(picture, word.map.numpy()), word.word) for word in words])
 
 
 def panel_size(picture: Image.Image) -> Image.Image:

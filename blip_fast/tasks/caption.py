@@ -6,24 +6,22 @@ import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import count, islice
+from itertools import islice
 
 import torch
 from torch import Tensor
 
-from blip_fast.generate import Generated, GenerationConfig, Request, generate_stream
+from blip_fast.generate import Generated, Generation, GenerationConfig, Request
 from blip_fast.images import ImageError, ImageSource, name_of, unless_error
 from blip_fast.inference import PACKED_TOGETHER, encode_images, evaluated
 from blip_fast.model import BlipModel
 from blip_fast.stream import in_order, read_ahead
 from blip_fast.tasks.loading import PretrainedTask, as_sources, pixels_or_error
-from blip_fast.text import ImageKV
 from blip_fast.tokenizer import Tokenizer
 
 PROMPT = "a picture of"
 CAPTIONING = GenerationConfig(beams=3, max_length=20, min_length=5)  # as published for COCO
 BATCH = 16
-MAX_REFUSED = 1000  # images that wait to be told as unreadable while the batch is being filled
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class Captioned:
 
 
 @dataclass(frozen=True)
-class _Read:
+class Read:
     """One image with its prompt's tokens; pixels float32 [3, image_size, image_size], or why there is nothing to
     caption."""
 
@@ -132,13 +130,12 @@ class Captioner(PretrainedTask):
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         generation = replace(generation, banned=(*generation.banned, *map(self._banned_ids, banned)))
-        if reason := _too_long(self.prompt_ids(prompt), generation):
-            raise ValueError(reason)
+        self.checked_prompt(prompt, generation)
 
-        def read(numbered: tuple[int, ImageSource | tuple[ImageSource, str]]) -> _Read:
+        def read(numbered: tuple[int, ImageSource | tuple[ImageSource, str]]) -> Read:
             place, given = numbered
             image, own = given if isinstance(given, tuple) else (given, None)
-            return self._read(place, image, own, prompt if own is None else own, generation)
+            return self.read(place, image, own, prompt if own is None else own, generation)
 
         reads = (read for _, read in read_ahead(enumerate(images), read))
         results = evaluated(self.model, self._captioned(reads, generation, batch_size, strip_prompt))
@@ -148,10 +145,8 @@ class Captioner(PretrainedTask):
                       generation: GenerationConfig = CAPTIONING, *, strip_prompt: bool = False,
                       batch_size: int = BATCH) -> Iterator[Caption | ImageError]:
         """As `stream`, in order, images after the evaluation transform, each float [3, image_size, image_size]."""
-        prompt_ids = self.prompt_ids(prompt)
-        if reason := _too_long(prompt_ids, generation):
-            raise ValueError(reason)
-        reads = (_Read(place, image, f"image {place}", None, prompt_ids, image) for place, image in enumerate(pixels))
+        prompt_ids = self.checked_prompt(prompt, generation)
+        reads = (Read(place, image, f"image {place}", None, prompt_ids, image) for place, image in enumerate(pixels))
         results = evaluated(self.model, self._captioned(reads, generation, batch_size, strip_prompt))
         return (captioned.result for captioned in in_order(results, _place))
 
@@ -166,72 +161,105 @@ class Captioner(PretrainedTask):
         """[DEC] and the prompt's tokens; "" is no prompt."""
         return [self.model.config.tokens.bos, *self.tokenizer.encode(prompt)[1:-1]]
 
+    def checked_prompt(self, prompt: str, generation: GenerationConfig) -> list[int]:
+        """As `prompt_ids`. Raises ValueError where they leave no room below `max_length`."""
+        prompt_ids = self.prompt_ids(prompt)
+        if reason := _too_long(prompt_ids, generation):
+            raise ValueError(reason)
+        return prompt_ids
+
     def _banned_ids(self, word: str) -> tuple[int, ...]:
         ids = tuple(self.tokenizer.encode(word)[1:-1])
         if not ids:
             raise ValueError(f"the banned word {word!r} has no token: leave it out")
         return ids
 
-    def _read(self, place: int, image: ImageSource, own: str | None, prompt: str,
-              generation: GenerationConfig) -> _Read:
+    def read(self, place: int, image: ImageSource, own: str | None, prompt: str, generation: GenerationConfig) -> Read:
+        """What a `CaptionBatch` takes: image number `place`, which brought the prompt `own`, to be captioned behind
+        `prompt`. An image that cannot be read, or whose prompt is too long, has an error for its pixels."""
         name, prompt_ids = name_of(image, f"image {place}"), self.prompt_ids(prompt)
         pixels = pixels_or_error(image, self.model.config.vision.image_size, name)
         if reason := _too_long(prompt_ids, generation):
             pixels = ImageError(f"{name}: {reason}")
-        return _Read(place, image, name, own, prompt_ids, pixels)
+        return Read(place, image, name, own, prompt_ids, pixels)
 
-    def _captioned(self, reads: Iterator[_Read], generation: GenerationConfig, batch_size: int,
+    def _captioned(self, reads: Iterator[Read], generation: GenerationConfig, batch_size: int,
                    strip_prompt: bool) -> Iterator[Captioned]:
         """As they are finished."""
         on_cpu = self.model.vision.cls_token.device.type == "cpu"
         together = min(PACKED_TOGETHER, batch_size) if on_cpu else batch_size  # images encoded at a time
-        refused: deque[Captioned] = deque()
-        running: dict[int, _Read] = {}  # by the number of the request
-        ended = False
+        batch = CaptionBatch(self, generation, batch_size, strip_prompt)
+        while True:
+            while batch.free and (some := list(islice(reads, together))):
+                yield from batch.enter(some)
+            if batch.idle:
+                return
+            yield from batch.step()
 
-        def requests() -> Iterator[Request]:
-            nonlocal ended
-            numbers = count()
-            while len(refused) < MAX_REFUSED:
-                if not (some := list(islice(reads, together))):
-                    ended = True
-                    return
-                refused.extend(read.with_result(read.pixels) for read in some if isinstance(read.pixels, ImageError))
-                for read, pixels, image_kv in self._encoded(some):
-                    running[next(numbers)] = read
-                    yield Request(image_kv, read.prompt_ids, _seed(pixels, generation))
 
-        while not ended:
-            for number, texts in generate_stream(self.model, requests(), generation, batch_size):
-                yield from _drained(refused)
-                read = running.pop(number)
-                yield read.with_result(self._caption(texts, read, strip_prompt))
-            yield from _drained(refused)
+class CaptionBatch:
+    """Images whose captions are being written: they enter and leave one by one, as they come and are finished."""
 
-    def _encoded(self, reads: Sequence[_Read]) -> Iterator[tuple[_Read, Tensor, ImageKV]]:
-        """Those that could be read, each with its pixels and its keys and values."""
+    def __init__(self, captioner: Captioner, generation: GenerationConfig, batch_size: int,
+                 strip_prompt: bool = False) -> None:
+        """`batch_size` images at a time. Raises ValueError for options that do not fit."""
+        self._captioner, self._strip_prompt = captioner, strip_prompt
+        self._generation = Generation(captioner.model, generation, batch_size)
+        self._encoded: deque[tuple[int, Request]] = deque()  # wait for a slot
+        self._running: dict[int, Read] = {}  # by place, those that wait included
+
+    @property
+    def free(self) -> int:
+        """How many images there is room for."""
+        return max(0, self._generation.free - len(self._encoded))
+
+    @property
+    def idle(self) -> bool:
+        return not self._running
+
+    def __len__(self) -> int:
+        """How many images are in."""
+        return len(self._running)
+
+    @torch.inference_mode()
+    def enter(self, reads: Sequence[Read]) -> list[Captioned]:
+        """Encode images together, whose places differ from those of all that are in; what finds no room waits. Gives
+        those back that could not be read."""
+        captioner, config = self._captioner, self._generation.config
         readable = [(read, read.pixels) for read in reads if isinstance(read.pixels, Tensor)]
-        for image_embeds in encode_images(self.model, [torch.stack([p for _, p in readable])] if readable else []):
-            image_kvs = self.model.stack("decoder").image_kv(image_embeds).split()
+        pixels = [torch.stack([pixels for _, pixels in readable])] if readable else []
+        for image_embeds in encode_images(captioner.model, pixels):
+            image_kvs = captioner.model.stack("decoder").image_kv(image_embeds).split()
             for (read, pixels), image_kv in zip(readable, image_kvs, strict=True):
-                yield read, pixels, image_kv
+                self._running[read.place] = read
+                self._encoded.append((read.place, Request(image_kv, read.prompt_ids, _seed(pixels, config))))
+        return [read.with_result(read.pixels) for read in reads if isinstance(read.pixels, ImageError)]
 
-    def _caption(self, texts: Sequence[Generated], read: _Read, strip_prompt: bool) -> Caption | ImageError:
+    def leave(self, place: int) -> None:
+        """Stop writing an image's caption; nothing happens where it is finished."""
+        if self._running.pop(place, None) is not None:
+            self._generation.leave(place)
+            self._encoded = deque(waiting for waiting in self._encoded if waiting[0] != place)
+
+    def step(self) -> list[Captioned]:
+        """Compute a token of every caption; gives those that this finishes."""
+        while self._encoded and self._generation.enter(*self._encoded[0]):
+            self._encoded.popleft()
+        return [self._finished(place, texts) for place, texts in self._generation.step()]
+
+    def _finished(self, place: int, texts: Sequence[Generated]) -> Captioned:
+        read, decode = self._running.pop(place), self._captioner.tokenizer.decode
         if not texts:
-            return ImageError(f"{read.image}: no text has a probability: take another --dtype, or ban fewer words")
-        skipped = len(read.prompt_ids) if strip_prompt else 0
-        best, *others = (Caption(self.tokenizer.decode(text.token_ids[skipped:]), text.token_ids, text.score, text.cut)
+            return read.with_result(
+                ImageError(f"{read.image}: no text has a probability: take another --dtype, or ban fewer words"))
+        skipped = len(read.prompt_ids) if self._strip_prompt else 0
+        best, *others = (Caption(decode(text.token_ids[skipped:]), text.token_ids, text.score, text.cut)
                          for text in texts)
-        return replace(best, others=tuple(others))
+        return read.with_result(replace(best, others=tuple(others)))
 
 
 def _place(captioned: Captioned) -> int:
     return captioned.place
-
-
-def _drained(refused: deque[Captioned]) -> Iterator[Captioned]:
-    while refused:
-        yield refused.popleft()
 
 
 def _too_long(prompt_ids: Sequence[int], generation: GenerationConfig) -> str | None:

@@ -1,0 +1,233 @@
+"""What stands before the routes: who may ask, how much may come in and how long it may take; and behind them: headers
+of safety, metrics and the log.
+
+A request that does work takes a seat before its body is read, so that bodies in memory are bounded by the queue. It is
+cancelled, with all of its jobs, when its time is over or its client goes away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from hashlib import sha256
+from typing import Any
+
+from blip_fast.serve.observing import Observing
+from blip_fast.serve.refusals import Refused, busy, draining, internal, timed_out, too_large
+from blip_fast.serve.settings import Limits, Settings
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+CSP = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
+       "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+HEADERS = {"Content-Security-Policy": CSP, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
+           "Cache-Control": "no-cache"}
+OPEN = ("/v1/info",)  # of what else stands under /v1/, which wants the key
+DISCARDED = 4  # times the limit that is taken in of an upload that is too large, so that its client hears of it
+GRACE = 2.0  # seconds in which an answer that has begun may end when the time is over
+METHODS = ("GET", "HEAD", "POST")
+CLIENT_GONE = 499
+
+_log = logging.getLogger("blip_fast.serve")
+
+
+class House:
+    """How many pictures and questions are in the server, and whether it takes more."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits, self.taken, self.draining = limits, 0, False
+
+    @contextmanager
+    def seat(self) -> Iterator[Seat]:
+        """Room for one. Raises Refused (`busy`, `draining`)."""
+        if self.draining:
+            raise draining()
+        seat = Seat(self, asyncio.get_running_loop().time() + self.limits.seconds)
+        seat.take(1)
+        try:
+            yield seat
+        finally:
+            self.taken -= seat.size
+
+
+class Seat:
+    """A request's place in the house, and when its time is over (of the event loop's clock)."""
+
+    def __init__(self, house: House, deadline: float) -> None:
+        self._house, self.deadline, self.size = house, deadline, 0
+
+    def take(self, more: int) -> None:
+        """Raises Refused (`busy`)."""
+        if self._house.taken + more > self._house.limits.queue:
+            raise busy()
+        self._house.taken += more
+        self.size += more
+
+
+class Guard:
+    """The outermost of the server's layers. The routes find their seat as `scope["seat"]`."""
+
+    def __init__(self, app: App, settings: Settings, house: House, observing: Observing) -> None:
+        self._app, self._settings, self._house, self._observing = app, settings, house, observing
+        self._key = None if settings.api_key is None else sha256(settings.api_key.encode()).digest()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began, answer = time.perf_counter(), _Answer(send)
+        try:
+            self._check(scope)
+            if _is_guarded(scope):
+                await self._work(scope, receive, answer)
+            else:
+                await self._app(scope, receive, answer.send)
+        except Refused as refused:
+            await answer.refuse(refused)
+        except Exception as error:  # its message may quote what was sent
+            _log.error("%s at a request", type(error).__name__)
+            await answer.refuse(internal())
+        finally:
+            method = scope["method"] if scope["method"] in METHODS else "other"
+            route = getattr(scope.get("route"), "path", "other")
+            self._observing.answered(method, route, answer.status or CLIENT_GONE, time.perf_counter() - began)
+
+    def _check(self, scope: Scope) -> None:
+        """Who may ask. Raises Refused."""
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        names = self._settings.host_names
+        if names and _host_name(headers.get(b"host", b"")) not in names:
+            raise Refused(403, "wrong_host", "This server answers to names of this machine alone: ask for "
+                          f"{names[0]}, or start it with an API key.")
+        if not _is_guarded(scope):
+            return
+        if headers.get(b"sec-fetch-site") in (b"cross-site", b"same-site"):
+            raise Refused(403, "other_site", "Pages of other sites may not ask this server: open its own page.")
+        if self._key is not None:
+            scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(sha256(key.strip()).digest(), self._key):
+                raise Refused(401, "unauthorized", "This needs the server's API key: send it as Authorization: "
+                              "Bearer KEY.")
+
+    async def _work(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
+        limits = self._house.limits
+        with self._house.seat() as seat:
+            scope["seat"] = seat
+            body = _Body(receive, limits.upload_bytes, scope["method"] == "POST")
+            work = asyncio.ensure_future(self._route(scope, body, answer))
+            gone = asyncio.ensure_future(body.gone())
+            try:
+                await asyncio.wait((work, gone), timeout=limits.seconds, return_when=asyncio.FIRST_COMPLETED)
+                if answer.status and not gone.done():  # it ends by itself, with what has become of the rest
+                    await asyncio.wait((work, gone), timeout=GRACE, return_when=asyncio.FIRST_COMPLETED)
+                if work.done():
+                    return await work
+                if not gone.done():
+                    raise timed_out(limits.seconds)
+            finally:
+                work.cancel()
+                gone.cancel()
+                await asyncio.gather(work, gone, return_exceptions=True)
+
+    async def _route(self, scope: Scope, body: _Body, answer: _Answer) -> None:
+        await body.check_length(scope)
+        await self._app(scope, body.receive, answer.send)
+
+
+class _Body:
+    """A request's body as it comes: a limit on its bytes, and a notice when the client goes away."""
+
+    def __init__(self, receive: Receive, most: int, is_read: bool) -> None:
+        """`is_read`: the route takes it in; else it is none."""
+        self._receive, self._most, self._size = receive, most, 0
+        self._ended, self._left = asyncio.Event(), asyncio.Event()
+        if not is_read:
+            self._ended.set()
+
+    async def check_length(self, scope: Scope) -> None:
+        """Refuse what says that it is too large before anything of it is kept. Raises Refused (`too_large`)."""
+        lengths = [value for name, value in scope["headers"] if name.lower() == b"content-length"]
+        if lengths and lengths[0].isdigit() and int(lengths[0][:20]) > self._most:
+            await self._discard()
+
+    async def receive(self) -> MutableMapping[str, Any]:
+        """The next part. Routes do not hear that the client has gone: they are cancelled. Raises Refused
+        (`too_large`)."""
+        if not self._ended.is_set():
+            message = await self._next()
+            if self._size > self._most:
+                await self._discard()
+            if not self._left.is_set():
+                return message
+        return await asyncio.Future()
+
+    async def gone(self) -> None:
+        """Until the client goes away."""
+        await self._ended.wait()
+        while not self._left.is_set():
+            await self._next()
+
+    async def _discard(self) -> None:
+        while not self._ended.is_set() and self._size <= DISCARDED * self._most:
+            await self._next()
+        raise too_large(self._most)
+
+    async def _next(self) -> MutableMapping[str, Any]:
+        message = await self._receive()
+        self._size += len(message.get("body", b""))
+        if message["type"] == "http.disconnect":
+            self._left.set()
+        if not message.get("more_body"):
+            self._ended.set()
+        return message
+
+
+class _Answer:
+    """Sends what the routes say, with the headers that every answer has; `status` is None until it has begun."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.status: int | None = None
+
+    async def send(self, message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            given = {name.lower() for name, _ in message.get("headers", ())}
+            added = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()
+                     if name.lower().encode() not in given]
+            message = {**message, "headers": [*message.get("headers", ()), *added]}
+        await self._send(message)
+
+    async def refuse(self, refused: Refused) -> None:
+        """A refusal as JSON; where an answer has begun already, nothing more can be said. What is left of the body
+        is not read, so the connection is closed."""
+        if self.status is not None:
+            return
+        body = json.dumps(refused.body()).encode()
+        headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), "Connection": "close",
+                   **refused.headers()}
+        if refused.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        await self.send({"type": "http.response.start", "status": refused.status,
+                         "headers": [(name.lower().encode(), value.encode()) for name, value in headers.items()]})
+        await self.send({"type": "http.response.body", "body": body})
+
+
+def _is_guarded(scope: Scope) -> bool:
+    """Whether a request does work, wants the key, and needs a seat."""
+    path = scope["path"].removeprefix(scope.get("root_path", ""))  # as the routes see it
+    return path.startswith("/v1/") and path not in OPEN
+
+
+def _host_name(host: bytes) -> str:
+    """Without its port; of IPv6 addresses without brackets."""
+    text = host.decode("latin-1").lower()
+    return text[1:].partition("]")[0] if text.startswith("[") else text.partition(":")[0]

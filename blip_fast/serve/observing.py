@@ -1,0 +1,59 @@
+"""What a server tells of itself: metrics for Prometheus, and a line in the log for each request.
+
+Neither holds anything that a client has sent: routes are named as this code names them, never as they were asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from blip_fast.serve.processes import Crew
+
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+IMAGES = (1, 2, 4, 8, 16, 32, 64)
+
+_log = logging.getLogger("blip_fast.serve")
+
+
+class Observing:
+    """One server's counts, in a registry of their own."""
+
+    def __init__(self, crews: list[Crew], seats: Callable[[], int]) -> None:
+        """`seats` tells how many pictures and questions are in the house."""
+        self.registry = registry = CollectorRegistry()
+        self._requests = Counter("blip_fast_requests", "Requests that were answered", ("route", "status"),
+                                 registry=registry)
+        self._seconds = Histogram("blip_fast_request_seconds", "From a request's head to its answer's end", ("route",),
+                                  buckets=SECONDS, registry=registry)
+        self._images = Counter("blip_fast_images", "Pictures that were worked on; their rate is images a second",
+                               ("task",), registry=registry)
+        self._batch = Histogram("blip_fast_batch_images", "Pictures in the batch when a caption was finished",
+                                buckets=IMAGES, registry=registry)
+        Gauge("blip_fast_queue_length", "Pictures and questions that are in the house", registry=registry).set_function(
+            seats)
+        gauges = [Gauge(f"blip_fast_{name}", help, ("processes",), registry=registry) for name, help in (
+            ("jobs_waiting", "Jobs that no process has taken yet"), ("processes_ready", "Processes that take jobs"),
+            ("process_restarts", "Processes that ended and were replaced"))]
+        for crew in crews:
+            for gauge, read in zip(gauges, (lambda crew: crew.waiting, lambda crew: crew.ready,
+                                            lambda crew: crew.restarts), strict=True):
+                gauge.labels(crew.name).set_function(lambda crew=crew, read=read: read(crew))
+
+    def answered(self, method: str, route: str, status: int, seconds: float) -> None:
+        """A request's end: its status, 499 where the client went away."""
+        self._requests.labels(route, str(status)).inc()
+        self._seconds.labels(route).observe(seconds)
+        _log.info("%s %s %d %.3f s", method, route, status, seconds)
+
+    def worked(self, task: str, batch: int | None = None) -> None:
+        """A picture's or a question's result."""
+        self._images.labels(task).inc()
+        if batch is not None:
+            self._batch.observe(batch)
+
+    def text(self) -> bytes:
+        """For Prometheus."""
+        return generate_latest(self.registry)

@@ -1,0 +1,49 @@
+// Cards are captioned in requests as large as the server takes, one after another: a thousand pictures dropped at once
+// neither fill its queue nor wait for each other's answers.
+
+import { captions, Refusal } from "./api.js";
+import { oneRequest } from "./limits.js";
+
+let waiting = [];
+let sending = false;
+
+/** Caption cards, in their order. `options` gives `num` and `prompt` when a request is sent. */
+export async function caption(cards, options) {
+  for (const card of cards) card.isWaiting();
+  waiting.push(...cards);
+  if (sending) return;
+  sending = true;
+  while ((waiting = waiting.filter((card) => !card.removed)).length) {
+    const together = oneRequest(waiting, (card) => card.file);
+    waiting = waiting.slice(together.length);
+    await send(together, options());
+  }
+  sending = false;
+}
+
+async function send(cards, options) {
+  const unanswered = new Set(cards);
+  for (const card of cards) card.isSent();
+  let failure = new Refusal("broken_off", "The server's answer ended before this picture's caption.");
+  try {
+    for await (const row of captions(cards.map((card) => card.file), options, whenAllAreRemoved(cards))) {
+      const card = cards[row.index];
+      unanswered.delete(card);
+      if (card.removed) continue;
+      if (row.error) card.hasFailed(row.error);
+      else card.isCaptioned(row.captions);
+    }
+  } catch (error) {
+    failure = error;
+  }
+  for (const card of unanswered) if (!card.removed) card.hasFailed(failure);
+}
+
+/** A signal that ends a request when nobody waits for it any more. */
+function whenAllAreRemoved(cards) {
+  const request = new AbortController();
+  for (const card of cards) {
+    card.signal.addEventListener("abort", () => cards.every((each) => each.removed) && request.abort());
+  }
+  return request.signal;
+}

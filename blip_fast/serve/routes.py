@@ -1,0 +1,146 @@
+"""The routes of the API under /v1/."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from blip_fast.serve.forms import (
+    AskFields,
+    CaptionFields,
+    ExplainFields,
+    Fields,
+    Link,
+    Picture,
+    ScoreFields,
+    SearchFields,
+    body_of,
+    read_form,
+)
+from blip_fast.serve.refusals import Refused, bad_value, timed_out
+from blip_fast.serve.service import Service
+
+NDJSON = "application/x-ndjson"
+
+routes = APIRouter(prefix="/v1")
+
+
+async def service_of(request: Request) -> Service:
+    return request.app.state.service
+
+
+Served = Annotated[Service, Depends(service_of)]
+
+
+@routes.get("/info", summary="What this server does, and what it takes")
+async def info(service: Served) -> JSONResponse:
+    return JSONResponse(service.info())
+
+
+@routes.post("/caption", summary="Captions of pictures", openapi_extra=body_of(CaptionFields, "one or several"))
+async def caption(request: Request, service: Served) -> Response:
+    """`{"results": [{"index": 0, "captions": [{"text": …, "score": …}]}, {"index": 1, "error": {…}}]}`, in the order of
+    the pictures; `score` is the mean log-probability of a token. With `Accept: application/x-ndjson` each row is a
+    line, sent when it is finished. A request all of whose pictures are refused is refused itself, unless rows are
+    lines.
+    """
+    fields, pictures = await read_form(request, CaptionFields, service.settings.limits)
+    if not pictures:
+        raise bad_value("image: no picture was sent.")
+    request.scope["seat"].take(len(pictures) - 1)
+    rows = [asyncio.ensure_future(_row(service, place, picture, fields)) for place, picture in enumerate(pictures)]
+    if NDJSON in request.headers.get("accept", ""):
+        return StreamingResponse(_lines(rows, request.scope["seat"].deadline, service.settings.limits.seconds),
+                                 media_type=NDJSON)
+    try:
+        done = await asyncio.gather(*rows)
+    finally:
+        _cancel(rows)
+    refused = [row for row in done if isinstance(row, Refused)]
+    if len(refused) == len(done):
+        raise refused[0]
+    return JSONResponse({"results": [_told(place, row) for place, row in enumerate(done)]})
+
+
+@routes.post("/score", summary="How well texts describe a picture", openapi_extra=body_of(ScoreFields, "one"))
+async def score(request: Request, service: Served) -> JSONResponse:
+    """`{"scores": [{"text": …, "itm": …, "itc": …}]}` in the order of the texts: `itm` is the probability that text and
+    picture match, `itc` the cosine of their features."""
+    fields, picture = await _one(request, service, ScoreFields)
+    return JSONResponse((await service.about("score", picture, fields.model_dump()))[0])
+
+
+@routes.post("/ask", summary="An answer to a question about a picture", openapi_extra=body_of(AskFields, "one"))
+async def ask(request: Request, service: Served) -> JSONResponse:
+    """`{"answer": …, "score": …}`"""
+    fields, picture = await _one(request, service, AskFields)
+    return JSONResponse((await service.about("ask", picture, fields.model_dump()))[0])
+
+
+@routes.post("/search", summary="Indexed pictures by a text or a picture",
+             openapi_extra=body_of(SearchFields, "one, or none with a text"))
+async def search(request: Request, service: Served) -> JSONResponse:
+    """`{"hits": [{"id": …, "name": …, "score": …, "cosine": …, "image": "/v1/indexed/ID"}]}`, best first."""
+    fields, pictures = await read_form(request, SearchFields, service.settings.limits)
+    if len(pictures) + (fields.text is not None) != 1:
+        raise bad_value("text: search by a text or by one picture.")
+    hits = await service.search(pictures[0] if pictures else None, fields.model_dump())
+    return JSONResponse({"hits": hits})
+
+
+@routes.get("/indexed/{number}", summary="A hit's picture, as JPEG", response_class=Response)
+async def indexed(number: str, service: Served) -> Response:
+    return Response(await service.thumbnail(number), media_type="image/jpeg")
+
+
+@routes.post("/explain", summary="Where in a picture a text's words are seen, as PNG", response_class=Response,
+             openapi_extra=body_of(ExplainFields, "one"))
+async def explain(request: Request, service: Served) -> Response:
+    """A heat map over the picture for `word`, or a sheet of those of the text and all of its words."""
+    fields, picture = await _one(request, service, ExplainFields)
+    _, drawn = await service.about("explain", picture, fields.model_dump())
+    return Response(drawn, media_type="image/png")
+
+
+async def _one(request: Request, service: Service, model: type[Fields]) -> tuple[Fields, Picture | Link]:
+    """The fields, and the one picture that a request must bring."""
+    fields, pictures = await read_form(request, model, service.settings.limits)
+    if len(pictures) != 1:
+        raise bad_value(f"image: {len(pictures)} pictures were sent, send one.")
+    return fields, pictures[0]
+
+
+async def _row(service: Service, place: int, picture: Picture | Link,
+               fields: CaptionFields) -> list[dict[str, Any]] | Refused:
+    try:
+        return await service.caption(picture, fields.num, fields.prompt)
+    except Refused as refused:
+        return refused
+
+
+def _told(place: int, row: list[dict[str, Any]] | Refused) -> dict[str, Any]:
+    return {"index": place, **(row.body() if isinstance(row, Refused) else {"captions": row})}
+
+
+async def _lines(rows: Sequence[asyncio.Future[Any]], deadline: float, seconds: float) -> AsyncIterator[str]:
+    """Rows as they are finished, and when the time is over, errors for the others."""
+    places, loop = {row: place for place, row in enumerate(rows)}, asyncio.get_running_loop()
+    try:
+        while places:
+            done, _ = await asyncio.wait(places, timeout=deadline - loop.time(),
+                                         return_when=asyncio.FIRST_COMPLETED)
+            for row in done or list(places):
+                result = row.result() if row in done else timed_out(seconds)
+                yield json.dumps(_told(places.pop(row), result)) + "\n"
+    finally:
+        _cancel(rows)
+
+
+def _cancel(rows: Sequence[asyncio.Future[Any]]) -> None:
+    for row in rows:
+        row.cancel()
