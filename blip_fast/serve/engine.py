@@ -97,8 +97,7 @@ class Engine:
         tasks = {"caption": self.captioner, "score": self.matcher, "ask": self.answerer, "explain": self.explainer,
                  "search": None if self.index is None else self.index.matcher}
         served = {name: task.model.config for name, task in tasks.items() if task is not None}
-        return {"sizes": {name: config.vision.image_size for name, config in served.items()},
-                "captions": self.generation.n_best}
+        return {"sizes": {name: config.vision.image_size for name, config in served.items()}}
 
     def enter(self, jobs: list[tuple[dict[str, Any], bytes]]) -> list[tuple[int, Message | Refused]]:
         """Begin captions, together; what is refused at once."""

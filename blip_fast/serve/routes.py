@@ -53,10 +53,9 @@ async def caption(request: Request, service: Served) -> Response:
     if not pictures:
         raise bad_value("image: no picture was sent.")
     request.scope["seat"].take(len(pictures) - 1)
-    rows = [asyncio.ensure_future(_row(service, place, picture, fields)) for place, picture in enumerate(pictures)]
     if NDJSON in request.headers.get("accept", ""):
-        return StreamingResponse(_lines(rows, request.scope["seat"].deadline, service.settings.limits.seconds),
-                                 media_type=NDJSON)
+        return StreamingResponse(_lines(service, pictures, fields, request.scope["seat"].deadline), media_type=NDJSON)
+    rows = _begun(service, pictures, fields)
     try:
         done = await asyncio.gather(*rows)
     finally:
@@ -115,8 +114,11 @@ async def _one(request: Request, service: Service, model: type[Fields]) -> tuple
     return fields, pictures[0]
 
 
-async def _row(service: Service, place: int, picture: Picture | Link,
-               fields: CaptionFields) -> list[dict[str, Any]] | Refused:
+def _begun(service: Service, pictures: Sequence[Picture | Link], fields: CaptionFields) -> list[asyncio.Future[Any]]:
+    return [asyncio.ensure_future(_row(service, picture, fields)) for picture in pictures]
+
+
+async def _row(service: Service, picture: Picture | Link, fields: CaptionFields) -> list[dict[str, Any]] | Refused:
     try:
         return await service.caption(picture, fields.num, fields.prompt)
     except Refused as refused:
@@ -127,15 +129,17 @@ def _told(place: int, row: list[dict[str, Any]] | Refused) -> dict[str, Any]:
     return {"index": place, **(row.body() if isinstance(row, Refused) else {"captions": row})}
 
 
-async def _lines(rows: Sequence[asyncio.Future[Any]], deadline: float, seconds: float) -> AsyncIterator[str]:
+async def _lines(service: Service, pictures: Sequence[Picture | Link], fields: CaptionFields,
+                 deadline: float) -> AsyncIterator[str]:
     """Rows as they are finished, and when the time is over, errors for the others."""
-    places, loop = {row: place for place, row in enumerate(rows)}, asyncio.get_running_loop()
+    rows, loop = _begun(service, pictures, fields), asyncio.get_running_loop()
+    places = {row: place for place, row in enumerate(rows)}
     try:
         while places:
             done, _ = await asyncio.wait(places, timeout=deadline - loop.time(),
                                          return_when=asyncio.FIRST_COMPLETED)
             for row in done or list(places):
-                result = row.result() if row in done else timed_out(seconds)
+                result = row.result() if row in done else timed_out(service.settings.limits.seconds)
                 yield json.dumps(_told(places.pop(row), result)) + "\n"
     finally:
         _cancel(rows)
