@@ -1,12 +1,12 @@
 # The server in a container. PyTorch for CPUs, or for CUDA:
 #   docker build -t blip-fast .
-#   docker build -t blip-fast:cuda --build-arg TORCH_BACKEND=cu126 .
+#   docker build -t blip-fast:cuda --build-arg TORCH_BACKEND=cu130 .
 # docs/serving.md and compose.yaml say how it is used.
 FROM python:3.11-slim AS build
-# What uv installs of PyTorch: cpu, cu126, … (uv help pip install, --torch-backend).
+# What uv installs of PyTorch: cpu, cu130, … (uv help pip install, --torch-backend).
 ARG TORCH_BACKEND=cpu
 WORKDIR /source
-RUN python -m venv /opt/blip-fast && pip install --no-cache-dir "uv>=0.7"
+RUN python -m venv /opt/blip-fast && pip install --no-cache-dir "uv>=0.13"
 COPY pyproject.toml README.md LICENSE ./
 COPY kernels kernels
 COPY blip_fast blip_fast

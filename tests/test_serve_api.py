@@ -149,6 +149,41 @@ def test_answers_are_the_offline_ones(server, root):
         assert told["answer"] == expected.answer and told["score"] == pytest.approx(expected.score, abs=1e-5)
 
 
+def test_questions_and_scores_of_many_are_computed_together(server, root):
+    """Each is as alone, and one that does not fit is refused alone."""
+    pictures, answerer = photos(12), Answerer.from_pretrained(root / "answerer")
+    matcher = Matcher.from_pretrained(root / "model")
+    texts = [TEXTS[: 1 + i % 3] for i in range(11)] + [[TEXTS[0], "\u200b"]]
+
+    async def all_at_once():
+        asked = [server.client.post("/v1/ask", files=files([content]), data={"question": f"is it {i} dogs"})
+                 for i, content in enumerate(pictures)]
+        scored = [server.client.post("/v1/score", files=files([content]), data={"texts": mine})
+                  for content, mine in zip(pictures, texts, strict=True)]
+        return await asyncio.gather(*asked), await asyncio.gather(*scored)
+
+    before = together(server)
+    asked, scored = server.run(all_at_once())
+    images = [load_image(content) for content in pictures]
+    expected = answerer(images, [f"is it {i} dogs" for i in range(12)])
+    assert [response.json()["answer"] for response in asked] == [answer.answer for answer in expected]
+    assert code(scored.pop(), 422) == "bad_value"
+    for response, image, mine in zip(scored, images, texts, strict=False):
+        rows, alone = response.json()["scores"], matcher.score(image, mine)
+        assert [row["text"] for row in rows] == mine
+        np.testing.assert_allclose([row["itm"] for row in rows], alone.itm[0], atol=1e-6)
+        np.testing.assert_allclose([row["itc"] for row in rows], alone.itc[0], atol=1e-6)
+    assert all(count > before[task] for task, count in together(server).items())
+
+
+def together(server) -> dict[str, float]:
+    """How many questions, and pictures to be scored, were not alone."""
+    lines = dict(line.rsplit(" ", 1) for line in server.get("/metrics").text.splitlines() if not line.startswith("#"))
+    name = 'blip_fast_batch_images_{}{{{}task="{}"}}'
+    return {task: float(lines.get(name.format("count", "", task), 0))
+            - float(lines.get(name.format("bucket", 'le="1.0",', task), 0)) for task in ("ask", "score")}
+
+
 def test_hits_are_the_offline_ones(server, root):
     index = Index.open(root / "index")
     (content,) = photos(1, "PNG")
@@ -315,7 +350,7 @@ def test_health_and_metrics(server):
     assert float(lines['blip_fast_images_total{task="caption"}']) >= 2
     assert float(lines['blip_fast_requests_total{route="/v1/caption",status="200"}']) >= 1
     assert float(lines['blip_fast_request_seconds_count{route="/v1/caption"}']) >= 1
-    assert float(lines["blip_fast_batch_images_count"]) >= 2
+    assert float(lines['blip_fast_batch_images_count{task="caption"}']) >= 2
     assert lines["blip_fast_queue_length"] == "0.0"
     assert lines['blip_fast_processes_ready{processes="workers"}'] == "1.0"
 

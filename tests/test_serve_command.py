@@ -102,6 +102,10 @@ def test_a_server_of_its_own(model):
         assert server.caption(photos(1)).status_code == 200
         assert server.get("/secret-path?secret=1", headers={"User-Agent": "secret"}).status_code == 404
         assert server.get("/", headers={"Host": "evil.example"}).json()["error"]["code"] == "wrong_host"
+        for path in ("/", "/ready"):  # balancers ask so
+            head, whole = httpx.head(f"{server.url}{path}"), server.get(path)
+            assert (head.status_code, head.content) == (200, b"")
+            assert head.headers["content-length"] == str(len(whole.content))
         check_broken_requests(server)
         check_lost_processes(server)
         check_drain(server)

@@ -144,7 +144,7 @@ def compare(model: str, pictures: Sequence[Path], log: Path, args: Namespace) ->
     with served(model, args.threads, args.batch, args.queue, log) as port:
         asyncio.run(load(port, uploads, args.clients, 5.0, Load()))
         for _ in range(args.rounds):
-            number, seconds = offline(captioner, pictures, args.seconds / args.rounds / 2, args.batch)
+            number, seconds = offline(captioner, pictures, args.seconds / args.rounds, args.batch)
             alone = alone[0] + number, alone[1] + seconds
             asyncio.run(load(port, uploads, args.clients, args.seconds / args.rounds, found))
     served_rate, offline_rate = len(found.latencies) / found.seconds, alone[0] / alone[1]
@@ -161,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--model", type=str | None, help="a captioning checkpoint (default: a small one with random weights)")
     add("--clients", type=int, default=64)
-    add("--seconds", type=float, default=120.0, help="of load, in all rounds together; the offline engine has half")
+    add("--seconds", type=float, default=120.0, help="of load, in all rounds together, and of the offline engine")
     add("--rounds", type=int, default=4, help="turns of each")
     add("--pictures", type=int, default=64, help="different ones")
     add("--threads", type=int, default=2, help="of both engines")

@@ -27,7 +27,7 @@ def _arguments(parser: ArgumentParser) -> None:
     add("--explain", action="store_true", help="serve heat maps, by weights of their own: more memory")
     add("--workers", type=int | None, metavar="N",
         help="processes with a model, dealt out over the devices (default: one for each device)")
-    add("--batch-size", type=int, default=16, help="pictures that a worker captions together")
+    add("--batch-size", type=int, default=16, help="pictures, or questions, that a worker works on together")
     add("--beams", type=int, default=3, help="1 is greedy; alternatives are as many at most")
     add_caption_options(parser)
     add("--strip-prompt", action="store_true", help="leave the prompt out of captions")

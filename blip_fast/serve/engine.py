@@ -1,4 +1,5 @@
-"""What a worker's process loads, and what it does: captions in a continuous batch, everything else when it comes."""
+"""What a worker's process loads, and what it does: captions in a continuous batch, scores and answers in batches of
+those that wait, the rest one at a time."""
 
 from __future__ import annotations
 
@@ -21,13 +22,20 @@ from blip_fast.serve.refusals import Refused, bad_value
 from blip_fast.tasks.answer import Answerer
 from blip_fast.tasks.caption import CaptionBatch, Captioned, Captioner
 from blip_fast.tasks.explain import Explainer
-from blip_fast.tasks.loading import load_for_task
-from blip_fast.tasks.match import Matcher
+from blip_fast.tasks.loading import load_for_task, pixel_batches
+from blip_fast.tasks.match import Matcher, image_of_each
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from blip_fast.model import BlipModel
     from blip_fast.search import Hit
 
+# Questions, or pictures to be scored, that a CPU works on together: with a small model it answers twice as many so as
+# one by one, and more bring nothing; captions wait meanwhile.
+CPU_TOGETHER = 8
+
+Result = tuple[int, Message | Refused]  # a job's number, and what became of it
 
 @dataclass(frozen=True)
 class WorkerOptions:
@@ -99,7 +107,7 @@ class Engine:
         served = {name: task.model.config for name, task in tasks.items() if task is not None}
         return {"sizes": {name: config.vision.image_size for name, config in served.items()}}
 
-    def enter(self, jobs: list[tuple[dict[str, Any], bytes]]) -> list[tuple[int, Message | Refused]]:
+    def enter(self, jobs: list[Message]) -> list[Result]:
         """Begin captions, together; what is refused at once."""
         assert self.captioner is not None and self.batch is not None
         prompts = [self.options.prompt if head["prompt"] is None else head["prompt"] for head, _ in jobs]
@@ -107,46 +115,66 @@ class Engine:
                  for (head, blob), prompt in zip(jobs, prompts, strict=True)]
         return [self._told(captioned) for captioned in self.batch.enter(reads)]
 
-    def step(self) -> list[tuple[int, Message | Refused]]:
+    def step(self) -> list[Result]:
         """A token of every caption; those that are finished, by the numbers of their jobs."""
         return [] if self.batch is None else [self._told(captioned) for captioned in self.batch.step()]
 
-    def do(self, head: dict[str, Any], blob: bytes) -> Message:
-        """Everything but captions. Raises Refused."""
-        try:
-            return getattr(self, f"_{head['kind']}")(head, blob)
-        except ValueError as error:  # what the tasks say of texts and pictures that do not fit
-            raise bad_value(str(error)) from None
+    def together(self, kind: str) -> int:
+        """How many jobs of a kind, captions apart, `do` takes at a time."""
+        task = {"score": self.matcher, "ask": self.answerer}.get(kind)
+        if task is None:
+            return 1
+        on_cpu = task.model.vision.cls_token.device.type == "cpu"
+        return min(CPU_TOGETHER, self.options.batch_size) if on_cpu else self.options.batch_size
 
-    def _told(self, captioned: Captioned) -> tuple[int, Message | Refused]:
+    def do(self, jobs: list[Message]) -> list[Result]:
+        """Results of jobs of one kind, anything but captions."""
+        task = {"score": self._score, "ask": self._ask, "search": self._search, "explain": self._explain}
+        try:
+            found = task[jobs[0][0]["kind"]](jobs)
+        except ValueError as error:  # what the tasks say of texts and pictures that do not fit
+            if len(jobs) > 1:  # the others are not to suffer for one
+                return [result for job in jobs for result in self.do([job])]
+            return [(jobs[0][0]["id"], bad_value(str(error)))]
+        return [(head["id"], message) for (head, _), message in zip(jobs, found, strict=True)]
+
+    def _told(self, captioned: Captioned) -> Result:
         result = captioned.result
         if isinstance(result, ImageError):
             return captioned.place, bad_value(str(result).removeprefix(f"{captioned.image}: "))
         captions = [{"text": caption.caption, "score": caption.score} for caption in (result, *result.others)]
         return captioned.place, ({"captions": captions, "batch": len(self.batch or ()) + 1}, b"")
 
-    def _score(self, head: dict[str, Any], blob: bytes) -> Message:
+    def _score(self, jobs: list[Message]) -> list[Message]:
         assert self.matcher is not None
-        scores = self.matcher.score(_pixels(blob, head["size"]), head["texts"])
-        rows = zip(head["texts"], scores.itm[0].tolist(), scores.itc[0].tolist(), strict=True)
-        return {"scores": [{"text": text, "itm": itm, "itc": itc} for text, itm, itc in rows]}, b""
+        texts = [head["texts"] for head, _ in jobs]
+        packed = self.matcher.pack([text for mine in texts for text in mine])
+        (pixels,) = pixel_batches([_pixels(blob, head["size"]) for head, blob in jobs],
+                                  self.matcher.model.config.vision.image_size, len(jobs))
+        scores = self.matcher.score_pairs(pixels, packed, image_of_each(texts))
+        counts = [len(mine) for mine in texts]
+        each = zip(texts, scores.itm.split(counts), scores.itc.split(counts), strict=True)
+        return [({"scores": _rows(*mine), "batch": len(jobs)}, b"") for mine in each]
 
-    def _ask(self, head: dict[str, Any], blob: bytes) -> Message:
+    def _ask(self, jobs: list[Message]) -> list[Message]:
         assert self.answerer is not None
-        (answer,) = self.answerer(_pixels(blob, head["size"]), head["question"])
-        return {"answer": answer.answer, "score": answer.score}, b""
+        answers = self.answerer([_pixels(blob, head["size"]) for head, blob in jobs],
+                                [head["question"] for head, _ in jobs])
+        return [({"answer": answer.answer, "score": answer.score, "batch": len(jobs)}, b"") for answer in answers]
 
-    def _search(self, head: dict[str, Any], blob: bytes) -> Message:
+    def _search(self, jobs: list[Message]) -> list[Message]:
         assert self.index is not None
+        ((head, blob),) = jobs
         if head["text"] is not None:
             hits = self.index.query(head["text"], top=head["k"], rerank=self.options.rerank)
         else:
             hits = self.index.query(image=_pixels(blob, head["size"]), top=head["k"])
-        return {"hits": [_hit(hit) for hit in hits]}, b""
+        return [({"hits": [_hit(hit) for hit in hits]}, b"")]
 
-    def _explain(self, head: dict[str, Any], blob: bytes) -> Message:
+    def _explain(self, jobs: list[Message]) -> list[Message]:
         """A word's map over the picture, or a sheet of all words' maps."""
         assert self.explainer is not None
+        ((head, blob),) = jobs
         size, (width, height) = head["size"], head["panel"]
         picture = Image.frombytes("RGB", (width, height), blob[3 * size**2 :])
         pixels, word = _pixels(blob[: 3 * size**2], size), head["word"]
@@ -155,7 +183,7 @@ class Engine:
                  else overlay(picture, explanation.words[0].map.numpy()))
         stream = io.BytesIO()
         drawn.save(stream, "PNG")
-        return {"itm": explanation.itm}, stream.getvalue()
+        return [({"itm": explanation.itm}, stream.getvalue())]
 
 
 def _captions(model: BlipModel) -> bool:
@@ -169,6 +197,11 @@ def _matches(model: BlipModel) -> bool:
 def _pixels(blob: bytes, size: int) -> NDArray[np.uint8]:
     """[size, size, 3]"""
     return np.frombuffer(blob, np.uint8).reshape(size, size, 3)
+
+
+def _rows(texts: list[str], itm: Tensor, itc: Tensor) -> list[dict[str, Any]]:
+    rows = zip(texts, itm.tolist(), itc.tolist(), strict=True)
+    return [{"text": text, "itm": matching, "itc": cosine} for text, matching, cosine in rows]
 
 
 def _hit(hit: Hit) -> dict[str, Any]:

@@ -83,7 +83,9 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, answer = time.perf_counter(), _Answer(send)
+        began, answer, asked = time.perf_counter(), _Answer(send), scope["method"]
+        if asked == "HEAD":  # the routes answer as for GET, and the HTTP library leaves the body out
+            scope = {**scope, "method": "GET"}
         try:
             self._check(scope)
             if _is_guarded(scope):
@@ -96,7 +98,7 @@ class Guard:
             _log.error("%s at a request", type(error).__name__)
             await answer.refuse(internal())
         finally:
-            method = scope["method"] if scope["method"] in METHODS else "other"
+            method = asked if asked in METHODS else "other"
             route = getattr(scope.get("route"), "path", "other")
             self._observing.answered(method, route, answer.status or CLIENT_GONE, time.perf_counter() - began)
 

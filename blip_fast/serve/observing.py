@@ -30,8 +30,8 @@ class Observing:
                                   buckets=SECONDS, registry=registry)
         self._images = Counter("blip_fast_images", "Pictures that were worked on; their rate is images a second",
                                ("task",), registry=registry)
-        self._batch = Histogram("blip_fast_batch_images", "Pictures in the batch when a caption was finished",
-                                buckets=IMAGES, registry=registry)
+        self._batch = Histogram("blip_fast_batch_images", "Pictures that were worked on together when one was finished",
+                                ("task",), buckets=IMAGES, registry=registry)
         Gauge("blip_fast_queue_length", "Pictures and questions that are in the house", registry=registry).set_function(
             seats)
         gauges = [Gauge(f"blip_fast_{name}", help, ("processes",), registry=registry) for name, help in (
@@ -52,7 +52,7 @@ class Observing:
         """A picture's or a question's result."""
         self._images.labels(task).inc()
         if batch is not None:
-            self._batch.observe(batch)
+            self._batch.labels(task).observe(batch)
 
     def text(self) -> bytes:
         """For Prometheus."""

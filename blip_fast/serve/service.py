@@ -75,7 +75,7 @@ class Service:
         """Captions of a picture, best first. Raises Refused."""
         size, pixels = await self._opened("caption", picture)
         result, _ = await self.workers.do({"kind": "caption", "size": size, "prompt": prompt}, pixels)
-        self.observing.worked("caption", result["batch"])
+        self.observing.worked("caption", result.pop("batch"))
         return result["captions"][:num]
 
     async def about(self, task: str, picture: Picture | Link | None, fields: dict[str, Any]) -> Message:
@@ -89,9 +89,9 @@ class Service:
         else:
             size, blob = await self._opened(task, picture)
             head = {"size": size}
-        result = await self.workers.do({"kind": task, **head, **fields}, blob)
-        self.observing.worked(task)
-        return result
+        result, blob = await self.workers.do({"kind": task, **head, **fields}, blob)
+        self.observing.worked(task, result.pop("batch", None))
+        return result, blob
 
     async def search(self, picture: Picture | Link | None, fields: dict[str, Any]) -> list[dict[str, Any]]:
         """Hits, each with an `id` under which `thumbnail` finds it. Raises Refused."""

@@ -9,10 +9,10 @@ import socket
 import threading
 import time
 from collections import deque
-from typing import Any
+from collections.abc import Callable
+from itertools import islice
 
-from blip_fast.inference import PACKED_TOGETHER
-from blip_fast.serve.engine import Engine, WorkerOptions
+from blip_fast.serve.engine import Engine, Result, WorkerOptions
 from blip_fast.serve.messages import Message, receive, send
 from blip_fast.serve.processes import ends_with_the_server
 from blip_fast.serve.refusals import Refused, internal
@@ -46,12 +46,12 @@ class Worker:
         threading.Thread(target=self._listen, name="listen", daemon=True).start()
 
     def run(self) -> None:
-        """A step of all captions, one other job, and again."""
+        """A step of all captions, a few other jobs, and again."""
         while True:
             self._take()
             self._begin()
             if self._others:
-                self._do(*self._others.popleft())
+                self._answer_all(self._next_others(), self._engine.do)
             for number, result in self._engine.step():
                 self._answer(number, result)
             self._beat()
@@ -86,25 +86,27 @@ class Worker:
         """Fill the batch."""
         batch = self._engine.batch
         while self._captions and batch is not None and batch.free:
-            some = [self._captions.popleft() for _ in range(min(len(self._captions), batch.free, PACKED_TOGETHER))]
-            for number, result in self._guarded(some):
-                self._answer(number, result)
+            count = min(len(self._captions), batch.free, batch.together)
+            some = [self._captions.popleft() for _ in range(count)]
+            self._answer_all(some, self._engine.enter)
             self._beat()
 
-    def _guarded(self, jobs: list[Message]) -> list[tuple[int, Message | Refused]]:
-        try:
-            return self._engine.enter(jobs)
-        except Exception as error:
-            return [(head["id"], _failed(error)) for head, _ in jobs]
+    def _next_others(self) -> list[Message]:
+        """The job that has waited longest, and of those of its kind as many as are done with it."""
+        kind = self._others[0][0]["kind"]
+        some = list(islice((job for job in self._others if job[0]["kind"] == kind), self._engine.together(kind)))
+        for job in some:
+            self._others.remove(job)
+        return some
 
-    def _do(self, head: dict[str, Any], blob: bytes) -> None:
+    def _answer_all(self, jobs: list[Message], work: Callable[[list[Message]], list[Result]]) -> None:
+        """Answer with what `work` makes of the jobs."""
         try:
-            result = self._engine.do(head, blob)
-        except Refused as refused:
-            result = refused
+            results = work(jobs)
         except Exception as error:
-            result = _failed(error)
-        self._answer(head["id"], result)
+            results = [(head["id"], _failed(error)) for head, _ in jobs]
+        for number, result in results:
+            self._answer(number, result)
 
     def _answer(self, number: int, result: Message | Refused) -> None:
         if isinstance(result, Refused):

@@ -186,11 +186,9 @@ class Captioner(PretrainedTask):
     def _captioned(self, reads: Iterator[Read], generation: GenerationConfig, batch_size: int,
                    strip_prompt: bool) -> Iterator[Captioned]:
         """As they are finished."""
-        on_cpu = self.model.vision.cls_token.device.type == "cpu"
-        together = min(PACKED_TOGETHER, batch_size) if on_cpu else batch_size  # images encoded at a time
         batch = CaptionBatch(self, generation, batch_size, strip_prompt)
         while True:
-            while batch.free and (some := list(islice(reads, together))):
+            while batch.free and (some := list(islice(reads, batch.together))):
                 yield from batch.enter(some)
             if batch.idle:
                 return
@@ -203,6 +201,8 @@ class CaptionBatch:
     def __init__(self, captioner: Captioner, generation: GenerationConfig, batch_size: int,
                  strip_prompt: bool = False) -> None:
         """`batch_size` images at a time. Raises ValueError for options that do not fit."""
+        on_cpu = captioner.model.vision.cls_token.device.type == "cpu"
+        self.together = min(PACKED_TOGETHER, batch_size) if on_cpu else batch_size  # images best encoded at a time
         self._captioner, self._strip_prompt = captioner, strip_prompt
         self._generation = Generation(captioner.model, generation, batch_size)
         self._encoded: deque[tuple[int, Request]] = deque()  # wait for a slot
