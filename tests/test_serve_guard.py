@@ -3,11 +3,16 @@
 import asyncio
 import json
 import logging
+import socket
+from contextlib import asynccontextmanager
 
 import pytest
 
 pytest.importorskip("fastapi")
 pytest.importorskip("prometheus_client")
+pytest.importorskip("uvicorn")
+
+import uvicorn
 
 from blip_fast.serve import guard
 from blip_fast.serve.guard import Guard, House
@@ -19,6 +24,11 @@ SHORT = Limits(upload_bytes=1000, seconds=0.3)
 LOCAL = [(b"host", b"localhost:8000")]
 
 
+@pytest.fixture(autouse=True)
+def short_lingering(monkeypatch):
+    monkeypatch.setattr(guard, "LINGER", 1.0)
+
+
 class Client:
     """Sends a body part by part and keeps what comes back; what it sends last may be that it goes away."""
 
@@ -26,6 +36,7 @@ class Client:
         self.messages = [{"type": "http.request", "body": part, "more_body": i < len(parts) - 1 or leaves == "early"}
                          for i, part in enumerate(parts)]
         self.leaves, self.taken, self.started, self.body = leaves, 0, None, b""
+        self.taken_before = 0  # the answer began
         self.done = asyncio.Event()
 
     async def receive(self):
@@ -39,7 +50,7 @@ class Client:
     async def send(self, message):
         if message["type"] == "http.response.start":
             assert self.started is None
-            self.started = message
+            self.started, self.taken_before = message, self.taken
         else:
             self.body += message.get("body", b"")
             if not message.get("more_body"):
@@ -114,18 +125,19 @@ def test_every_answer_has_the_headers_of_safety():
 
 
 def test_the_limit_holds_while_the_body_comes_in():
-    """Exactly the limit passes; a byte more does not, whether its length was announced or not, and no more than a few
-    times the limit is taken in."""
+    """Exactly the limit passes; a byte more does not, whether its length was announced or not. What comes behind the
+    answer is taken in, so that its client hears it, but no more than a few times the limit."""
     async def check():
         app = App()
         over, house = guarded(app)
         assert (await ask(over, Client([b"x" * 400, b"x" * 600]))).status == 200
         endless = Client([b"x" * 100] * 1000)
         assert (await ask(over, endless)).status == 413 and endless.code == "too_large"
-        assert endless.taken <= guard.DISCARDED * 10 + 1
-        announced = Client([b"x" * 100] * 1000)
-        await ask(over, announced, headers=[(b"content-length", b"100000")])
+        assert endless.taken_before == 11 and endless.taken == guard.DISCARDED * 10 + 1
+        announced = Client([b"x" * 100] * 30)
+        await ask(over, announced, headers=[(b"content-length", b"3000")])
         assert announced.status == 413 and announced.headers["connection"] == "close"
+        assert announced.taken_before == 0 and announced.taken == 30
         assert app.sizes == [1000] and house.taken == 0
 
     run(check())
@@ -138,10 +150,55 @@ def test_a_full_queue_sends_away():
         clients = await asyncio.gather(*(ask(over, Client()) for _ in range(5)))
         assert sorted(client.status for client in clients) == [200, 200, 429, 429, 429]
         away = next(client for client in clients if client.status == 429)
-        assert away.code == "busy" and away.headers["retry-after"] == "1" and away.taken == 0
+        assert away.code == "busy" and away.headers["retry-after"] == "1" and away.taken_before == 0
         assert house.taken == 0 and (await ask(over, Client())).status == 200
 
     run(check())
+
+
+def test_who_is_sent_away_hears_it():
+    """Through sockets: a client that sends all of a large upload before it reads is answered, not cut off. A slow one
+    is waited for a little while."""
+    limits = Limits(upload_bytes=20_000_000, queue=1)
+
+    async def check():
+        app = App()
+        over, house = guarded(app, limits)
+        async with listening(over) as port:
+            with house.seat():
+                answers = await asyncio.gather(*(asyncio.to_thread(sends_all, port, 15_000_000) for _ in range(4)))
+            assert all(answer.startswith(b"HTTP/1.1 429 ") and b'"busy"' in answer for answer in answers)
+            assert (await asyncio.to_thread(sends_all, port, 1_000)).startswith(b"HTTP/1.1 200 ")
+            assert (await asyncio.to_thread(sends_all, port, 30_000_000)).startswith(b"HTTP/1.1 413 ")
+        slow = Client([b"x"], leaves="early")
+        slow.receive = asyncio.Event().wait
+        with house.seat():
+            assert (await ask(over, slow)).status == 429
+
+    run(check())
+
+
+@asynccontextmanager
+async def listening(app):
+    """The port of an HTTP server."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, lifespan="off", log_config=None))
+    serving = asyncio.create_task(server.serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    try:
+        yield server.servers[0].sockets[0].getsockname()[1]
+    finally:
+        server.should_exit = True
+        await serving
+
+
+def sends_all(port: int, size: int) -> bytes:
+    """What a client reads that first sends its whole body."""
+    with socket.create_connection(("127.0.0.1", port), timeout=100) as connection:
+        connection.sendall(b"POST /v1/caption HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+                           b"Content-Length: %d\r\n\r\n" % size)
+        connection.sendall(bytes(size))
+        return b"".join(iter(lambda: connection.recv(65536), b""))
 
 
 def test_a_request_of_several_pictures_takes_several_seats():
@@ -192,7 +249,7 @@ def test_keys():
         for header in (b"", b"Bearer", b"Bearer wrong-key", b"Basic secret-key", b"Bearer secret-key2", b"secret-key",
                        b"Bearer \xff\xfe"):
             client = await ask(over, Client(), headers=[(b"authorization", header)])
-            assert client.status == 401 and client.code == "unauthorized" and client.taken == 0
+            assert client.status == 401 and client.code == "unauthorized" and client.taken_before == 0
             assert client.headers["www-authenticate"] == "Bearer"
         assert (await ask(over, Client(), headers=[(b"authorization", b"bearer secret-key")])).status == 200
         assert (await ask(over, Client(), path="/v1/indexed/1", method="GET")).status == 401

@@ -8,12 +8,12 @@ cancelled, with all of its jobs, when its time is over or its client goes away.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
-from contextlib import contextmanager
 from hashlib import sha256
 from typing import Any
 
@@ -31,7 +31,8 @@ CSP = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' 
 HEADERS = {"Content-Security-Policy": CSP, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
            "Cache-Control": "no-cache"}
 OPEN = ("/v1/info",)  # of what else stands under /v1/, which wants the key
-DISCARDED = 4  # times the limit that is taken in of an upload that is too large, so that its client hears of it
+DISCARDED = 4  # times the limit of an upload, that is taken in behind an answer that came before its end
+LINGER = 10.0  # seconds for which it is
 GRACE = 2.0  # seconds in which an answer that has begun may end when the time is over
 METHODS = ("GET", "HEAD", "POST")
 CLIENT_GONE = 499
@@ -45,7 +46,7 @@ class House:
     def __init__(self, limits: Limits) -> None:
         self.limits, self.taken, self.draining = limits, 0, False
 
-    @contextmanager
+    @contextlib.contextmanager
     def seat(self) -> Iterator[Seat]:
         """Room for one. Raises Refused (`busy`, `draining`)."""
         if self.draining:
@@ -83,13 +84,15 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, answer, asked = time.perf_counter(), _Answer(send), scope["method"]
+        began, asked = time.perf_counter(), scope["method"]
+        body = _Body(receive, self._house.limits.upload_bytes, asked == "POST")
+        answer = _Answer(send, body)
         if asked == "HEAD":  # the routes answer as for GET, and the HTTP library leaves the body out
             scope = {**scope, "method": "GET"}
         try:
             self._check(scope)
             if _is_guarded(scope):
-                await self._work(scope, receive, answer)
+                await self._work(scope, body, answer)
             else:
                 await self._app(scope, receive, answer.send)
         except Refused as refused:
@@ -119,12 +122,12 @@ class Guard:
                 raise Refused(401, "unauthorized", "This needs the server's API key: send it as Authorization: "
                               "Bearer KEY.")
 
-    async def _work(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
+    async def _work(self, scope: Scope, body: _Body, answer: _Answer) -> None:
         limits = self._house.limits
         with self._house.seat() as seat:
             scope["seat"] = seat
-            body = _Body(receive, limits.upload_bytes, scope["method"] == "POST")
-            work = asyncio.ensure_future(self._route(scope, body, answer))
+            body.check_length(scope)
+            work = asyncio.ensure_future(self._app(scope, body.receive, answer.send))
             gone = asyncio.ensure_future(body.gone())
             try:
                 await asyncio.wait((work, gone), timeout=limits.seconds, return_when=asyncio.FIRST_COMPLETED)
@@ -139,10 +142,6 @@ class Guard:
                 gone.cancel()
                 await asyncio.gather(work, gone, return_exceptions=True)
 
-    async def _route(self, scope: Scope, body: _Body, answer: _Answer) -> None:
-        await body.check_length(scope)
-        await self._app(scope, body.receive, answer.send)
-
 
 class _Body:
     """A request's body as it comes: a limit on its bytes, and a notice when the client goes away."""
@@ -154,11 +153,15 @@ class _Body:
         if not is_read:
             self._ended.set()
 
-    async def check_length(self, scope: Scope) -> None:
+    @property
+    def ended(self) -> bool:
+        return self._ended.is_set()
+
+    def check_length(self, scope: Scope) -> None:
         """Refuse what says that it is too large before anything of it is kept. Raises Refused (`too_large`)."""
         lengths = [value for name, value in scope["headers"] if name.lower() == b"content-length"]
         if lengths and lengths[0].isdigit() and int(lengths[0][:20]) > self._most:
-            await self._discard()
+            raise too_large(self._most)
 
     async def receive(self) -> MutableMapping[str, Any]:
         """The next part. Routes do not hear that the client has gone: they are cancelled. Raises Refused
@@ -166,7 +169,7 @@ class _Body:
         if not self._ended.is_set():
             message = await self._next()
             if self._size > self._most:
-                await self._discard()
+                raise too_large(self._most)
             if not self._left.is_set():
                 return message
         return await asyncio.Future()
@@ -177,10 +180,13 @@ class _Body:
         while not self._left.is_set():
             await self._next()
 
-    async def _discard(self) -> None:
-        while not self._ended.is_set() and self._size <= DISCARDED * self._most:
-            await self._next()
-        raise too_large(self._most)
+    async def discard(self) -> None:
+        """Take in what is left, within limits, and keep nothing: a client that still sends when the connection is
+        closed may never read what was answered."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LINGER):
+                while not self.ended and self._size <= DISCARDED * self._most:
+                    await self._next()
 
     async def _next(self) -> MutableMapping[str, Any]:
         message = await self._receive()
@@ -195,8 +201,9 @@ class _Body:
 class _Answer:
     """Sends what the routes say, with the headers that every answer has; `status` is None until it has begun."""
 
-    def __init__(self, send: Send) -> None:
-        self._send = send
+    def __init__(self, send: Send, body: _Body) -> None:
+        """`body` is the request's. An answer before its end is the connection's last."""
+        self._send, self._body = send, body
         self.status: int | None = None
 
     async def send(self, message: MutableMapping[str, Any]) -> None:
@@ -205,17 +212,21 @@ class _Answer:
             given = {name.lower() for name, _ in message.get("headers", ())}
             added = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()
                      if name.lower().encode() not in given]
+            if not self._body.ended:
+                added.append((b"connection", b"close"))
             message = {**message, "headers": [*message.get("headers", ()), *added]}
+        elif not (self._body.ended or message.get("more_body")):
+            await self._send({**message, "more_body": True})
+            await self._body.discard()
+            message = {"type": "http.response.body"}
         await self._send(message)
 
     async def refuse(self, refused: Refused) -> None:
-        """A refusal as JSON; where an answer has begun already, nothing more can be said. What is left of the body
-        is not read, so the connection is closed."""
+        """A refusal as JSON; where an answer has begun already, nothing more can be said."""
         if self.status is not None:
             return
         body = json.dumps(refused.body()).encode()
-        headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), "Connection": "close",
-                   **refused.headers()}
+        headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **refused.headers()}
         if refused.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         await self.send({"type": "http.response.start", "status": refused.status,

@@ -26,9 +26,8 @@ class Refused(Exception):
         return {"error": {"code": self.code, "message": self.message}}
 
     def headers(self) -> dict[str, str]:
-        """Of the answer. What is left of an upload that is too large is not taken in."""
-        return ({} if self.seconds is None else {"Retry-After": str(self.seconds)}) | (
-            {"Connection": "close"} if self.status == 413 else {})
+        """Of the answer."""
+        return {} if self.seconds is None else {"Retry-After": str(self.seconds)}
 
 
 def busy() -> Refused:
