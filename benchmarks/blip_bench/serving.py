@@ -94,13 +94,15 @@ async def _until_ready(port: int) -> None:
         await asyncio.sleep(0.2)
 
 
-async def _ask(port: int, request: bytes) -> tuple[int, bytes]:
+async def _ask(port: int, request: bytes) -> tuple[int, bytes, int]:
+    """The answer's status and body, and in how many seconds to come again."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(request)
     answer = await reader.read()
     writer.close()
     head, _, body = answer.partition(b"\r\n\r\n")
-    return int(head.split()[1]), body
+    again = re.search(rb"(?i)\r\nretry-after: *(\d+)", head)
+    return int(head.split()[1]), body, int(again[1]) if again else 0
 
 
 def upload(content: bytes) -> bytes:
@@ -112,17 +114,18 @@ def upload(content: bytes) -> bytes:
 
 
 async def load(port: int, uploads: Sequence[bytes], clients: int, seconds: float, found: Load) -> None:
-    """Clients that ask again as soon as they are answered."""
+    """Clients that ask again as soon as they are answered, or when they are told to."""
     numbers, began = cycle(range(len(uploads))), time.perf_counter()
 
     async def ask() -> None:
         while time.perf_counter() - began < seconds:
             number, asked = next(numbers), time.perf_counter()
-            status, body = await _ask(port, uploads[number])
+            status, body, again = await _ask(port, uploads[number])
             found.statuses[status] += 1
             if status == 200:
                 found.latencies.append(time.perf_counter() - asked)
                 found.captions.setdefault(number, set()).add(json.loads(body)["results"][0]["captions"][0]["text"])
+            await asyncio.sleep(again)
 
     await asyncio.gather(*(ask() for _ in range(clients)))
     found.seconds += time.perf_counter() - began
