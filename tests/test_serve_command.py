@@ -39,7 +39,7 @@ def model(tmp_path_factory) -> Path:
     (["--model", "m", "--api-key", "schlüssel-lang"], "ASCII"),
     (["--model", "m", "--workers", "0"], "at least 1"), (["--model", "m", "--seconds", "0"], "greater than 0"),
     (["--model", "m", "--max-pixels", "900000000"], "at most"), (["--model", "m", "--beams", "0"], "beams"),
-    (["--model", "m", "--max-length", "1"], "max_length")])
+    (["--model", "m", "--max-length", "1"], "max_length"), (["--model", "m", "--queue", "15"], "no room")])
 def test_what_does_not_fit_is_refused_before_anything_is_loaded(arguments, says, monkeypatch):
     monkeypatch.delenv("BLIP_FAST_API_KEY", raising=False)
     with pytest.raises(ValueError, match=says):

@@ -4,6 +4,7 @@ and clipboard; on a phone, in the dark, and with files that are no pictures. Scr
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -287,6 +288,25 @@ def test_a_server_that_loads_its_model(page, watched):
     expect(page.locator("#broken")).to_have_text("The model is being loaded.")
     expect(page.locator("#model")).to_contain_text("model · blip_fast")
     expect(page.locator("#broken")).to_be_hidden()
+
+
+def test_a_server_that_is_busy(page, watched):
+    """Pictures wait for their turn, as long as the server says, and are captioned then."""
+    watched.expected = {429}
+    refusals, asked = iter([429, 429]), []
+
+    def answer(route) -> None:
+        asked.append(time.monotonic())
+        status = next(refusals, None)
+        route.continue_() if status is None else route.fulfill(
+            status=status, headers={"Retry-After": "1"}, json={"error": {"code": "busy", "message": "Try again."}})
+
+    page.route("**/v1/caption", answer)
+    choose(page, upload("sea.png"), upload("hill.png"))
+    expect(card(page, "sea.png").locator(".state")).to_have_text("Waiting for its turn …")
+    captioned(page, "sea.png")
+    captioned(page, "hill.png")
+    assert len(asked) == 3 and all(later - earlier > 0.9 for earlier, later in pairwise(asked))
 
 
 def test_an_api_key(browser, arguments, request):

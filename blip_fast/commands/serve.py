@@ -82,6 +82,9 @@ def _settings(args: Namespace) -> Settings:
         raise ValueError("--explain needs a model that matches texts: name a --matcher, a --model or an --index")
     if args.batch_size < 1 or args.decoders < 1 or (args.workers is not None and args.workers < 1):
         raise ValueError("--batch-size, --workers and --decoders must be at least 1")
+    if args.queue < args.max_images:
+        raise ValueError(f"--queue {args.queue} has no room for a request of --max-images {args.max_images}: raise the "
+                         "one, or lower the other")
     key = args.api_key if args.api_key is not None else os.environ.get(KEY) or None
     if key is not None and (len(key) < 8 or not key.isascii() or not key.isprintable()):
         raise ValueError("an API key needs 8 characters or more, of ASCII alone")

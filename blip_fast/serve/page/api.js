@@ -7,11 +7,12 @@ export function useKey(value) {
   key = value.trim();
 }
 
-/** The server's answer where it is no result: a code and a sentence for people. */
+/** The server's answer where it is no result: a code, a sentence for people, and in how many seconds to ask again. */
 export class Refusal extends Error {
-  constructor(code, message) {
+  constructor(code, message, seconds = 0) {
     super(message);
     this.code = code;
+    this.seconds = seconds;
   }
 
   /** Whether it is the picture that cannot be taken, so that trying again is of no use. */
@@ -86,7 +87,8 @@ async function send(path, options) {
   if (response.ok) return response;
   const { error } = await response.json().catch(() => ({}));
   const status = `The server answered with status ${response.status}.`; // something before it has answered, say
-  throw new Refusal(error?.code ?? "unexplained", error?.message ?? status);
+  const seconds = Number(response.headers.get("Retry-After"));
+  throw new Refusal(error?.code ?? "unexplained", error?.message ?? status, seconds);
 }
 
 function read(response, kind) {

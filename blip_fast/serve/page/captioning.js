@@ -1,5 +1,5 @@
 // Cards are captioned in requests as large as the server takes, one after another: a thousand pictures dropped at once
-// neither fill its queue nor wait for each other's answers.
+// neither fill its queue nor wait for each other's answers. Where others have filled it, they wait for their turn.
 
 import { captions, Refusal } from "./api.js";
 import { oneRequest } from "./limits.js";
@@ -16,11 +16,17 @@ export async function caption(cards, options) {
   while ((waiting = waiting.filter((card) => !card.removed)).length) {
     const together = oneRequest(waiting, (card) => card.file);
     waiting = waiting.slice(together.length);
-    await send(together, options());
+    const seconds = await send(together, options());
+    if (seconds) {
+      for (const card of together) card.isWaiting();
+      waiting.unshift(...together);
+      await new Promise((wake) => setTimeout(wake, 1000 * seconds));
+    }
   }
   sending = false;
 }
 
+/** Resolves to the seconds after which the same cards are to be sent again, 0 where they have been answered. */
 async function send(cards, options) {
   const unanswered = new Set(cards);
   for (const card of cards) card.isSent();
@@ -36,7 +42,9 @@ async function send(cards, options) {
   } catch (error) {
     failure = error;
   }
+  if (failure.code === "busy") return failure.seconds;
   for (const card of unanswered) if (!card.removed) card.hasFailed(failure);
+  return 0;
 }
 
 /** A signal that ends a request when nobody waits for it any more. */
