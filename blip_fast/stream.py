@@ -6,7 +6,8 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from operator import itemgetter
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
@@ -24,34 +25,51 @@ def read_ahead(items: Iterable[Item], read: Callable[[Item], Done], *, threads: 
     The items are drawn by a thread as well, so that the consumer does not wait for a folder to be listed or a shard to
     be fetched. What `items` or `read` raises is raised at its place. No thread goes on once the iterator is closed.
     """
-    ready: queue.Queue[tuple[Item, Future[Done]] | BaseException | None] = queue.Queue(ahead * threads)
+    # In a main thread a signal raises wherever it finds it, and what locks in Python code (Queue, Future, Event) may be
+    # left locked. So who takes the results waits at these queues alone, which cannot be.
+    done: queue.SimpleQueue[tuple[int, tuple[Item, Done] | BaseException | None]] = queue.SimpleQueue()
+    room: queue.SimpleQueue[None] = queue.SimpleQueue()
+    for _ in range(ahead * threads):
+        room.put(None)
     closed = threading.Event()
     pool = ThreadPoolExecutor(threads, "read")
-    threading.Thread(target=_feed, args=(items, read, pool, ready, closed), name="feed", daemon=True).start()
+    feeding = (items, read, pool, done, room, closed)
+    threading.Thread(target=_feed, args=feeding, name="feed", daemon=True).start()
     try:
-        while (entry := ready.get()) is not None:
-            if isinstance(entry, BaseException):
-                raise entry
-            item, future = entry
-            yield item, future.result()
+        for _, result in in_order(iter(done.get, None), itemgetter(0)):
+            room.put(None)
+            if result is None:
+                return
+            if isinstance(result, BaseException):
+                raise result
+            yield result
     finally:
         closed.set()
         pool.shutdown(wait=False, cancel_futures=True)
-        while not ready.empty():  # the feeding thread may wait for room
-            ready.get_nowait()
+        room.put(None)  # the feeding thread may wait for it
 
 
-def _feed(items: Iterable[Any], read: Callable[[Any], Any], pool: ThreadPoolExecutor, ready: queue.Queue[Any],
-          closed: threading.Event) -> None:
+def _feed(items: Iterable[Any], read: Callable[[Any], Any], pool: ThreadPoolExecutor, done: queue.SimpleQueue[Any],
+          room: queue.SimpleQueue[None], closed: threading.Event) -> None:
+    """Puts (place, (item, result)), (place, error), and behind the last item (place, None) into `done`."""
+    def work(place: int, item: Any) -> None:
+        try:
+            done.put((place, (item, read(item))))
+        except BaseException as error:
+            done.put((place, error))
+
+    place = 0
     try:
         for item in items:
+            room.get()
             if closed.is_set():
                 return
-            ready.put((item, pool.submit(read, item)))
-        ready.put(None)
+            pool.submit(work, place, item)
+            place += 1
+        done.put((place, None))
     except BaseException as error:
         if not closed.is_set():  # else it is the pool that is shut
-            ready.put(error)
+            done.put((place, error))
 
 
 def in_order(results: Iterable[Result], place: Callable[[Result], int]) -> Iterator[Result]:

@@ -1,6 +1,8 @@
 """A stream of images through a captioner: order, bounds, errors, prompts, every kind of image."""
 
 import itertools
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -73,6 +75,29 @@ def test_what_the_source_raises_comes_behind_its_items():
     assert next(stream) == (1, "1")
     with pytest.raises(OSError, match="the disk went away"):
         next(stream)
+
+
+def test_a_signal_leaves_nothing_locked():
+    """Hundreds of signals that raise in a main thread, wherever they find it: each ends its stream, none hangs."""
+    interrupted = """if True:
+        import faulthandler, random, signal
+        from blip_fast.stream import read_ahead
+
+        def stop(number, frame):
+            raise KeyboardInterrupt
+
+        faulthandler.dump_traceback_later(100, exit=True)
+        signal.signal(signal.SIGALRM, stop)
+        random.seed(0)
+        for _ in range(400):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, random.uniform(0.0005, 0.01))
+                for _ in read_ahead(range(10**9), lambda number: number):
+                    pass
+            except KeyboardInterrupt:
+                pass
+    """
+    subprocess.run([sys.executable, "-c", interrupted], check=True)
 
 
 def test_in_order():
