@@ -178,10 +178,14 @@ def test_questions_and_scores_of_many_are_computed_together(server, root):
 
 def together(server) -> dict[str, float]:
     """How many questions, and pictures to be scored, were not alone."""
-    lines = dict(line.rsplit(" ", 1) for line in server.get("/metrics").text.splitlines() if not line.startswith("#"))
-    name = 'blip_fast_batch_images_{}{{{}task="{}"}}'
+    lines, name = metrics(server.get("/metrics")), 'blip_fast_batch_images_{}{{{}task="{}"}}'
     return {task: float(lines.get(name.format("count", "", task), 0))
             - float(lines.get(name.format("bucket", 'le="1.0",', task), 0)) for task in ("ask", "score")}
+
+
+def metrics(response) -> dict[str, str]:
+    """Values by their names and labels."""
+    return dict(line.rsplit(" ", 1) for line in response.text.splitlines() if not line.startswith("#"))
 
 
 def test_hits_are_the_offline_ones(server, root):
@@ -344,9 +348,9 @@ def test_health_and_metrics(server):
     assert server.get("/health").json() == {"status": "alive"}
     assert server.get("/ready").json() == {"status": "ready"}
     server.post("/v1/caption", files=files(photos(2)))
-    metrics = server.get("/metrics")
-    lines = dict(line.rsplit(" ", 1) for line in metrics.text.splitlines() if not line.startswith("#"))
-    assert metrics.headers["content-type"].startswith("text/plain")
+    response = server.get("/metrics")
+    lines = metrics(response)
+    assert response.headers["content-type"].startswith("text/plain")
     assert float(lines['blip_fast_images_total{task="caption"}']) >= 2
     assert float(lines['blip_fast_requests_total{route="/v1/caption",status="200"}']) >= 1
     assert float(lines['blip_fast_request_seconds_count{route="/v1/caption"}']) >= 1

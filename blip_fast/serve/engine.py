@@ -37,6 +37,7 @@ CPU_TOGETHER = 8
 
 Result = tuple[int, Message | Refused]  # a job's number, and what became of it
 
+
 @dataclass(frozen=True)
 class WorkerOptions:
     """What a worker's process is told when it starts.

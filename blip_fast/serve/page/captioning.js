@@ -42,7 +42,7 @@ async function send(cards, options) {
   } catch (error) {
     failure = error;
   }
-  if (failure.code === "busy") return failure.seconds;
+  if (failure.code === "busy" && failure.seconds) return failure.seconds;
   for (const card of unanswered) if (!card.removed) card.hasFailed(failure);
   return 0;
 }
