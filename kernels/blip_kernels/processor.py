@@ -1,0 +1,97 @@
+"""What this machine's processor multiplies in hardware, as far as oneDNN may use it.
+
+`ONEDNN_MAX_CPU_ISA` lowers what oneDNN uses: a better processor then stands for a lesser one, and is taken for one here.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Values of ONEDNN_MAX_CPU_ISA under which a type has no products.
+_NO_BFLOAT16 = frozenset({"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI"})
+_NO_FLOAT16 = _NO_BFLOAT16 | {"AVX512_CORE_BF16"}
+_NO_INT8 = frozenset({"SSE41", "AVX", "AVX2", "AVX512_CORE"})
+
+
+def has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 (AVX-512 BF16, AMX, AVX-NE-CONVERT, ARM BF16) faster than float32.
+
+    oneDNN computes bfloat16 on any AVX-512, but converts it to float32 first: such processors have no products of it.
+    """
+    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return True
+    known = capabilities()
+    return _allowed(_NO_BFLOAT16) and any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "avx_ne_convert"))
+
+
+def has_float16() -> bool:
+    """Whether the CPU multiplies float16 (AVX-512 FP16, AMX FP16)."""
+    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        return False
+    return _allowed(_NO_FLOAT16)
+
+
+def has_int8() -> bool:
+    """Whether the CPU multiplies 8-bit integers into 32-bit sums (VNNI, AMX)."""
+    known = capabilities()
+    return (torch.backends.mkldnn.is_available() and _allowed(_NO_INT8)
+            and any(known.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8")))
+
+
+def has_amx() -> bool:
+    """Whether oneDNN multiplies 16-bit types by AMX tiles, whose sums depend on how many rows are multiplied."""
+    return has_bfloat16() and bool(capabilities().get("amx_bf16")) and _allowed(_NO_FLOAT16 | {"AVX512_CORE_FP16"})
+
+
+def has_avx512() -> bool:
+    """Whether float32 products may use AVX-512."""
+    known = capabilities()
+    return bool(known.get("avx512_f")) and os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper() not in (
+        "SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2")
+
+
+@lru_cache
+def is_intel() -> bool:
+    """Whether Intel made the processor; MKL takes its AVX-512 kernels on those alone."""
+    return "GenuineIntel" in _cpu_info() or "GenuineIntel" in platform.processor()
+
+
+def instruction_set() -> str:
+    """What products run on here, for people: "AVX2", "AVX-512 with bfloat16, int8 and AMX"."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return platform.machine() + (" with bfloat16" if has_bfloat16() else "")
+    base = "AVX-512" if has_avx512() else "AVX2" if capabilities().get("avx2") else "SSE"
+    more = [name for name, there in (("bfloat16", has_bfloat16()), ("float16", has_float16()), ("int8", has_int8()),
+                                     ("AMX", has_amx())) if there]
+    return base + (" with " + ", ".join(more) if more else "")
+
+
+@lru_cache
+def capabilities() -> dict[str, Any]:
+    """The processor's own features, by PyTorch's names for them; empty where PyTorch cannot tell."""
+    return dict(torch.cpu.get_capabilities()) if hasattr(torch.cpu, "get_capabilities") else _from_cpu_info()
+
+
+def _from_cpu_info() -> dict[str, bool]:
+    flags = next((line for line in _cpu_info().splitlines() if line.startswith("flags")), "").split()
+    return {flag.replace("avx512f", "avx512_f"): True for flag in flags}
+
+
+@lru_cache
+def _cpu_info() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
+
+
+def _allowed(lower: frozenset[str]) -> bool:
+    return os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper() not in lower
