@@ -13,7 +13,7 @@ from torch import Tensor
 
 from blip_fast.generate import Generated, Generation, GenerationConfig, Request
 from blip_fast.images import ImageError, ImageSource, name_of, unless_error
-from blip_fast.inference import PACKED_TOGETHER, encode_images, evaluated
+from blip_fast.inference import encode_images, evaluated, images_together
 from blip_fast.model import BlipModel
 from blip_fast.stream import in_order, read_ahead
 from blip_fast.tasks.loading import PretrainedTask, as_sources, pixels_or_error
@@ -201,8 +201,7 @@ class CaptionBatch:
     def __init__(self, captioner: Captioner, generation: GenerationConfig, batch_size: int,
                  strip_prompt: bool = False) -> None:
         """`batch_size` images at a time. Raises ValueError for options that do not fit."""
-        on_cpu = captioner.model.vision.cls_token.device.type == "cpu"
-        self.together = min(PACKED_TOGETHER, batch_size) if on_cpu else batch_size  # images best encoded at a time
+        self.together = images_together(captioner.model, batch_size)
         self._captioner, self._strip_prompt = captioner, strip_prompt
         self._generation = Generation(captioner.model, generation, batch_size)
         self._encoded: deque[tuple[int, Request]] = deque()  # wait for a slot
