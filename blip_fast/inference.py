@@ -74,7 +74,7 @@ def _each(model: BlipModel, pixels: Tensor) -> list[Tensor]:
     """[1, tokens, vision width] of each image [images, 3, size, size], on a CPU."""
 
     def encode(image: Tensor) -> Tensor:
-        with row_blocks(model.config.vision.tokens):
+        with row_blocks(model.config.vision.tokens, one_input=True):
             return model.encode_images(image)
 
     images = pixels.split(1)

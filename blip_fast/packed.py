@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from blip_kernels import pack_weight, packed_linear, packing_cannot
+from blip_kernels import (
+    QuantisedWeight,
+    pack_weight,
+    packed_linear,
+    packing_cannot,
+    quantise_weight,
+    quantised_linear,
+)
 from torch import Tensor, nn
 
 from blip_fast.linear import Linear
@@ -22,13 +29,16 @@ class PackedLinear(nn.Module):
     It stays on the CPU and in its dtype. `state_dict` gives the weight as it was.
     """
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, gelu: bool = False) -> None:
+    def __init__(self, layer: nn.Linear | nn.Conv2d, gelu: bool = False, int8: bool = False) -> None:
         """Raises ValueError where the weight cannot be packed here."""
         super().__init__()
-        self._packed, self._shape, self.gelu = pack_weight(layer.weight.flatten(1)), layer.weight.shape, gelu
+        self._packed = (quantise_weight if int8 else pack_weight)(layer.weight.flatten(1))
+        self._shape, self.gelu = layer.weight.shape, gelu
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self._packed, QuantisedWeight):
+            return quantised_linear(x, self._packed, self.bias, gelu=self.gelu)
         return packed_linear(x, self._packed, self.bias, gelu=self.gelu)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -40,7 +50,7 @@ class PackedLinear(nn.Module):
                          "another device or dtype")
 
 
-def pack_linear_layers(model: BlipModel) -> None:
+def pack_linear_layers(model: BlipModel, int8: bool = False) -> None:
     """Replace the linear layers of a model by their packed form, in place, and pack the vocabulary's projection, in
     float32.
 
@@ -48,16 +58,19 @@ def pack_linear_layers(model: BlipModel) -> None:
     together. The weight of the vocabulary is also kept as it is, because embeddings are looked up in it. Gradients end
     here.
 
-    Where weights cannot be packed (`blip_kernels.packing_cannot`: on a GPU, in float16, bfloat16 on a processor without
-    products of it) the model is left as it is.
+    With `int8` the layers of all blocks and the projection to keys and values are computed in 8 bits; norms, softmax,
+    embeddings and heads are not.
+
+    Where weights cannot be packed (`blip_kernels.packing_cannot`: on a GPU, in float16) the model is left as it is.
     """
     if packing_cannot(model.vision.cls_token):
         return
+    blocks = {*model.vision.blocks.modules(), *model.text.modules()}
     for module in list(model.modules()):
         before_gelu = GELU_BEHIND.get(type(module))
         for name, layer in list(module.named_children()):
             if isinstance(layer, Linear) and not (module is model.lm_head and name == "projection"):
-                setattr(module, name, PackedLinear(layer, gelu=name == before_gelu))
+                setattr(module, name, PackedLinear(layer, name == before_gelu, int8 and module in blocks))
         if before_gelu is not None:
             module.activation = nn.Identity()
     model.vision.patch_embed = PackedLinear(model.vision.patch_embed)  # type: ignore[assignment]

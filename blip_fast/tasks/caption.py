@@ -17,6 +17,7 @@ from blip_fast.inference import encode_images, evaluated, images_together
 from blip_fast.model import BlipModel
 from blip_fast.stream import in_order, read_ahead
 from blip_fast.tasks.loading import PretrainedTask, as_sources, pixels_or_error
+from blip_fast.text import image_states
 from blip_fast.tokenizer import Tokenizer
 
 PROMPT = "a picture of"
@@ -228,10 +229,9 @@ class CaptionBatch:
         readable = [(read, read.pixels) for read in reads if isinstance(read.pixels, Tensor)]
         pixels = [torch.stack([pixels for _, pixels in readable])] if readable else []
         for image_embeds in encode_images(captioner.model, pixels):
-            image_kvs = captioner.model.stack("decoder").image_kv(image_embeds).split()
-            for (read, pixels), image_kv in zip(readable, image_kvs, strict=True):
+            for (read, pixels), states in zip(readable, image_states(image_embeds).split(), strict=True):
                 self._running[read.place] = read
-                self._encoded.append((read.place, Request(image_kv, read.prompt_ids, _seed(pixels, config))))
+                self._encoded.append((read.place, Request(states, read.prompt_ids, _seed(pixels, config))))
         return [read.with_result(read.pixels) for read in reads if isinstance(read.pixels, ImageError)]
 
     def leave(self, place: int) -> None:

@@ -35,7 +35,8 @@ MKL_MULTIPLE = 16  # of inputs and outputs
 MKL_ROWS = 256  # for which MKL packs: fast for 24 rows and for 577. It takes any number
 BLOCK = 128  # rows that AMX multiplies together unless `row_blocks` says otherwise
 
-_block: ContextVar[int] = ContextVar("rows of a block", default=BLOCK)
+# Rows of a block, and whether a block is one input.
+_block: ContextVar[tuple[int, bool]] = ContextVar("row_blocks", default=(BLOCK, False))
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,21 @@ class PackedWeight:
 
 
 @contextmanager
-def row_blocks(rows: int) -> Iterator[None]:
+def row_blocks(rows: int, one_input: bool = False) -> Iterator[None]:
     """Inside, rows come in blocks of this many: AMX multiplies a block at a time, and one whole block is multiplied as
-    it is by every library."""
-    before = _block.set(rows)
+    it is by every library. `one_input`: a block is an input by itself, an image; rows may depend on all of their block.
+    """
+    before = _block.set((rows, one_input))
     try:
         yield
     finally:
         _block.reset(before)
+
+
+def is_one_input(rows: Tensor) -> bool:
+    """Whether these rows [rows, in] are one block, which is an input by itself."""
+    size, one_input = _block.get()
+    return one_input and len(rows) == size
 
 
 def sums_depend_on_rows(dtype: torch.dtype) -> bool:
@@ -128,12 +136,12 @@ def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, *
 
 
 def _parts(rows: Tensor) -> Sequence[Tensor]:
-    return rows.split(_block.get()) if sums_depend_on_rows(rows.dtype) else [rows]
+    return rows.split(_block.get()[0]) if sums_depend_on_rows(rows.dtype) else [rows]
 
 
 def _fill(rows: Tensor, library: str) -> Tensor:
     """Rows whose number gives each the bits that it always has: copies of the last one stand after the others."""
-    number, block = len(rows), _block.get()
+    number, (block, _) = len(rows), _block.get()
     if number in (0, block):
         return rows
     if sums_depend_on_rows(rows.dtype):

@@ -6,8 +6,8 @@
 | AMD with AVX-512          | oneDNN              | oneDNN                | float32's, rounded once       |
 | PyTorch without MKL       | oneDNN, or PyTorch  | oneDNN, where allowed | float32's, rounded once       |
 
-MKL takes its AVX-512 kernels on Intel's processors alone; on AMD's it reaches half of oneDNN's speed there, and is ahead
-of it where neither has AVX-512. Measurements: docs/decisions.md, "Products by what the processor is good at".
+MKL takes its AVX-512 kernels on Intel's processors alone. On AMD's with AVX-512 it reaches half of oneDNN's speed.
+Where neither has AVX-512, MKL is ahead. Measurements: docs/decisions.md, "Products by what the processor is good at".
 
 A 16-bit product of float32 operands that hold 16-bit values, rounded once at its end, is what hardware with 16-bit
 products computes. PyTorch's own kernels without such hardware are up to 20 times slower than float32.
