@@ -46,7 +46,7 @@ def fill(folder: Path, count: int, files: list[bytes]) -> Path:
 
 
 def command(model: Path, *arguments: object) -> list[str]:
-    return ["caption", "--model", str(model), *GENERATION, *map(str, arguments)]
+    return ["caption", "--model", str(model), "--dtype", "float32", *GENERATION, *map(str, arguments)]
 
 
 def start(model: Path, *arguments: object) -> subprocess.Popen:
