@@ -306,7 +306,7 @@ def test_command(checkpoint, folder, tmp_path, capsys):
 def test_command_refuses(checkpoint, folder, tmp_path, capsys):
     where, model = ("--index", tmp_path / "index"), ("--model", checkpoint[0])
     (tmp_path / "empty").mkdir()
-    assert command(capsys, "index", *where, *model)[0] == 0
+    assert command(capsys, "index", *where, *model, "--dtype", "float32")[0] == 0
     for named, arguments in {
         "no such image": ("index", *where, "nowhere.jpg"),
         "holds no images": ("index", *where, tmp_path / "empty"),

@@ -89,8 +89,10 @@ def _settled(recipe: Recipe, resume: bool, device: torch.device) -> Recipe:
     folders = checkpoints.whole(recipe.directory / "checkpoints") if resume and name == "auto" else []
     begun = checkpoints.read_written(folders[-1]).precision if folders else None
     chosen = [resolve(begun or name, device)]
-    dist.broadcast_object_list(chosen, device=device)
-    if collectives.world()[0] == 0:
+    rank, ranks = collectives.world()
+    if ranks > 1:
+        dist.broadcast_object_list(chosen, device=device)
+    if rank == 0:
         say(explained(begun or name, device))
     return dataclasses.replace(recipe, runtime=dataclasses.replace(recipe.runtime, precision=chosen[0]))
 
