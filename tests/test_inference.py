@@ -150,16 +150,16 @@ def test_types_that_cannot_be_used(monkeypatch):
     with pytest.raises(ValueError, match="choose bfloat16"):
         load_for_task("nowhere", dtype="float16", device="cpu")
     with pytest.raises(ValueError, match="threads is 0"):
-        load_for_task("nowhere", threads=0)
+        load_for_task("nowhere", threads=0, dtype="float32")
 
 
 def test_threads(tmp_path):
     save_model("BlipForConditionalGeneration", small_tokenizer(), tmp_path)
     before = torch.get_num_threads()
     try:
-        load_for_task(tmp_path, threads=before + 1)
+        load_for_task(tmp_path, threads=before + 1, dtype="float32")
         assert torch.get_num_threads() == before + 1
-        load_for_task(tmp_path)
+        load_for_task(tmp_path, dtype="float32")
         assert torch.get_num_threads() == before + 1
     finally:
         torch.set_num_threads(before)
