@@ -8,7 +8,7 @@ from blip_fast.config import BlipConfig, SpecialTokens, TextConfig, VisionConfig
 from blip_fast.generate import Generation, GenerationConfig, Request, generate, generate_stream
 from blip_fast.model import BlipModel
 from blip_fast.packing import PackedTexts
-from blip_fast.text import TextStack
+from blip_fast.text import ImageStates, TextStack
 
 SEP = 102
 MODELS = {"narrow": (16, 2, 64, 1), "wide": (96, 3, 200, 2)}  # head_dim, heads, tokens of a text, layers

@@ -85,5 +85,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *,
         if weight.dtype != dtype:
             raise ValueError(f"weight is {weight.dtype}, x {dtype}: cast one of them, or use autocast")
     cheap, source = made_by or (None, None)
-    out = _Linear.apply(x.reshape(-1, x.shape[-1]).to(dtype), weight, bias, source, cheap)
+    rows = x.reshape(-1, x.shape[-1]).to(dtype)
+    if rows.device.type == "cpu" and not torch.is_grad_enabled():
+        out = linear_product(rows, weight.to(dtype), None if bias is None else bias.to(dtype), rows_alike=True)
+    else:
+        out = _Linear.apply(rows, weight, bias, source, cheap)
     return out.view(*x.shape[:-1], len(weight))

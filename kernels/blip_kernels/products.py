@@ -48,20 +48,24 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     return (a.float() @ b.float()).to(a.dtype) if is_slow(a) else a @ b
 
 
-def linear_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [rows, in] weight [out, in]ᵀ + bias [out] on a CPU, all of one dtype, of any strides."""
+def linear_product(x: Tensor, weight: Tensor, bias: Tensor | None, rows_alike: bool = False) -> Tensor:
+    """x [rows, in] weight [out, in]ᵀ + bias [out] on a CPU, all of one dtype, of any strides.
+
+    With `rows_alike` a row of float32 has the same bits whatever the number of rows, as long as that is a multiple of
+    four: oneDNN computes it, for MKL holds that of packed weights alone.
+    """
     if is_slow(x):
         return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
-    if not _by_onednn(x):
+    if not _by_onednn(x, rows_alike):
         return F.linear(x, weight, bias)
     if len(x) >= PACKED_FROM and weight.is_contiguous():
         weight = torch.ops.mkldnn._reorder_linear_weight(weight, len(x))
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def _by_onednn(x: Tensor) -> bool:
+def _by_onednn(x: Tensor, rows_alike: bool) -> bool:
     if x.numel() == 0 or not torch.backends.mkldnn.is_available():
         return False
     if x.dtype == torch.float32:
-        return not prefers_mkl()
+        return rows_alike or not prefers_mkl()
     return x.dtype == torch.bfloat16 and x.is_contiguous()  # dyᵀ x goes another, slow way through oneDNN
