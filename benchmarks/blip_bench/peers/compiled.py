@@ -1,0 +1,65 @@
+"""The three modules under `torch.compile` with frozen, packed weights: what one reaches with PyTorch alone.
+
+Texts have a fixed number of places for keys and values, so that a step is compiled once and not for each length.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blip_bench.models import TOKENS
+from blip_bench.peers.modules import Cut, Decoder, Peer, Step, empty_past, step_inputs
+
+DTYPES = ("float32", "bfloat16")
+
+
+class FixedDecoder(Decoder):
+    """Keys and values that stand in their places among `TOKENS`."""
+
+    def extended(self, past: Tensor, new: Tensor, positions: Tensor) -> Tensor:
+        return past.index_copy(2, positions[0], new)
+
+
+def peers(parts: Cut, pixels: Tensor, dtypes: Sequence[str]) -> Iterator[tuple[str, Peer]]:
+    """A peer for each of `dtypes` that it has; `pixels` are not needed. Compiling waits for the first call with a
+    shape."""
+    for dtype in dtypes:
+        if dtype in DTYPES:
+            kind = getattr(torch, dtype)
+            vision, image_kv, decoder = (part if part is None else copy.deepcopy(part).to(kind) for part in parts)
+            begin = None
+            if decoder is not None:
+                decoder.__class__ = FixedDecoder
+                begin = partial(_begin, _compiled(image_kv), _compiled(decoder),
+                                partial(empty_past, decoder, dtype=kind, places=TOKENS))
+            yield f"compiled {dtype}", Peer(partial(_encode, _compiled(vision), kind), begin, own_threads=False)
+
+
+def _compiled(module: Any) -> Any:
+    return torch.compile(module, dynamic=False, options={"freezing": True})
+
+
+@torch.inference_mode()
+def _encode(vision: Callable[..., Tensor], dtype: torch.dtype, pixels: Tensor) -> Tensor:
+    return torch.cat([vision(picture) for picture in pixels.to(dtype).split(1)])
+
+
+@torch.inference_mode()
+def _begin(image_kv: Any, decoder: Any, empty: Callable[[int], list[Tensor]], embeds: Tensor) -> Step:
+    of_images = [part.contiguous() for part in image_kv(embeds)]
+    past = empty(len(embeds))
+
+    def step(ids: Tensor, position: int, order: Tensor) -> Tensor:
+        nonlocal past
+        if len(order) != len(past[0]):  # beams set out from one row of each image: here, or a step would compile twice
+            past, order = [part.index_select(0, order) for part in past], torch.arange(len(order))
+        logits, *past = decoder(*step_inputs(ids, position, order, embeds.dtype, TOKENS), *past, *of_images)
+        return logits.float()
+
+    return step
