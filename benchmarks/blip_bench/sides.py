@@ -1,7 +1,7 @@
 """Which dtypes are measured here, and who is compared with whom.
 
-An implementation is named after who it is and its dtype, with a variant after a comma: `openvino float32, streams 2`.
-"""
+An implementation is named after who it is and its dtype, a variant after a comma: `openvino float32, streams
+2`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from blip_kernels.processor import has_bfloat16, has_int8
 
 from blip_bench.timing import Comparison
 
-PRODUCTS = {"float32": lambda: True, "bfloat16": has_bfloat16, "int8": has_int8}  # whether the processor has them
+PRODUCTS = {"float32": lambda: True, "bfloat16": has_bfloat16, "int8": has_int8}  # has the processor any?
 OURS, THEIRS = "best of ours", "best of theirs"
 Targets = Mapping[tuple[str, str], float]
 
 
 def dtypes_for(task: str, named: str | None) -> list[str]:
-    """The dtypes that are `named`, with commas between; by default those that the processor multiplies, and for rerank,
-    which takes minutes, the fastest of them. The published loops of rerank and vqa have no int8.
+    """The dtypes that are `named`, with commas between; by default those that the processor multiplies, and
+    for rerank, which takes minutes, the last of them. The published loops of rerank and vqa have no int8.
 
     Raises:
         ValueError: a dtype is unknown, or the task has none such.
@@ -45,8 +45,8 @@ def groups(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def comparisons(names: Iterable[str], targets: Targets) -> tuple[Comparison, ...]:
-    """Ours beside each other one of the same dtype, the other pairs of `targets`, the best beside the best. A target
-    counts where the processor multiplies the dtype of ours."""
+    """Ours beside each other one of the same dtype, the other pairs of `targets`, the best beside the best. A
+    target counts where the processor multiplies the dtype of ours."""
     there = groups(names)
     alike = ((f"ours {dtype_of(label)}", label) for label in there if not label.startswith(("ours", "best")))
     pairs = [pair for pair in dict.fromkeys((*alike, *targets, (OURS, THEIRS))) if set(pair) <= there.keys()]
@@ -58,7 +58,8 @@ def dtype_of(name: str) -> str:
 
 
 def reference_of(results: Iterable[str]) -> str:
-    """Whose results the others' are compared with: the published code's in full precision, or the nearest there is."""
+    """Whose results the others' are compared with: the published code's in float32, or the nearest there
+    is."""
     results = list(results)
     return next(name for name in ("transformers float32", "ours float32", results[0]) if name in results)
 

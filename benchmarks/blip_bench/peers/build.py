@@ -19,8 +19,11 @@ CUT = ("openvino", "onnxruntime", "compiled")  # those that take transformers' m
 
 
 def build(directory: Path, peers: Collection[str], dtypes: Sequence[str], pixels: Tensor) -> dict[str, Peer]:
-    """Peers by name and dtype, from the checkpoint in `directory`, one after another: each takes what it needs of the
-    memory, about three times its weights, and keeps half of it. `pixels` [images, 3, size, size] are an example."""
+    """Peers by name and dtype, from the checkpoint in `directory`. `pixels` [images, 3, size, size] are an
+    example.
+
+    They are made one after another, for a conversion takes more memory than what it leaves, and stay, so
+    that all have their turn in every round."""
     wanted = [peer for peer in CUT if peer in peers]
     if not wanted:
         return {}

@@ -1,6 +1,6 @@
 """The three modules under `torch.compile` with frozen, packed weights: what one reaches with PyTorch alone.
 
-Texts have a fixed number of places for keys and values, so that a step is compiled once and not for each length.
+Texts have a fixed number of places for keys and values, so that a step is compiled once, not for each length.
 """
 
 from __future__ import annotations
@@ -27,18 +27,19 @@ class FixedDecoder(Decoder):
 
 
 def peers(parts: Cut, pixels: Tensor, dtypes: Sequence[str]) -> Iterator[tuple[str, Peer]]:
-    """A peer for each of `dtypes` that it has; `pixels` are not needed. Compiling waits for the first call with a
-    shape."""
+    """A peer for each of `dtypes` that it has; `pixels` are not needed. The first call with a shape
+    compiles."""
     for dtype in dtypes:
         if dtype in DTYPES:
             kind = getattr(torch, dtype)
-            vision, image_kv, decoder = (part if part is None else copy.deepcopy(part).to(kind) for part in parts)
+            vision, image_kv, decoder = (part and copy.deepcopy(part).to(kind) for part in parts)
             begin = None
             if decoder is not None:
                 decoder.__class__ = FixedDecoder
                 begin = partial(_begin, _compiled(image_kv), _compiled(decoder),
                                 partial(empty_past, decoder, dtype=kind, places=TOKENS))
-            yield f"compiled {dtype}", Peer(partial(_encode, _compiled(vision), kind), begin, own_threads=False)
+            encode = partial(_encode, _compiled(vision), kind)
+            yield f"compiled {dtype}", Peer(encode, begin, own_threads=False)
 
 
 def _compiled(module: Any) -> Any:
@@ -57,7 +58,7 @@ def _begin(image_kv: Any, decoder: Any, empty: Callable[[int], list[Tensor]], em
 
     def step(ids: Tensor, position: int, order: Tensor) -> Tensor:
         nonlocal past
-        if len(order) != len(past[0]):  # beams set out from one row of each image: here, or a step would compile twice
+        if len(order) != len(past[0]):  # beams set out from one row; here, or a step compiles twice
             past, order = [part.index_select(0, order) for part in past], torch.arange(len(order))
         logits, *past = decoder(*step_inputs(ids, position, order, embeds.dtype, TOKENS), *past, *of_images)
         return logits.float()

@@ -16,7 +16,7 @@ PACKAGES = {  # the weights of every peer come through transformers
 
 
 def missing(peer: str) -> str | None:
-    """Why a peer, one of `PACKAGES`, cannot stand beside us here, and what to do about it; None where it can."""
+    """Why a peer, one of `PACKAGES`, cannot be measured here, and what to do about it; None where it can."""
     if absent := [package for package in PACKAGES[peer] if find_spec(package) is None]:
         return f"{', '.join(absent)} not installed: pip install 'blip-fast[peers]'"
     if peer == "compiled" and shutil.which(os.environ.get("CXX", "g++")) is None:
@@ -30,7 +30,7 @@ def version(peer: str) -> str:
 
 
 def chosen(task: str, named: str | None) -> dict[str, str | None]:
-    """The task's peers that are `named`, with commas between, or all, and why one is left out (None: it is not).
+    """The task's peers, all or those `named` with commas between, and why one is left out (None: it is not).
 
     Raises:
         ValueError: a named peer is unknown or missing, or the task has none to choose from.

@@ -1,8 +1,7 @@
 """ONNX Runtime's CPU provider: float32, and 8 bits by its dynamic quantisation. It has no bfloat16 on x86.
 
-Its own optimiser fuses the encoder's attention and norms before ONNX Runtime sees the graph. Keys and values, of images
-and of texts, stay in its memory from step to step by IO binding.
-"""
+Its own optimiser fuses the encoder's attention and norms before ONNX Runtime sees the graph. Keys and
+values, of images and of texts, stay in its memory from step to step by IO binding."""
 
 from __future__ import annotations
 
@@ -21,16 +20,15 @@ from onnxruntime.transformers.optimizer import optimize_model  # pyright: ignore
 from torch import Tensor
 from torch.export import Dim
 
-from blip_bench.peers.modules import Cut, Decoder, Peer, Step, empty_past, step_inputs
+from blip_bench.peers.modules import INPUTS, Cut, Decoder, Peer, Step, empty_past, step_inputs
 
 DTYPES = ("float32", "int8")
 OPSET = 20
-INPUTS = ("ids", "positions", "mask", "order")
 
 
 def peers(parts: Cut, pixels: Tensor, dtypes: Sequence[str]) -> Iterator[tuple[str, Peer]]:
-    """A peer for each of `dtypes` that it has. `pixels` [images, 3, size, size] are an example. Graphs, twice as large
-    as the weights, lie in a temporary directory until all are loaded."""
+    """A peer for each of `dtypes` that it has. `pixels` [images, 3, size, size] are an example. Graphs, a
+    few times as large as the weights, lie in a temporary directory until all are loaded."""
     if not set(dtypes) & set(DTYPES):
         return
     with TemporaryDirectory() as directory:
@@ -43,14 +41,13 @@ def peers(parts: Cut, pixels: Tensor, dtypes: Sequence[str]) -> Iterator[tuple[s
 
 
 def export(parts: Cut, pixels: Tensor, directory: Path) -> list[Path]:
-    """Graphs with any number of images and rows: the encoder's, and where the model writes, images' keys' and values'
-    and the decoder's."""
-    names, save = ("vision", "image_kv", "decoder"), partial(torch.onnx.export, dynamo=True, opset_version=OPSET,
-                                                             verbose=False)
-    vision, image_kv, decoder = paths = [directory / f"{name}.onnx" for name in names]
+    """Graphs with any number of images and rows: the encoder's; where the model writes, that of images' keys
+    and values, and the decoder's."""
+    save = partial(torch.onnx.export, dynamo=True, opset_version=OPSET, verbose=False)
+    vision, image_kv, decoder = (directory / f"{name}.onnx" for name in ("vision", "image_kv", "decoder"))
     batch = {0: Dim("images")}
     with torch.no_grad():
-        save(parts.vision, (pixels,), vision, input_names=["pixels"], output_names=["embeds"], dynamic_shapes=(batch,))
+        save(parts.vision, (pixels,), vision, input_names=["pixels"], dynamic_shapes=(batch,))
         fused = _fused(vision, parts)
         if parts.image_kv is None or parts.decoder is None:
             return [fused]
@@ -63,32 +60,34 @@ def export(parts: Cut, pixels: Tensor, directory: Path) -> list[Path]:
         past = empty_past(parts.decoder, rows, places=before)
         ids, order = torch.zeros(rows, steps, dtype=torch.long), torch.arange(rows)
         save(parts.decoder, (*step_inputs(ids, before, order), *past, *of_images),
-             decoder, input_names=[*INPUTS, *(f"past {i}" for i in numbers), *(f"image {i}" for i in numbers)],
+             decoder,
+             input_names=[*INPUTS, *(f"past {i}" for i in numbers), *(f"image {i}" for i in numbers)],
              output_names=["logits", *(f"present {i}" for i in numbers)], dynamic_shapes=_free(len(past)))
-    return [fused, *paths[1:]]
+    return [fused, image_kv, decoder]
 
 
 def _free(layers: int) -> tuple[Any, ...]:
-    """Which dimensions of the decoder's inputs vary. The exporter cannot prove that rows are images × beams, and so it
-    finds out by itself how they hang together."""
+    """Which dimensions of the decoder's inputs vary. The exporter finds out by itself how they hang
+    together, for it cannot prove that rows are images × beams."""
     vary = Dim.AUTO
     past, of_images = {0: vary, 2: vary}, {0: vary}
-    return ({0: vary, 1: vary}, {1: vary}, {2: vary, 3: vary}, {0: vary}, (*[past] * layers, *[of_images] * layers))
+    kv = (*[past] * layers, *[of_images] * layers)
+    return {0: vary, 1: vary}, {1: vary}, {2: vary, 3: vary}, {0: vary}, kv
 
 
 def _fused(path: Path, parts: Cut) -> Path:
     """The encoder's graph with attention, norms and activations as single operators."""
     attention = parts.vision.vision.encoder.layers[0].self_attn
-    graph = optimize_model(str(path), model_type="vit", num_heads=attention.num_heads, hidden_size=attention.embed_dim,
-                           opt_level=0, use_gpu=False)
+    graph = optimize_model(str(path), model_type="vit", num_heads=attention.num_heads,
+                           hidden_size=attention.embed_dim, opt_level=0, use_gpu=False)
     fused = path.with_suffix(".fused.onnx")
     graph.save_model_to_file(str(fused), use_external_data_format=True)
     return fused
 
 
 def quantised(path: Path) -> Path:
-    """The graph with 8-bit weights, activations quantised as they come. Without VNNI sums of two products of 8 bits
-    overflow 16, so that weights have 7 bits there."""
+    """The graph with 8-bit weights, activations quantised as they come. Without VNNI two products of 8 bits
+    overflow their sum of 16, so that weights have 7 bits there."""
     target = path.with_suffix(".int8.onnx")
     quantize_dynamic(path, target, per_channel=True, reduce_range=not has_int8(), weight_type=QuantType.QInt8,
                      use_external_data_format=True, op_types_to_quantize=["MatMul", "Gemm"])

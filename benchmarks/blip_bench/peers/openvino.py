@@ -1,9 +1,9 @@
 """OpenVINO's CPU plugin: float32, bfloat16 as its hint, and 8 bits by NNCF, with one stream and with two.
 
-Texts' keys and values are the decoder's state, which the plugin keeps and reorders itself. A stream encodes a picture
-at a time; two of them have half of the threads each. In 8 bits the encoder is quantised with its activations
-(SmoothQuant, calibrated on noise), and the decoder's weights are compressed, as OpenVINO's own recipe for BLIP does.
-"""
+Texts' keys and values are the decoder's state, which the plugin keeps and reorders itself. A stream encodes
+a picture at a time; two of them have half of the threads each. In 8 bits the encoder is quantised with its
+activations (SmoothQuant, calibrated on noise) and the decoder's weights are compressed, as in OpenVINO's own
+recipe for BLIP."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from openvino._offline_transformations import (  # pyright: ignore[reportMissing
 )
 from torch import Tensor
 
-from blip_bench.peers.modules import Cut, Decoder, Peer, Step, empty_past, step_inputs
+from blip_bench.peers.modules import INPUTS, Cut, Decoder, Peer, Step, empty_past, step_inputs
 
 STREAMS = (1, 2)
 STATE = {"float32": "f32", "bfloat16": "bf16", "int8": "u8"}  # precision of texts' keys and values
@@ -34,8 +34,8 @@ class Graphs(NamedTuple):
 
 
 def peers(parts: Cut, pixels: Tensor, dtypes: Sequence[str]) -> Iterator[tuple[str, Peer]]:
-    """A peer for each of `dtypes` and each number of streams. `pixels` [images, 3, size, size] are an example, and what
-    8 bits are calibrated on."""
+    """A peer for each of `dtypes` and each number of streams. `pixels` [images, 3, size, size] are an
+    example, and what 8 bits are calibrated on."""
     graphs = convert(parts, pixels[:1])
     for dtype in dtypes:
         some = quantised(graphs, pixels) if dtype == "int8" else graphs
@@ -44,7 +44,8 @@ def peers(parts: Cut, pixels: Tensor, dtypes: Sequence[str]) -> Iterator[tuple[s
         begin = None
         if some.decoder is not None:
             state = {"KV_CACHE_PRECISION": STATE[dtype]}
-            begin = partial(_begin, compiled(some.image_kv), compiled(some.decoder, **state).create_infer_request())
+            request = compiled(some.decoder, **state).create_infer_request()
+            begin = partial(_begin, compiled(some.image_kv), request)
         for streams in STREAMS:
             vision = compiled(some.vision, streams=streams)
             yield f"openvino {dtype}, streams {streams}", Peer(partial(_encode, vision, streams), begin)
@@ -69,7 +70,7 @@ def _stateful(decoder: Decoder, image_kv: tuple[Tensor, ...]) -> Any:
     inputs = step_inputs(torch.zeros(rows, 1, dtype=torch.long), 3, order)
     graph = ov.convert_model(decoder, example_input=(*inputs, *past, *image_kv))
     numbers = range(len(past))
-    names = ["ids", "positions", "mask", "order", *(f"past {i}" for i in numbers), *(f"image {i}" for i in numbers)]
+    names = [*INPUTS, *(f"past {i}" for i in numbers), *(f"image {i}" for i in numbers)]
     of_past, of_image = [-1, past[0].shape[1], -1, past[0].shape[3]], [-1, *image_kv[0].shape[1:]]
     shapes = [[-1, -1], [1, -1], [1, 1, -1, -1], [-1], *[of_past] * len(past), *[of_image] * len(past)]
     for port, name, shape in zip(graph.inputs, names, shapes, strict=True):
@@ -86,15 +87,15 @@ def _stateful(decoder: Decoder, image_kv: tuple[Tensor, ...]) -> Any:
 def quantised(graphs: Graphs, pixels: Tensor) -> Graphs:
     """The graphs in 8 bits; those given stay as they are."""
     examples = nncf.Dataset([picture[None].numpy() for picture in pixels])
-    vision = nncf.quantize(graphs.vision, examples, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(pixels))
+    vision = nncf.quantize(graphs.vision, examples, model_type=nncf.ModelType.TRANSFORMER,
+                           subset_size=len(pixels))
     return Graphs(vision, *(graph and nncf.compress_weights(graph.clone()) for graph in graphs[1:]))
 
 
 def _compiled(graph: Any, wide: str, streams: int = 1, **more: str) -> Any:
-    threads = torch.get_num_threads()
     how = {"NUM_STREAMS": streams} if streams > 1 else {"PERFORMANCE_HINT": "LATENCY"}
-    return ov.Core().compile_model(graph, "CPU", {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": wide,
-                                                  **how, **more})
+    how |= {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": wide}
+    return ov.Core().compile_model(graph, "CPU", how | more)
 
 
 def _encode(vision: Any, streams: int, pixels: Tensor) -> Tensor:
@@ -117,7 +118,7 @@ def _begin(image_kv: Any, request: Any, embeds: Tensor) -> Step:
 
 def _step(request: Any, ids: Tensor, position: int, order: Tensor) -> Tensor:
     inputs = step_inputs(ids, position, order)
-    for name, value in zip(("ids", "positions", "mask", "order"), inputs, strict=True):
+    for name, value in zip(INPUTS, inputs, strict=True):
         request.set_tensor(name, ov.Tensor(np.ascontiguousarray(value.numpy())))
     request.infer()
     return torch.from_numpy(request.get_tensor("logits").data.copy())

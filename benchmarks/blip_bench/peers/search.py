@@ -1,4 +1,5 @@
-"""Greedy and beam search over a peer's steps, as transformers' `generate` searches while no caption may end."""
+"""Greedy and beam search over a peer's steps, as transformers' `generate` searches while no caption can
+end."""
 
 from __future__ import annotations
 
@@ -54,9 +55,9 @@ def _best(logits: Tensor, scores: Tensor, end: int, beams: int) -> tuple[Tensor,
 
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
-    """For a peer with a thread pool of its own: torch's workers, which spin for a while after each product, would take
-    the cores that the pool needs. `OMP_WAIT_POLICY=PASSIVE` would end that too, but for ours alike, whose users have
-    the policy that is usual."""
+    """For a peer with a thread pool of its own: torch's workers spin for a while after each product, on
+    cores that the pool needs, so torch computes a step's best tokens without them. `OMP_WAIT_POLICY=PASSIVE`
+    would end the spinning too, but for ours as well, whose users have the usual policy."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
