@@ -7,7 +7,7 @@ from importlib import metadata
 import pytest
 import torch
 from blip_bench import caption, encode, rerank, sides, vqa, words
-from blip_bench.peers import installed
+from blip_bench.peers import compiled, installed
 from blip_bench.timing import Case, Comparison, Disagreement, Rounds, measure
 from blip_kernels import processor
 
@@ -87,8 +87,20 @@ def test_every_task_stands_next_to_the_published_code_with_equal_results(task, c
 
 @pytest.mark.parametrize("task", ["caption", "encode"])
 @pytest.mark.parametrize("peer", ["openvino", "onnxruntime", "compiled"])
-def test_peers_stand_next_to_ours_with_equal_results(task, peer, bench):
-    """In float32 captions are those of transformers token for token, with beams and greedily, or the command fails."""
+def test_peers_stand_next_to_ours_with_equal_results(task, peer, bench, monkeypatch):
+    """In float32 captions are those of transformers token for token, with beams and greedily, or the command fails.
+    Compiling a model takes half a minute: here its modules run as they are."""
+    monkeypatch.setattr(compiled, "_compiled", lambda module: module)
+    stands_next_to_ours(task, peer, bench)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["caption", "encode"])
+def test_compiled_modules_stand_next_to_ours_with_equal_results(task, bench):
+    stands_next_to_ours(task, "compiled", bench)
+
+
+def stands_next_to_ours(task, peer, bench):
     if reason := installed.missing(peer):
         pytest.skip(reason)
     found = bench(task, "--dtypes", "float32", "--peers", f"{peer},transformers", "--images", "3", "--rounds", "1")

@@ -35,7 +35,7 @@ def cases(directory: Path, images: int, dtypes: Sequence[str], peers: Collection
     pixels = pictures(images, captioner.model.config.vision.image_size)
     prompt, end = torch.tensor(captioner.prompt_ids(PROMPT)), captioner.tokenizer.sep_id
     theirs = transformers_models(directory, dtypes, peers)
-    others = build(directory, peers, dtypes, pixels)
+    others = build(directory, peers, dtypes, pixels, captions=True)
     for beams, targets in TARGETS.items():
         config = full_length(beams)
         calls = {f"ours {dtype}": partial(captions, model, config) for dtype, model in ours.items()}

@@ -39,7 +39,8 @@ def cases(directory: Path, images: int, dtypes: Sequence[str], peers: Collection
     config = ours[dtypes[0]].config.vision
     pixels = pictures(images, config.image_size)
     calls: dict[str, Call] = {f"ours {dtype}": partial(encode, model, pixels) for dtype, model in ours.items()}
-    calls |= {name: partial(peer.encode, pixels) for name, peer in build(directory, peers, dtypes, pixels).items()}
+    others = build(directory, peers, dtypes, pixels, captions=False)
+    calls |= {name: partial(peer.encode, pixels) for name, peer in others.items()}
     calls |= {name: partial(their_encode, model.vision_model, pixels)
               for name, model in transformers_models(directory, dtypes, peers).items()}
     flops = dict.fromkeys(calls, images * flops_of_image(config))

@@ -18,16 +18,17 @@ from blip_bench.peers.modules import Peer, cut
 CUT = ("openvino", "onnxruntime", "compiled")  # those that take transformers' model in parts; a module each
 
 
-def build(directory: Path, peers: Collection[str], dtypes: Sequence[str], pixels: Tensor) -> dict[str, Peer]:
+def build(directory: Path, peers: Collection[str], dtypes: Sequence[str], pixels: Tensor, *,
+          captions: bool) -> dict[str, Peer]:
     """Peers by name and dtype, from the checkpoint in `directory`. `pixels` [images, 3, size, size] are an
-    example.
+    example; `captions` says whether they are wanted as well.
 
     They are made one after another, for a conversion takes more memory than what it leaves, and stay, so
     that all have their turn in every round."""
     wanted = [peer for peer in CUT if peer in peers]
     if not wanted:
         return {}
-    parts = cut(load_transformers(directory, "float32"))
+    parts = cut(load_transformers(directory, "float32"), captions)
     with _silence():
         return {name: peer for each in wanted
                 for name, peer in import_module(f"blip_bench.peers.{each}").peers(parts, pixels, dtypes)}

@@ -14,16 +14,9 @@ import torch
 from torch import Tensor
 
 from blip_bench.models import TOKENS
-from blip_bench.peers.modules import Cut, Decoder, Peer, Step, empty_past, step_inputs
+from blip_bench.peers.modules import Cut, Peer, Step, empty_past, step_inputs
 
 DTYPES = ("float32", "bfloat16")
-
-
-class FixedDecoder(Decoder):
-    """Keys and values that stand in their places among `TOKENS`."""
-
-    def extended(self, past: Tensor, new: Tensor, positions: Tensor) -> Tensor:
-        return past.index_copy(2, positions[0], new)
 
 
 def peers(parts: Cut, pixels: Tensor, dtypes: Sequence[str]) -> Iterator[tuple[str, Peer]]:
@@ -32,13 +25,13 @@ def peers(parts: Cut, pixels: Tensor, dtypes: Sequence[str]) -> Iterator[tuple[s
     for dtype in dtypes:
         if dtype in DTYPES:
             kind = getattr(torch, dtype)
-            vision, image_kv, decoder = (part and copy.deepcopy(part).to(kind) for part in parts)
             begin = None
-            if decoder is not None:
-                decoder.__class__ = FixedDecoder
+            if parts.image_kv is not None and parts.decoder is not None:
+                image_kv, decoder = (copy.deepcopy(part).to(kind) for part in (parts.image_kv, parts.decoder))
+                decoder.fixed = True
                 begin = partial(_begin, _compiled(image_kv), _compiled(decoder),
-                                partial(empty_past, decoder, dtype=kind, places=TOKENS))
-            encode = partial(_encode, _compiled(vision), kind)
+                                partial(empty_past, parts.decoder, dtype=kind, places=TOKENS))
+            encode = partial(_encode, _compiled(copy.deepcopy(parts.vision).to(kind)), kind)
             yield f"compiled {dtype}", Peer(encode, begin, own_threads=False)
 
 

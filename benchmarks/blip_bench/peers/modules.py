@@ -26,7 +26,7 @@ class Peer(NamedTuple):
 
     Attributes:
         encode: pixels float32 [images, 3, size, size] → image embeds [images, tokens, width].
-        begin: image embeds → the steps of their captions; None where the model writes none.
+        begin: image embeds → the steps of their captions; None where they were not wanted.
         own_threads: whether both run in threads that are not PyTorch's.
     """
 
@@ -60,8 +60,8 @@ class ImageKV(nn.Module):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        layers = model.text_decoder.bert.encoder.layer
-        self.layers = nn.ModuleList(layer.crossattention.self for layer in layers)
+        self.layers: Any = nn.ModuleList(
+            layer.crossattention.self for layer in model.text_decoder.bert.encoder.layer)
 
     def forward(self, embeds: Tensor) -> tuple[Tensor, ...]:
         return tuple(_by_head(part(embeds), layer)
@@ -74,6 +74,7 @@ class Decoder(nn.Module):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
+        self.fixed = False  # whether texts' keys and values have all their places from the start
         bert = model.text_decoder.bert
         self.embeddings, self.layers, self.head = bert.embeddings, bert.encoder.layer, model.text_decoder.cls
 
@@ -99,7 +100,7 @@ class Decoder(nn.Module):
     def extended(self, past: Tensor, new: Tensor, positions: Tensor) -> Tensor:
         """Texts' keys or values [rows, heads, places, head width] with those of this step's positions [1,
         steps]."""
-        return torch.cat([past, new], 2)
+        return past.index_copy(2, positions[0], new) if self.fixed else torch.cat([past, new], 2)
 
 
 def step_inputs(ids: Tensor, position: int, order: Tensor, dtype: torch.dtype = torch.float32,
@@ -135,17 +136,16 @@ def _joined(x: Tensor) -> Tensor:
 
 
 class Cut(NamedTuple):
-    """The modules of a model; the last two are None where it writes no captions."""
+    """The modules of a model; the last two are None where no captions are wanted."""
 
     vision: Vision
     image_kv: ImageKV | None
     decoder: Decoder | None
 
 
-def cut(model: Any) -> Cut:
-    """The modules of transformers' `model`, on its own weights."""
-    writes = type(model).__name__ == "BlipForConditionalGeneration"
-    parts = Cut(Vision(model), ImageKV(model) if writes else None, Decoder(model) if writes else None)
+def cut(model: Any, captions: bool) -> Cut:
+    """The modules of transformers' `model`, on its own weights; those of captions where they are wanted."""
+    parts = Cut(Vision(model), ImageKV(model) if captions else None, Decoder(model) if captions else None)
     for part in parts:
         if part is not None:
             part.eval()

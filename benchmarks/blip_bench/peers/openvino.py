@@ -43,8 +43,7 @@ def peers(parts: Cut, pixels: Tensor, dtypes: Sequence[str]) -> Iterator[tuple[s
         compiled = partial(_compiled, wide=wide)
         begin = None
         if some.decoder is not None:
-            state = {"KV_CACHE_PRECISION": STATE[dtype]}
-            request = compiled(some.decoder, **state).create_infer_request()
+            request = compiled(some.decoder, state=STATE[dtype]).create_infer_request()
             begin = partial(_begin, compiled(some.image_kv), request)
         for streams in STREAMS:
             vision = compiled(some.vision, streams=streams)
@@ -92,10 +91,12 @@ def quantised(graphs: Graphs, pixels: Tensor) -> Graphs:
     return Graphs(vision, *(graph and nncf.compress_weights(graph.clone()) for graph in graphs[1:]))
 
 
-def _compiled(graph: Any, wide: str, streams: int = 1, **more: str) -> Any:
+def _compiled(graph: Any, wide: str, streams: int = 1, state: str | None = None) -> Any:
     how = {"NUM_STREAMS": streams} if streams > 1 else {"PERFORMANCE_HINT": "LATENCY"}
     how |= {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": wide}
-    return ov.Core().compile_model(graph, "CPU", how | more)
+    if state is not None:
+        how["KV_CACHE_PRECISION"] = state
+    return ov.Core().compile_model(graph, "CPU", how)
 
 
 def _encode(vision: Any, streams: int, pixels: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from blip_bench.peers.modules import Peer, Step
 def captions(peer: Peer, prompt: Tensor, end: int, beams: int, pixels: Tensor) -> list[list[int]]:
     """From pixels to captions of `TOKENS` tokens; the other arguments are `search`'s."""
     if peer.begin is None:
-        raise ValueError("this checkpoint writes no captions: name one with a text decoder")
+        raise ValueError("this peer was built without captions: build it with captions=True")
     with one_torch_thread() if peer.own_threads else nullcontext():
         return search(peer.begin(peer.encode(pixels)), prompt, end, len(pixels), beams, TOKENS)
 
