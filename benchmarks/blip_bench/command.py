@@ -135,7 +135,7 @@ def _tables(case: dict[str, Any]) -> list[Table]:
         target = Text("")
         if "target" in ratio:
             target = Text(f"{ratio['target']} {'✓' if ratio['met'] else '✗'}", "green" if ratio["met"] else "red")
-        of, beside = (name if name == who else f"{name} ({who})"
+        of, beside = (who if who.startswith(name) else f"{name} ({who})"
                       for name, who in zip((ratio["of"], ratio["beside"]), ratio["fastest"], strict=True))
         ratios.add_row(f"{of} as {beside}", _spread(ratio), target)
     for column in (*times.columns[1:], *ratios.columns[1:]):

@@ -27,10 +27,10 @@ def peers(parts: Cut, pixels: Tensor, dtypes: Sequence[str]) -> Iterator[tuple[s
             kind = getattr(torch, dtype)
             begin = None
             if parts.image_kv is not None and parts.decoder is not None:
-                image_kv, decoder = (copy.deepcopy(part).to(kind) for part in (parts.image_kv, parts.decoder))
+                decoder = copy.deepcopy(parts.decoder).to(kind)
                 decoder.fixed = True
-                begin = partial(_begin, _compiled(image_kv), _compiled(decoder),
-                                partial(empty_past, parts.decoder, dtype=kind, places=TOKENS))
+                begin = partial(_begin, _compiled(copy.deepcopy(parts.image_kv).to(kind)), _compiled(decoder),
+                                partial(empty_past, decoder, dtype=kind, places=TOKENS))
             encode = partial(_encode, _compiled(copy.deepcopy(parts.vision).to(kind)), kind)
             yield f"compiled {dtype}", Peer(encode, begin, own_threads=False)
 
