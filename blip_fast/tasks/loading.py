@@ -71,7 +71,7 @@ def _precision(name: str, device: torch.device, differentiable: bool) -> str:
     if precision == "int8" and differentiable:
         raise ValueError("dtype int8 is for inference alone, and this needs gradients: choose float32 or auto")
     if precision == "int8":
-        require_torchao()
+        require_torchao(device)
     check(precision, device)
     if (line := advice(name, device)) is not None:
         say(line)

@@ -15,8 +15,6 @@ products computes. PyTorch's own kernels without such hardware are up to 20 time
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,16 +24,16 @@ from blip_kernels import processor
 PACKED_FROM = 1024  # rows from which packing a weight for one product pays (768 × 3072 in bfloat16: 0.35 ms)
 
 
-@lru_cache
 def prefers_mkl() -> bool:
     """Whether MKL multiplies float32 faster than oneDNN here."""
     return torch.backends.mkl.is_available() and (processor.is_intel() or not processor.has_avx512())
 
 
-@lru_cache
 def has_products(dtype: torch.dtype) -> bool:
     """Whether the CPU multiplies this dtype in hardware."""
-    return {torch.bfloat16: processor.has_bfloat16, torch.float16: processor.has_float16}.get(dtype, lambda: True)()
+    if dtype == torch.bfloat16:
+        return processor.has_bfloat16()
+    return dtype != torch.float16 or processor.has_float16()
 
 
 def is_slow(x: Tensor) -> bool:
