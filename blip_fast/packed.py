@@ -19,6 +19,7 @@ from blip_fast.model import BlipModel
 from blip_fast.text import FeedForward, LMHead
 from blip_fast.vision import VisionBlock
 
+TEXT_ROWS = 64  # about as many as a step of generation, or of a few texts
 GELU_BEHIND: dict[type[nn.Module], str] = {VisionBlock: "mlp_in", FeedForward: "mlp_in", LMHead: "dense"}
 
 
@@ -29,10 +30,11 @@ class PackedLinear(nn.Module):
     It stays on the CPU and in its dtype. `state_dict` gives the weight as it was.
     """
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, gelu: bool = False, int8: bool = False) -> None:
-        """Raises ValueError where the weight cannot be packed here."""
+    def __init__(self, layer: nn.Linear | nn.Conv2d, rows: int, gelu: bool = False, int8: bool = False) -> None:
+        """For about so many rows. Raises ValueError where the weight cannot be packed here."""
         super().__init__()
-        self._packed = (quantise_weight if int8 else pack_weight)(layer.weight.flatten(1))
+        weight = layer.weight.flatten(1)
+        self._packed = quantise_weight(weight) if int8 else pack_weight(weight, rows)
         self._shape, self.gelu = layer.weight.shape, gelu
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach(), requires_grad=False)
 
@@ -65,15 +67,18 @@ def pack_linear_layers(model: BlipModel, int8: bool = False) -> None:
     """
     if packing_cannot(model.vision.cls_token):
         return
-    blocks = {*model.vision.blocks.modules(), *model.text.modules()}
+    vision, text = {*model.vision.blocks.modules()}, {*model.text.modules()}
+    tokens = model.config.vision.tokens
     for module in list(model.modules()):
         before_gelu = GELU_BEHIND.get(type(module))
         for name, layer in list(module.named_children()):
             if isinstance(layer, Linear) and not (module is model.lm_head and name == "projection"):
-                setattr(module, name, PackedLinear(layer, name == before_gelu, int8 and module in blocks))
+                setattr(module, name, PackedLinear(
+                    layer, tokens if module in vision else TEXT_ROWS, name == before_gelu,
+                    int8 and module in vision | text))
         if before_gelu is not None:
             module.activation = nn.Identity()
-    model.vision.patch_embed = PackedLinear(model.vision.patch_embed)  # type: ignore[assignment]
+    model.vision.patch_embed = PackedLinear(model.vision.patch_embed, tokens)  # type: ignore[assignment]
     if model.lm_head is not None:
         model.packed_vocabulary = pack_weight(model.lm_head.weight(model.stack("decoder").word_embeds.weight).float())
     model.requires_grad_(False)

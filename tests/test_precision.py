@@ -161,7 +161,9 @@ def test_no_command_is_forgotten():
         assert has == (entry.name in COMMANDS or entry.name in own), entry.name
 
 
-def test_auto_is_the_default_of_the_library(machine, captioner, matcher):
+def test_auto_is_the_default_of_the_library(machine, captioner, matcher, monkeypatch):
+    # A processor that is not here cannot be packed for.
+    monkeypatch.setattr("blip_fast.tasks.loading.pack_linear_layers", lambda model: None)
     machine()
     assert load_for_task(captioner, device="cpu")[0].vision.cls_token.dtype == torch.float32
     assert Captioner.from_pretrained(captioner, device="cpu").model.vision.cls_token.dtype == torch.float32

@@ -16,7 +16,7 @@ from torch import Tensor
 from blip_kernels.products import matmul
 
 # Rows of each product with a head's weight: its bits depend on their number.
-ROWS_TOGETHER = 12
+ROWS_TOGETHER = 24
 
 
 def absorbed_attention(q: Tensor, states: Tensor, lengths: Tensor, key_weight: Tensor, value_weight: Tensor,

@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from blip_kernels import processor, products
@@ -32,7 +31,7 @@ from blip_kernels import processor, products
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
 MKL_ROWS_TOGETHER = 4
 MKL_MULTIPLE = 16  # of inputs and outputs
-MKL_ROWS = 256  # for which MKL packs: fast for 24 rows and for 577. It takes any number
+ROWS = 64  # for which a weight is packed unless told otherwise; it then takes any number
 BLOCK = 128  # rows that AMX multiplies together unless `row_blocks` says otherwise
 
 # Rows of a block, and whether a block is one input.
@@ -90,11 +89,12 @@ def packing_cannot(weight: Tensor) -> str | None:
     return None
 
 
-def pack_weight(weight: Tensor) -> PackedWeight:
+def pack_weight(weight: Tensor, rows: int = ROWS) -> PackedWeight:
     """Copy a weight into the order in which products read it.
 
     Args:
         weight: [out, in], float32 or bfloat16, on a CPU.
+        rows: for how many rows it should be fast.
 
     Raises:
         ValueError: it is no matrix, or cannot be packed here; the message says why.
@@ -108,7 +108,7 @@ def pack_weight(weight: Tensor) -> PackedWeight:
         dense = dense.float()
     by_mkl = dense.dtype == torch.float32 and products.prefers_mkl() and not any(
         size % MKL_MULTIPLE for size in weight.shape)
-    packed = (torch.ops.mkl._mkl_reorder_linear_weight(dense, MKL_ROWS) if by_mkl
+    packed = (torch.ops.mkl._mkl_reorder_linear_weight(dense, rows) if by_mkl
               else torch.ops.mkldnn._reorder_linear_weight(dense))
     return PackedWeight(packed, "mkl" if by_mkl else "onednn", weight.shape, weight.dtype)
 
@@ -158,7 +158,7 @@ def _product(rows: Tensor, packed: PackedWeight, bias: Tensor | None, gelu: bool
         return rows.new_empty(0, packed.shape[0])
     if packed.library == "mkl":
         out = _mkl(rows, packed, bias)
-        return F.gelu(out) if gelu else out
+        return torch.ops.aten.gelu_(out) if gelu else out
     return torch.ops.mkldnn._linear_pointwise(rows, packed.tensor, bias, "gelu" if gelu else "none", [],
                                               "none" if gelu else "")
 
