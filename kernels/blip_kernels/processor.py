@@ -1,6 +1,6 @@
 """What this machine's processor multiplies in hardware, as far as oneDNN may use it.
 
-`ONEDNN_MAX_CPU_ISA` lowers what oneDNN uses: a better processor then stands for a lesser one and is taken for one.
+`ONEDNN_MAX_CPU_ISA` lowers what oneDNN uses: a better processor then stands for a lesser one, and is taken for one here.
 """
 
 from __future__ import annotations
