@@ -7,14 +7,22 @@ export BLIP_FAST_DATA ?= $(abspath ../shared/data)
 endif
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: setup demo test test-all lint bench
+# Lesser processors, as environments that lower what PyTorch, oneDNN and MKL use of this one.
+AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+SSE := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
+
+.PHONY: setup demo test test-all test-processors test-oldest test-newest lint bench
 
 setup: .venv/installed
 
-.venv/installed: pyproject.toml
+.venv-oldest/installed: VERSIONS := -c tests/oldest.txt
+.venv-newest/installed: VERSIONS := --upgrade
+.venv-oldest/installed: tests/oldest.txt
+
+%/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11"; exit 1; }
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(PYTHON) -m venv $*
+	$*/bin/python -m pip install --quiet --disable-pip-version-check $(VERSIONS) -e '.[dev]'
 	@touch $@
 
 demo: setup
@@ -25,6 +33,15 @@ test: setup
 
 test-all: setup
 	$(TESTS) -m ''
+
+# What must be right on every processor, as on two lesser ones.
+test-processors: setup
+	$(AVX2) $(TESTS) -m processor
+	$(SSE) $(TESTS) -m processor
+
+# The suite's quick part with the oldest and the newest versions; PYTHON chooses the interpreter.
+test-oldest test-newest: test-%: .venv-%/installed
+	$(TESTS:$(BIN)%=.venv-$*/bin%) @tests/quick.txt
 
 lint: setup
 	$(BIN)/ruff check .

@@ -27,7 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except ModuleNotFoundError as error:
-        return _fail(f"this needs the package {error.name}, which is not installed: see `blip-fast doctor`")
+        from blip_fast.doctor import remedy
+
+        return _fail(f"this needs the package {error.name}, which is not installed: {remedy(error.name)}")
     except (ValueError, OSError, ArgumentError) as error:
         return _fail(" ".join(str(error).split()))
 

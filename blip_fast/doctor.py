@@ -143,15 +143,24 @@ def _imports(statement: str, detail: str) -> str:
     return f"import json\n{statement}\nprint(json.dumps({{'detail': {detail!r}}}))"
 
 
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
 _EXTRA = "pip install 'blip-fast[{}]'".format
+_DALI_EXTRA = f"{_EXTRA('dali-cuda12')}, or dali-cuda13 (Linux only)"
+_DALI_DISTRIBUTION = "nvidia-dali-cuda130" if _version("nvidia-dali-cuda130") else "nvidia-dali-cuda120"
 
 TORCH = Probe("PyTorch", "torch", "torch", "tensors", _TORCH, "pip install blip-fast")
 ATTENTION = Probe("blip_kernels", "blip_kernels", "blip-fast", "attention over segments", _ATTENTION,
                   "pip install blip-fast")
 PRECISION = Probe("Precision", "blip_fast", "blip-fast", "types with products in hardware", _PRECISION,
                   "pip install blip-fast")
-DALI_GPU = Probe("DALI on the GPU", "nvidia.dali", "nvidia-dali-cuda120", "decoding on the GPU",
-                 _DALI.format(device_id=0, device="gpu"), _EXTRA("train"))
+DALI_GPU = Probe("DALI on the GPU", "nvidia.dali", _DALI_DISTRIBUTION, "decoding on the GPU",
+                 _DALI.format(device_id=0, device="gpu"), _DALI_EXTRA)
 PACKAGES = (
     Probe("Triton", "triton", "triton", "our own GPU kernels", _imports("import triton.language", "imports"),
           "pip install triton (Linux only)"),
@@ -162,12 +171,12 @@ PACKAGES = (
           _EXTRA("xformers")),
     Probe("NVIDIA Apex", "apex", "apex", "fused optimiser on GPUs", _APEX,
           "build github.com/NVIDIA/apex (apex on PyPI is another package)"),
-    Probe("DALI on the CPU", "nvidia.dali", "nvidia-dali-cuda120", "decoding and augmentation",
-          _DALI.format(device_id=None, device="cpu"), _EXTRA("train")),
+    Probe("DALI on the CPU", "nvidia.dali", _DALI_DISTRIBUTION, "decoding and augmentation",
+          _DALI.format(device_id=None, device="cpu"), _DALI_EXTRA),
     Probe("DeepSpeed", "deepspeed", "deepspeed", "training", _imports("import deepspeed", "imports"), _EXTRA("train")),
     Probe("PEFT", "peft", "peft", "low-rank adapters", _imports("from peft import LoraConfig", "LoRA"), _EXTRA("peft")),
     Probe("torchao", "torchao", "torchao", "low-precision weights", _imports("import torchao", "imports"),
-          "pip install torchao"),
+          _EXTRA("int8")),
     Probe("Ray", "ray", "ray", "many machines", _imports("import ray.data", "ray.data"), _EXTRA("scale")),
     Probe("FastAPI", "fastapi", "fastapi", "serving",
           _imports("import fastapi, prometheus_client, python_multipart, uvicorn", "imports"), _EXTRA("serve")),
@@ -190,7 +199,7 @@ def diagnose() -> Diagnosis:
 
 def look_for(probe: Probe) -> Finding:
     """Import a package in a process of its own. Never raises for what the package does there."""
-    if not _is_there(probe.module):
+    if not is_there(probe.module):
         return Finding(probe.name, probe.purpose, False, f"not installed: {probe.remedy}")
     installed = _version(probe.distribution)
     # -P: a folder of the same name in the working directory is not the package.
@@ -209,6 +218,12 @@ def look_for(probe: Probe) -> Finding:
         return Finding(probe.name, probe.purpose, False, f"installed, but cannot be used: {reason}", installed)
 
 
+def remedy(package: str | None) -> str:
+    """How to install the package that a failed import named."""
+    return next((probe.remedy for probe in PACKAGES if probe.module.partition(".")[0] == package),
+                "see `blip-fast doctor`")
+
+
 def look_for_java() -> Finding:
     """The `java` command; macOS has one that only asks for Java to be installed."""
     purpose = "PTB tokenizer, METEOR, SPICE"
@@ -223,18 +238,12 @@ def look_for_java() -> Finding:
     return Finding("Java", purpose, done.returncode == 0, said)
 
 
-def _is_there(module: str) -> bool:
+def is_there(module: str) -> bool:
+    """Whether the module can be found; it is not imported."""
     try:
         return find_spec(module) is not None
     except (ImportError, ValueError, AttributeError):  # a parent package is missing or broken
         return False
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
 
 
 def _cuda(torch: Finding) -> Finding:

@@ -10,7 +10,6 @@ import re
 import subprocess
 import sys
 import threading
-import time
 import zipfile
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
@@ -19,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import patience
 import torch
 from odd_files import encoded, picture
+from patience import PATIENCE
 
 from blip_fast.checkpoint.native import save_native
 from blip_fast.commands.serve import settings_from
@@ -35,7 +36,6 @@ IMAGE_SIZE = 64
 CAPTIONS = ["a picture of a red ball on a table", "two dogs run over the green grass", "a man rides a horse",
             "the small blue square is left of the large circle", "people sit at a long wooden table and eat"]
 HOST = "http://localhost"
-PATIENCE = 900.0  # seconds that a server on a busy machine gets
 
 
 def write_model(directory: Path, stacks: TextStacks) -> Path:
@@ -177,15 +177,14 @@ class Served:
         return [int(pid) for pid in children.split() if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
-def until(holds: Callable[[], bool], seconds: float = PATIENCE) -> None:
+def until(holds: Callable[[], bool]) -> None:
     """Wait; a server that does not answer yet is waited for as well."""
-    ends = time.monotonic() + seconds
-    while True:
+    def answers() -> bool:
         with suppress(httpx.TransportError):
-            if holds():
-                return
-        assert time.monotonic() < ends
-        time.sleep(0.1)
+            return holds()
+        return False
+
+    patience.until(answers, pause=0.1)
 
 
 @contextmanager

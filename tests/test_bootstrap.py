@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from argparse import ArgumentError
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from blip_train.bootstrap_report import comparison, removal, summary
 from blip_train.commands.bootstrap import COMMAND
 from blip_train.recipe import read_recipe
 from jsonargparse import ArgumentParser
+from patience import PATIENCE, until
 from test_train import RECIPE
 
 from blip_fast.data.annotated import annotated_images
@@ -214,11 +214,9 @@ def test_sigterm_is_handed_on_to_the_stage(tmp_path):
     stage.chmod(0o755)
     code = f"import sys; from blip_train import bootstrap; sys.executable = {str(stage)!r}; bootstrap._command('train')"
     with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path) as process:
-        ends = time.monotonic() + 300
-        while not (tmp_path / "begun").exists() and process.poll() is None and time.monotonic() < ends:
-            time.sleep(0.1)
+        until(lambda: (tmp_path / "begun").exists() or process.poll() is not None)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(300) == 143
+        assert process.wait(PATIENCE) == 143
     assert (tmp_path / "begun").read_text() == "-m blip_fast train\n"
     assert (tmp_path / "asked").exists()
 

@@ -16,6 +16,7 @@ import numpy as np
 import odd_files
 import pytest
 from hf_models import save_model, small_tokenizer
+from patience import PATIENCE
 
 from blip_fast.cli import main
 from blip_fast.commands.jsonl import JsonLines
@@ -105,7 +106,7 @@ def test_a_signal_leaves_a_whole_file(model, files, tmp_path, number, status):
     process = start(model, "--list", listed, "--output", output)
     wait_for_lines(output, 20, process)
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == status
     assert "captions.jsonl is whole" in said and "--resume" in said and "Traceback" not in said
     content = output.read_bytes()

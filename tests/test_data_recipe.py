@@ -6,6 +6,7 @@ import subprocess
 import pytest
 from blip_train.prepare import check_sources, prepare_shards
 from blip_train.recipe import load_recipe
+from patience import PATIENCE
 from test_train import RECIPE, losses, train_command
 
 from blip_fast.cli import main
@@ -76,6 +77,6 @@ def test_a_run_mixes_sources(folder, tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghij"]))
     command, environment = train_command(folder, tmp_path, "--tokenizer.source", str(tmp_path / "vocab.txt"))
     del command[command.index("--data.root") : command.index("--data.root") + 2]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr
     assert len(losses(tmp_path)) == 8 and len(list((folder / "cache").glob("*.tar"))) == 1

@@ -82,7 +82,7 @@ def test_java_that_is_missing_or_does_not_run(tmp_path, monkeypatch):
 
 
 def test_a_machine_without_anything_is_diagnosed(monkeypatch):
-    monkeypatch.setattr(doctor, "_is_there", lambda module: False)
+    monkeypatch.setattr(doctor, "is_there", lambda module: False)
     monkeypatch.setenv("PATH", "")
     diagnosis = diagnose()
     assert not any(finding.usable for finding in diagnosis.findings)
@@ -147,7 +147,7 @@ def test_the_command_reports_this_machine_as_json(monkeypatch, capsys):
 
 
 def test_the_command_prints_tables(monkeypatch, capsys):
-    monkeypatch.setattr(doctor, "_is_there", lambda module: False)
+    monkeypatch.setattr(doctor, "is_there", lambda module: False)
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "'blip-fast[flash]'" in out and "Why not the others" in out  # square brackets are text, not mark-up

@@ -10,6 +10,7 @@ import odd_files
 import pytest
 import torch
 from hf_models import save_model, small_tokenizer
+from patience import PATIENCE
 
 from blip_fast.checkpoint import load_model, reasoning_model, save_native
 from blip_fast.cli import main
@@ -179,7 +180,8 @@ def test_ranks_share_the_work(vqa, nlvr2, folder, tmp_path):
         said = []
         for start in ([sys.executable], [sys.executable, "-m", "torch.distributed.run", "--standalone",
                                          "--nproc-per-node", "3"]):
-            done = subprocess.run([*start, "-m", "blip_fast", *command], capture_output=True, text=True, timeout=300)
+            done = subprocess.run([*start, "-m", "blip_fast", *command], capture_output=True, text=True,
+                                  timeout=PATIENCE)
             assert done.returncode == 0, done.stderr
             said.append((done.stdout, output.read_text()))
         assert said[0] == said[1] and len(said[0][0].splitlines()) == 1

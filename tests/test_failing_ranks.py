@@ -5,13 +5,13 @@ import json
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from blip_train.launch import _cause
 from blip_train.watchdog import Place, describe
+from patience import PATIENCE
 from safetensors.torch import load_file
 from test_train import drawn_scenes, losses, train_command
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -40,15 +40,14 @@ def scenes(tmp_path_factory):
 
 
 def failing_run(scenes, folder: Path, fault: str, *options: str,
-                call: int = 4) -> tuple[subprocess.CompletedProcess, list[dict], float]:
-    """A run of two ranks whose rank 1 carries out `fault` in its fourth step or `call`th forward. Returns it, its log,
-    and how long after the last logged step it ended, in seconds."""
+                call: int = 4) -> tuple[subprocess.CompletedProcess, list[dict]]:
+    """A run of two ranks whose rank 1 carries out `fault` in its fourth step or `call`th forward, and its log."""
     (folder / "sitecustomize.py").write_text(PLANTED.format(fault=fault, call=call))
     command, environment = train_command(scenes, folder, "--runtime.ranks", "2", *options)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False,
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False,
                           env=environment | {"PYTHONPATH": str(folder)})
     rows = [json.loads(line) for line in (folder / "tiny" / "log.jsonl").read_text().splitlines()]
-    return done, rows, time.time() - rows[-1]["time"]
+    return done, rows
 
 
 @pytest.mark.parametrize(("fault", "own", "cause"), [
@@ -57,11 +56,12 @@ def failing_run(scenes, folder: Path, fault: str, *options: str,
     ("os.kill(os.getpid(), signal.SIGKILL)", "", "rank 1 was killed by SIGKILL, as the kernel does when memory runs"),
 ])
 def test_a_rank_that_dies_ends_the_run_with_its_error(scenes, tmp_path, fault, own, cause):
-    done, rows, seconds = failing_run(scenes, tmp_path, fault)
-    assert done.returncode == 2 and seconds < 60 and [row["step"] for row in rows] == [1, 2, 3]
+    done, rows = failing_run(scenes, tmp_path, fault)
+    assert done.returncode == 2 and [row["step"] for row in rows] == [1, 2, 3]
     last = done.stderr.splitlines()[-1]
     assert last.startswith(f"blip-fast: the run tiny ended: {cause}") and last.endswith("; go on with --resume")
     assert own in done.stderr
+    assert "did not arrive" not in done.stderr  # nobody waited for it until runtime.timeout
     assert "ChildFailedError" not in done.stderr and "[rank0]: Traceback" not in done.stderr
 
 
@@ -86,21 +86,22 @@ def test_the_rank_that_is_named(tmp_path, ends, named):
 def test_a_frozen_rank_is_named_with_the_step_and_the_phase(scenes, tmp_path):
     """SIGSTOP: nothing closes its connections."""
     fault = "os.kill(os.getpid(), signal.SIGSTOP)"
-    done, rows, seconds = failing_run(scenes, tmp_path, fault, "--runtime.timeout", "3")
-    assert done.returncode == 2 and seconds < 60 and [row["step"] for row in rows] == [1, 2, 3]
-    assert "blip-fast: step 4, agreement on the batch: rank 1 did not arrive within 3 s" in done.stderr
+    done, rows = failing_run(scenes, tmp_path, fault, "--runtime.timeout", "20")
+    assert done.returncode == 2 and [row["step"] for row in rows] == [1, 2, 3]
+    assert "blip-fast: step 4, agreement on the batch: rank 1 did not arrive within 20 s" in done.stderr
     assert "in accepts\n" in done.stderr  # the stack says where rank 0 waits
     assert "the run tiny ended: rank 0 failed with TimeoutError: step 4, agreement on" in done.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize(("body", "status"), [("time.sleep(60)", 1), (
-    "[dog.enter('forward') or time.sleep(0.1) for _ in range(20)]", 0)])
+@pytest.mark.parametrize(("body", "status"), [("time.sleep(600)", 1), (
+    "[dog.enter('forward') or time.sleep(0.4) for _ in range(20)]", 0)])
 def test_only_a_rank_that_stands_still_is_ended(body, status):
-    program = ("import time; from blip_train.watchdog import Watchdog; dog = Watchdog(0.8); dog.step = 3\n"
+    program = ("import time; from blip_train.watchdog import Watchdog; dog = Watchdog(5); dog.step = 3\n"
                f"with dog.watching():\n    dog.enter('input'); {body}")
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50, check=False)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE,
+                          check=False)
     assert done.returncode == status, done.stderr
-    assert ("step 3, input: rank 0 did not get through within 0.8 s" in done.stderr) == bool(status)
+    assert ("step 3, input: rank 0 did not get through within 5 s" in done.stderr) == bool(status)
 
 
 def test_who_did_not_arrive():
@@ -118,7 +119,7 @@ def test_who_did_not_arrive():
 def test_a_full_disk_leaves_the_checkpoint_before(scenes, tmp_path, background):
     """A limit on what one file may hold stands for it: the writes of rank 1's part fail in the same way."""
     fault = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))"
-    done, rows, _ = failing_run(scenes, tmp_path, fault, "--runtime.zero_stage", "2",
+    done, rows = failing_run(scenes, tmp_path, fault, "--runtime.zero_stage", "2",
                                 "--runtime.background_saves", background, call=6)
     checkpoints = tmp_path / "tiny" / "checkpoints"
     assert done.returncode == 2 and len(rows) == 8
@@ -132,7 +133,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(scenes, tmp_path, background):
     (checkpoints / "step-00000007").mkdir()  # as a run leaves it that saved more often
     command, environment = train_command(scenes, tmp_path, "--runtime.ranks", "2", "--runtime.zero_stage", "2",
                                          "--resume")
-    resumed = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=environment)
+    resumed = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False, env=environment)
     assert resumed.returncode == 0, resumed.stderr
     assert {path.name for path in checkpoints.glob("step-*")} == {"step-00000004", "step-00000008"}
 
@@ -141,14 +142,14 @@ def test_a_rank_killed_while_it_writes_in_the_background_leaves_the_checkpoint_b
     """Its first file is there, but not on the disk; resumed, the run ends as one that was not killed."""
     fault = "from blip_train import writer; writer._to_disk = lambda file: os.kill(os.getpid(), signal.SIGKILL)"
     options = ("--runtime.zero_stage", "2", "--runtime.background_saves", "true", "--runtime.save_every", "2")
-    done, _, _ = failing_run(scenes, tmp_path, fault, *options, call=6)
+    done, _ = failing_run(scenes, tmp_path, fault, *options, call=6)
     assert "rank 1 was killed by SIGKILL" in done.stderr.splitlines()[-1]
     # Step 4's may not have been written when the fault was planted; step 2's was, for step 4's waited for it.
     assert (tmp_path / "tiny" / "checkpoints" / "latest").read_text() in ("step-00000002", "step-00000004")
     (tmp_path / "sitecustomize.py").unlink()
     for runs, more in ((tmp_path, ["--resume", *options]), (tmp_path / "whole", options[:2])):
         command, environment = train_command(scenes, runs, "--runtime.ranks", "2", *more)
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=environment)
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False, env=environment)
         assert ended.returncode == 0, ended.stderr
     assert losses(tmp_path) == losses(tmp_path / "whole")
     ours, theirs = (load_file(runs / "tiny" / "model" / "model.safetensors") for runs in (tmp_path, tmp_path / "whole"))

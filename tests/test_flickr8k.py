@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import blip_train
+from patience import PATIENCE
 
 RECIPE = Path(blip_train.__file__).parent / "recipes" / "flickr8k.yaml"
 STEPS = 120
@@ -17,7 +18,7 @@ def test_two_minutes_on_photographs(data_root, tmp_path):
     command = [sys.executable, "-m", "blip_fast", "train", "--config", str(RECIPE), "--data.root",
                str(data_root / "flickr8k"), "--runs", str(tmp_path), "--schedule.max_steps", str(STEPS),
                "--model.vision.image_size", "64", "--model.vision.layers", "2", "--model.text.layers", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False,
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     run = tmp_path / "flickr8k"

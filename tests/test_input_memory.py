@@ -6,6 +6,7 @@ import sys
 
 import odd_files
 import pytest
+from patience import PATIENCE
 
 from blip_fast.data.shards import Sample, write_shards
 
@@ -41,7 +42,7 @@ def test_memory_is_flat_in_the_samples_read(tmp_path):
     write_shards((Sample(f"{i:05d}", images[i % 100], {"captions": [f"picture {i}"]}) for i in range(SAMPLES)),
                  tmp_path, samples_per_shard=1000)
     done = subprocess.run([sys.executable, "-c", READ, str(tmp_path), str(WARM_UP), str(WARM_UP + SAMPLES)],
-                          capture_output=True, text=True, timeout=900, check=True)
+                          capture_output=True, text=True, timeout=PATIENCE, check=True)
     batches, first, last = json.loads(done.stdout)
     print(f"\nRSS {first:.0f} MB after {WARM_UP:,} samples, {last:.0f} MB after {WARM_UP + SAMPLES:,}")
     assert batches > 900  # different ones: it is one epoch and a tenth

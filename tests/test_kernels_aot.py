@@ -14,6 +14,7 @@ import pytest
 import torch
 from blip_kernels import budgets, tune
 from blip_kernels.aot import OPS, TARGETS, Report
+from patience import PATIENCE
 
 from blip_fast.cli import main
 from blip_fast.commands import kernels as command
@@ -61,7 +62,7 @@ def with_gemm(tmp_path):
     def run(code):
         (tmp_path / "gemm.py").write_text(GEMM)
         code = f"import json\nfrom dataclasses import asdict\nfrom gemm import *\n{code}"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300,
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE,
                               env=COMPILING | {"PYTHONPATH": str(tmp_path)})
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from patience import PATIENCE
 from PIL import Image
 
 from blip_fast.images import ImageError
@@ -174,5 +175,5 @@ def test_a_phone_needs_no_sideways_scrolling(tmp_path):
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
                "--allow-file-access-from-files", f"--user-data-dir={tmp_path}/profile",
                "--dump-dom", f"file://{tmp_path}/frame.html"]
-    seen = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    seen = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE).stdout
     assert "<title>width 380</title>" in seen

@@ -3,10 +3,10 @@
 import os
 import signal
 import subprocess
-import time
 
 import pytest
 import torch
+from patience import PATIENCE, until
 from safetensors.torch import load_file
 from test_train import drawn_scenes, losses, train_command
 
@@ -50,24 +50,23 @@ def steps_done(runs) -> int:
 @pytest.mark.parametrize("ranks", ["1", "2"])
 def test_sigterm_saves_and_the_run_goes_on(scenes, tmp_path, ranks):
     options = ["--runtime.ranks", ranks, "--runtime.save_every", "1000"]
-    run, until = start(scenes, tmp_path, *options), time.monotonic() + 200
-    while steps_done(tmp_path) < 3 and time.monotonic() < until and run.poll() is None:
-        time.sleep(0.002)
+    run = start(scenes, tmp_path, *options)
+    until(lambda: steps_done(tmp_path) >= 3 or run.poll() is not None, pause=0.002)
     run.terminate()
-    said, _ = run.communicate(timeout=100)
+    said, _ = run.communicate(timeout=PATIENCE)
     assert run.returncode == 128 + signal.SIGTERM, said
     assert "SIGTERM: tiny is saved, go on with --resume" in said
     saved = (tmp_path / "tiny" / "checkpoints" / "latest").read_text()
     assert 3 <= int(saved.removeprefix("step-")) < STEPS and not (tmp_path / "tiny" / "model").exists()
     last = start(scenes, tmp_path, *options, "--resume")
-    assert last.wait(timeout=300) == 0, last.stdout.read()
+    assert last.wait(timeout=PATIENCE) == 0, last.stdout.read()
     assert [step for step, *_ in losses(tmp_path)] == list(range(1, STEPS + 1))
 
 
 def run_to(step, folder, runs, *options) -> str:
     """Go on to `step` and save. The horizon of the schedule stays."""
     run = start(folder, runs, "--schedule.kind", "epoch_decay", "--schedule.max_steps", str(step), *options)
-    said, _ = run.communicate(timeout=300)
+    said, _ = run.communicate(timeout=PATIENCE)
     assert run.returncode == 0, said
     return said
 
@@ -89,7 +88,7 @@ def test_a_run_goes_on_with_other_ranks_and_stages(scenes, tmp_path, stages):
 def test_other_ranks_need_the_same_batches(scenes, tmp_path):
     run_to(1, scenes, tmp_path, "--runtime.ranks", "2")
     run = start(scenes, tmp_path, "--schedule.max_steps", "2", "--resume")
-    said, _ = run.communicate(timeout=300)
+    said, _ = run.communicate(timeout=PATIENCE)
     assert run.returncode != 0
     assert "set runtime.streams to 2 and runtime.accumulation so that ranks × accumulation is 2" in said
 
@@ -98,18 +97,17 @@ def test_other_ranks_need_the_same_batches(scenes, tmp_path):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_run_killed_five_times_ends_as_one_that_was_not(scenes, tmp_path, variant):
     whole = start(scenes, tmp_path / "whole", *VARIANTS[variant])
-    assert whole.wait(timeout=300) == 0, whole.stdout.read()
+    assert whole.wait(timeout=PATIENCE) == 0, whole.stdout.read()
     runs = tmp_path / "killed"
     after = torch.randint(1, 5, (KILLS,), generator=torch.Generator().manual_seed(0)).tolist()
     for kill, steps in enumerate(after):
         run = start(scenes, runs, *VARIANTS[variant], *(["--resume"] if kill else []))
-        reached, until = steps_done(runs) + steps if kill else steps + 2, time.monotonic() + 200
-        while steps_done(runs) < reached and time.monotonic() < until and run.poll() is None:
-            time.sleep(0.002)
+        reached = steps_done(runs) + steps if kill else steps + 2
+        until(lambda run=run, reached=reached: steps_done(runs) >= reached or run.poll() is not None, pause=0.002)
         assert run.poll() is None, f"ended before it was killed: {run.stdout.read()}"
         kill_all(run)
     last = start(scenes, runs, *VARIANTS[variant], "--resume")
-    assert last.wait(timeout=300) == 0, last.stdout.read()
+    assert last.wait(timeout=PATIENCE) == 0, last.stdout.read()
     assert [step for step, *_ in losses(runs)] == list(range(1, STEPS + 1))
     assert losses(runs) == losses(tmp_path / "whole")
     ours, theirs = (load_file(root / "tiny" / "model" / "model.safetensors") for root in (runs, tmp_path / "whole"))

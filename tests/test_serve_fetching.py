@@ -10,6 +10,8 @@ import pytest
 
 pytest.importorskip("fastapi")
 
+from patience import PATIENCE
+
 from blip_fast.serve.fetching import Fetcher, is_public
 from blip_fast.serve.refusals import Refused
 
@@ -60,7 +62,7 @@ def send(body: bytes, status: int = 200, **headers: str):
     return answer
 
 
-def fetch(url: str, connect=None, addresses=(PUBLIC,), most=1000, seconds=5.0) -> bytes:
+def fetch(url: str, connect=None, addresses=(PUBLIC,), most=1000, seconds=PATIENCE) -> bytes:
     fetcher = Fetcher(["Pictures.example"], most, seconds, resolve=lambda host, port: addresses,
                       connect=connect or (lambda *where: pytest.fail("connected")))
     return asyncio.run(fetcher(url))

@@ -13,6 +13,7 @@ pytest.importorskip("prometheus_client")
 pytest.importorskip("uvicorn")
 
 import uvicorn
+from patience import PATIENCE
 
 from blip_fast.serve import guard
 from blip_fast.serve.guard import Guard, House
@@ -103,7 +104,7 @@ def scope(method="POST", path="/v1/caption", headers=()):
 
 
 async def ask(over, client, **options):
-    await asyncio.wait_for(over(scope(**options), client.receive, client.send), 100)
+    await asyncio.wait_for(over(scope(**options), client.receive, client.send), PATIENCE)
     return client
 
 
@@ -194,7 +195,7 @@ async def listening(app):
 
 def sends_all(port: int, size: int) -> bytes:
     """What a client reads that first sends its whole body."""
-    with socket.create_connection(("127.0.0.1", port), timeout=100) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:
         connection.sendall(b"POST /v1/caption HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
                            b"Content-Length: %d\r\n\r\n" % size)
         connection.sendall(bytes(size))

@@ -16,6 +16,7 @@ from blip_train import task_demo as demo
 from blip_train.prepare import with_tokenizer
 from blip_train.recipe import ScenesRecipe
 from blip_train.task_demo_report import NAMES
+from patience import PATIENCE
 
 from blip_fast.checkpoint import save_native
 from blip_fast.cli import main
@@ -55,7 +56,8 @@ def test_all_tasks_end_to_end(tmp_path, capsys):
     output.mkdir()
     (output / "report.html").write_text("an earlier one")
     done = subprocess.run([sys.executable, "-c", SMALL, str(output), str(model)], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}, timeout=500, check=False)
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}, timeout=PATIENCE,
+                          check=False)
     assert done.returncode == 0, done.stderr
     metrics = json.loads((output / "metrics.json").read_text())
     assert {*NAMES, *(f"chance_{name}" for name in NAMES)} <= set(metrics)

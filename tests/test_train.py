@@ -9,6 +9,7 @@ import pytest
 import torch
 from blip_train.recipe import load_recipe
 from blip_train.schedule import Schedule, alpha_at
+from patience import PATIENCE
 from safetensors.torch import load_file
 
 from blip_fast.data.scenes import write_scenes
@@ -49,7 +50,7 @@ def train_command(folder, runs, *options):
 
 def blip_fast_train(folder, runs, *options):
     command, environment = train_command(folder, runs, *options)
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE, check=False)
 
 
 def losses(runs):

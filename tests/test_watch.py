@@ -16,6 +16,7 @@ import torch
 from blip_train.logs import RunLog, read_log
 from blip_train.meter import Meter
 from blip_train.recipe import load_recipe
+from patience import PATIENCE
 from test_train import blip_fast_train, scenes  # noqa: F401 (a fixture)
 
 from blip_fast.cli import main
@@ -99,7 +100,7 @@ def test_the_live_view_is_compact_on_a_terminal(tmp_path, monkeypatch):
 
 def test_dry_run_as_json():
     command = [sys.executable, "-m", "blip_fast", "train", "--config", BASE, "--dry-run", "--gpus", "8,512", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [(row["gpus"], row["zero_stage"]) for row in rows] == [(n, stage) for n in (8, 512) for stage in range(4)]

@@ -81,7 +81,7 @@ class ShardCache:
             if excess <= 0:
                 return
             if path != newest:
-                with suppress(Timeout), self._lock(path, seconds=0):  # what is in use now is not the oldest
+                with suppress(Timeout, PermissionError), self._lock(path, seconds=0):  # in use, or open on Windows
                     path.unlink(missing_ok=True)
                     path.with_suffix(".idx").unlink(missing_ok=True)
                     excess -= size

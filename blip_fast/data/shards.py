@@ -19,6 +19,7 @@ import json
 import os
 import re
 import tarfile
+import threading
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -204,21 +205,29 @@ class OpenShard:
 
     def __init__(self, tar: Path, name: str) -> None:
         self.name = name
-        self._stream = tar.open("rb")
+        self._stream, self._lock = tar.open("rb"), threading.Lock()
         _, *lines = tar.with_suffix(".idx").read_text(encoding="utf-8").splitlines()
         self._members = [self._places(line.split()) for line in lines]
 
     @staticmethod
     def _places(fields: list[str]) -> dict[str, tuple[int, int]]:
-        """Size and offset of the record (`json`), the image (no name) and a second (`second.`) in a line."""
-        members = ((fields[i], (int(fields[i + 2]), int(fields[i + 1]))) for i in range(0, len(fields), 4))
+        """Offset and size of the record (`json`), the image (no name) and a second (`second.`) in a line."""
+        members = ((fields[i], (int(fields[i + 1]), int(fields[i + 2]))) for i in range(0, len(fields), 4))
         return {name if name == "json" else SECOND * name.startswith(SECOND): place for name, place in members}
 
     def read(self, number: int, pair: bool = False) -> tuple[list[bytes], bytes]:
         """The encoded image of a sample, or both of a pair, and the record's JSON."""
         members = self._members[number]
-        read = [os.pread(self._stream.fileno(), *members[name]) for name in ("", *[SECOND] * pair, "json")]
+        read = [self.read_at(*members[name]) for name in ("", *[SECOND] * pair, "json")]
         return read[:-1], read[-1]
+
+    def read_at(self, start: int, size: int) -> bytes:
+        """`size` bytes from `start` on."""
+        if hasattr(os, "pread"):
+            return os.pread(self._stream.fileno(), size, start)
+        with self._lock:  # Windows has one place in a file for all threads
+            self._stream.seek(start)
+            return self._stream.read(size)
 
     def fileno(self) -> int:
         return self._stream.fileno()

@@ -65,7 +65,7 @@ class RemoteTar:
             return self._opened
 
     def read(self, start: int, size: int) -> bytes:
-        return os.pread(self.fetch().fileno(), size, start)
+        return self.fetch().read_at(start, size)
 
     def images(self) -> Iterator[StoredImage]:
         """As `LocalTar.images`, named URL/MEMBER."""

@@ -3,7 +3,7 @@ ends nothing but its own request."""
 
 from __future__ import annotations
 
-import resource
+import contextlib
 import socket
 from pathlib import Path
 
@@ -29,7 +29,10 @@ def main(sock: socket.socket, most_pixels: int) -> None:
     """
     ends_with_the_server()
     Image.init()
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # of a crash nothing of a stranger's picture is kept
+    with contextlib.suppress(ModuleNotFoundError):  # Windows has neither the module nor core files
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # of a crash nothing of a stranger's picture is kept
     send(sock, {"ready": {}})
     while (message := receive(sock)) is not None:
         head, body = message

@@ -5,9 +5,11 @@ from __future__ import annotations
 from jsonargparse import ArgumentParser, Namespace
 
 from blip_fast.commands import Command
+from blip_train.commands.needs import require_training
 
 
 def _arguments(parser: ArgumentParser) -> None:
+    require_training()  # the recipe's class stands on it
     from blip_train.bootstrap_recipe import BootstrapRecipe
     from blip_train.recipe import add_recipe_arguments
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from jsonargparse import ArgumentParser, Namespace
 
 from blip_fast.commands import Command
+from blip_train.commands.needs import require_training
 
 
 def _arguments(parser: ArgumentParser) -> None:
@@ -18,6 +19,7 @@ def _arguments(parser: ArgumentParser) -> None:
 
 
 def _run(arguments: Namespace) -> None:
+    require_training()
     from pathlib import Path
 
     from blip_train.commands.figures import print_figures

@@ -5,6 +5,7 @@ from __future__ import annotations
 from jsonargparse import ArgumentParser, Namespace
 
 from blip_fast.commands import Command
+from blip_train.commands.needs import require_training
 
 
 def _arguments(parser: ArgumentParser) -> None:
@@ -22,6 +23,7 @@ def _arguments(parser: ArgumentParser) -> None:
 
 
 def _run(arguments: Namespace) -> None:
+    require_training()
     import os
 
     from blip_train.recipe import Recipe, read_recipe
