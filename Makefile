@@ -15,8 +15,10 @@ SSE := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTI
 
 setup: .venv/installed
 
+.venv/installed: VERSIONS := -c tests/measured.txt
 .venv-oldest/installed: VERSIONS := -c tests/oldest.txt
 .venv-newest/installed: VERSIONS := --upgrade
+.venv/installed: tests/measured.txt
 .venv-oldest/installed: tests/oldest.txt
 
 %/installed: pyproject.toml

@@ -35,7 +35,6 @@ def test_the_file_fits(monkeypatch):
     build(application["args"])
 
 
-@pytest.mark.slow
 def test_a_replica_is_the_server(tmp_path, monkeypatch):
     monkeypatch.setenv("BLIP_FAST_API_KEY", KEY)
     model, pictures = write_model(tmp_path / "model", "tied"), photos(4)

@@ -16,6 +16,7 @@ from pathlib import Path
 from blip_kernels.aot import Report
 
 FILE = Path(__file__).parent / "gpu" / "budgets.json"
+TRITON = "3.7."  # the version whose compiler the budgets are of
 SLACK = 1.02  # of instructions per MMA: another address computation is no event
 
 Budget = dict[str, float | None]
