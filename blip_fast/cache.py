@@ -5,12 +5,14 @@ An image enters a slot when another has left it; nothing is copied per beam or f
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 import torch
 from blip_kernels import absorbed_attention, cached_attention, decode_attention, row_blocks
 from torch import Tensor, nn
 
 from blip_fast.config import TextConfig
-from blip_fast.linear import dense_weight
+from blip_fast.linear import dense_bias, dense_weight
 
 # Up to this many times head_dim tokens of an image's texts, its keys and values are not computed (docs/decisions.md).
 ABSORBED_TOKENS = 1.5
@@ -59,13 +61,9 @@ class StatesPool:
     `KeyValuePool`, for few tokens of few texts."""
 
     def __init__(self, config: TextConfig, projection: nn.Module, slots: int, keys: int, like: Tensor) -> None:
-        weight, bias = dense_weight(projection), projection.bias.detach()  # type: ignore[union-attr]
-        keys_and_values = weight.view(config.layers, 2, config.heads, -1, weight.shape[1])
-        self.key_weight = keys_and_values[:, 0].contiguous()  # [layers, heads, head_dim, vision width]
-        self.value_weight = keys_and_values[:, 1].transpose(2, 3).contiguous()
-        self.value_bias = bias.view(config.layers, 2, config.heads, -1)[:, 1]
+        self.key_weight, self.value_weight, self.value_bias = _by_layer(projection, config)
         self.scale = (config.width // config.heads) ** -0.5
-        self.states = torch.zeros(slots, keys, weight.shape[1], dtype=like.dtype)
+        self.states = torch.zeros(slots, keys, self.key_weight.shape[-1], dtype=like.dtype)
         self.lengths = torch.ones(slots, dtype=torch.int32)
 
     def enter(self, slot: int, states: Tensor) -> None:
@@ -83,6 +81,22 @@ class StatesPool:
         self.states = torch.cat([self.states, self.states.new_zeros(slots, *self.states.shape[1:])])
         self.lengths = torch.cat([self.lengths, self.lengths.new_ones(slots)])
 
+
+def _by_layer(projection: nn.Module, config: TextConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """As `absorbed_attention` takes them: weights of keys [layers, heads, head_dim, vision width] and of values
+    [layers, heads, vision width, head_dim], biases of values [layers, heads, head_dim]."""
+    if projection in _BY_LAYER:
+        return _BY_LAYER[projection]
+    weight, bias = dense_weight(projection), dense_bias(projection)
+    parts = weight.view(config.layers, 2, config.heads, -1, weight.shape[1])
+    found = (parts[:, 0].contiguous(), parts[:, 1].transpose(2, 3).contiguous(),
+             bias.view(config.layers, 2, config.heads, -1)[:, 1])
+    if not any(parameter.requires_grad for parameter in projection.parameters()):  # else they may change
+        _BY_LAYER[projection] = found
+    return found
+
+
+_BY_LAYER: WeakKeyDictionary[nn.Module, tuple[Tensor, Tensor, Tensor]] = WeakKeyDictionary()
 
 ImagePool = KeyValuePool | StatesPool
 

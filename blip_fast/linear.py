@@ -27,3 +27,8 @@ def behind(cheap: Callable[[Tensor], Tensor], layer: nn.Module, x: Tensor) -> Te
 def dense_weight(layer: nn.Module) -> Tensor:
     """The weight [out, in] of a linear layer, packed or not."""
     return layer.state_dict()["weight"].detach()
+
+
+def dense_bias(layer: nn.Module) -> Tensor:
+    """The bias [out] of a linear layer, packed or not."""
+    return layer.get_parameter("bias").detach()
