@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from threading import Barrier
 from typing import TypeVar
 
 import torch
@@ -27,5 +29,17 @@ def each_on_a_core(function: Callable[[Item], Result], items: Sequence[Item]) ->
 
 @lru_cache
 def _workers(threads: int) -> ThreadPoolExecutor:
-    # The number of threads of a product belongs to the thread that calls it.
-    return ThreadPoolExecutor(threads, "core", initializer=lambda: torch.set_num_threads(1))
+    pool, all_there = ThreadPoolExecutor(threads, "core", initializer=_on_one_thread), Barrier(threads)
+    list(pool.map(lambda _: all_there.wait(), range(threads)))
+    # The number belongs to the thread that sets it, and to threads that begin later: those shall have the caller's.
+    torch.set_num_threads(threads)
+    return pool
+
+
+def _on_one_thread() -> None:
+    torch.get_num_threads()  # a thread takes the process's number when it is first asked, over one that was set before
+    torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows; threads do not outlive a fork
+    os.register_at_fork(after_in_child=_workers.cache_clear)

@@ -1,5 +1,7 @@
 """Independent work, one piece to a core."""
 
+import os
+import signal
 import threading
 
 import pytest
@@ -39,3 +41,21 @@ def test_tensors_are_as_the_caller_makes_them(two_threads, inference):
 def test_an_error_is_the_caller_s(two_threads):
     with pytest.raises(ZeroDivisionError):
         each_on_a_core(lambda x: 1 // x, [1, 0])
+
+
+def test_threads_that_begin_later_have_the_callers_number(two_threads):
+    each_on_a_core(str, [1, 2])
+    found = []
+    thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert found == [2]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_process_has_workers_of_its_own(two_threads):
+    each_on_a_core(str, [1, 2])
+    if (child := os.fork()) == 0:
+        signal.alarm(60)  # or it would wait for threads that are not there
+        os._exit(0 if each_on_a_core(str, [1, 2]) == ["1", "2"] else 1)
+    assert os.waitpid(child, 0)[1] == 0
