@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -88,8 +88,8 @@ def _launch(recipe: Recipe, resume: bool, profile: int) -> None:
     os.environ.update({"OMP_NUM_THREADS": str(threads)} | rank_environment())
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it tells of failures in a table
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=ranks, run_id=recipe.name, rdzv_backend="c10d",
-                          rdzv_endpoint="localhost:0", max_restarts=0, shutdown_timeout=SAVING,
-                          logs_specs=DefaultLogsSpecs())
+                          rdzv_endpoint="localhost:0", max_restarts=0, logs_specs=DefaultLogsSpecs(),
+                          **_time_to_save())
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP,
                                                               signal.SIGQUIT)}
     try:
@@ -105,6 +105,23 @@ def _launch(recipe: Recipe, resume: bool, profile: int) -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _time_to_save() -> dict[str, Any]:
+    """LaunchConfig's option that gives ranks SAVING seconds. PyTorch 2.11 has none: its launcher waits 30 seconds for
+    those to which it handed a signal on, and that is changed."""
+    from torch.distributed.elastic.multiprocessing.api import PContext
+    from torch.distributed.launcher.api import LaunchConfig
+
+    if "shutdown_timeout" in LaunchConfig.__dataclass_fields__:
+        return {"shutdown_timeout": SAVING}
+    close = PContext.close
+
+    def patient(self: PContext, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
+        close(self, death_sig, SAVING if death_sig else timeout)
+
+    PContext.close = patient
+    return {}
 
 
 def _cause(error: ChildFailedError) -> str:
