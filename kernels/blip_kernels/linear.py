@@ -86,7 +86,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *,
             raise ValueError(f"weight is {weight.dtype}, x {dtype}: cast one of them, or use autocast")
     cheap, source = made_by or (None, None)
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
-    if rows.device.type == "cpu" and not torch.is_grad_enabled():
+    if rows.device.type == "cpu" and torch.is_inference_mode_enabled():
         out = linear_product(rows, weight.to(dtype), None if bias is None else bias.to(dtype), rows_alike=True)
     else:
         out = _Linear.apply(rows, weight, bias, source, cheap)
