@@ -36,7 +36,7 @@ def quantise_linear_layers(model: BlipModel) -> None:
     logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of libraries for GPUs that are not here
     from torchao.quantization import Int8WeightOnlyConfig, quantize_  # pyright: ignore[reportMissingImports]
 
-    for part in (model.vision.blocks, *(stack.layers for stack in model.text.values())):
+    for part in (model.vision.blocks, *(stack.get_submodule("layers") for stack in model.text.values())):
         for module in list(part.modules()):
             for name, layer in list(module.named_children()):
                 if isinstance(layer, Linear):
