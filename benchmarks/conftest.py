@@ -11,7 +11,9 @@ import pytest
 from blip_bench.machine import machine
 from blip_bench.memory import Added
 from blip_bench.models import write_checkpoint
+from blip_bench.peers.installed import chosen
 from blip_bench.report import MemoryRecord, TimeRecord, write_report
+from blip_bench.sides import dtypes_for
 from blip_bench.timing import Case, Rounds
 
 LINES = pytest.StashKey[list[str]]()
@@ -30,6 +32,18 @@ def checkpoint(tmp_path_factory) -> Callable[[str], Path]:
         return directory
 
     return write
+
+
+@pytest.fixture(scope="session")
+def dtypes() -> list[str]:
+    """Those that the processor multiplies."""
+    return dtypes_for("caption", None)
+
+
+@pytest.fixture(scope="session")
+def peers() -> list[str]:
+    """Those that are installed."""
+    return [peer for peer, reason in chosen("caption", None).items() if reason is None]
 
 
 @pytest.fixture
@@ -91,7 +105,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_report_header() -> str:
     about = machine()
-    return f"torch {about['torch']}, {about['threads']} threads, {about['capability']}, {about['cpu']}"
+    return f"torch {about['torch']}, {about['threads']} threads, {about['instructions']}, {about['cpu']}"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

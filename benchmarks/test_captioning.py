@@ -18,8 +18,8 @@ IMAGE_SIZE = 384
 
 
 @pytest.fixture(scope="module")
-def by_name(checkpoint) -> dict[str, Case]:
-    return {case.name: case for case in cases(checkpoint("caption"), 2)}
+def by_name(checkpoint, dtypes, peers) -> dict[str, Case]:
+    return {case.name: case for case in cases(checkpoint("caption"), 2, dtypes, peers)}
 
 
 @pytest.mark.parametrize("search", ["3 beams", "greedy"])

@@ -1,8 +1,8 @@
-"""The vision encoder beside transformers' and this machine's matrix products."""
+"""The vision encoder next to transformers', the other peers' and this machine's matrix products."""
 
 from blip_bench import encode
 
 
-def test_encoding(side_by_side, checkpoint):
-    (case,) = encode.cases(checkpoint("caption"), 2)
+def test_encoding(side_by_side, checkpoint, dtypes, peers):
+    (case,) = encode.cases(checkpoint("caption"), 2, dtypes, peers)
     side_by_side(case, 3)

@@ -5,27 +5,37 @@ An image enters a slot when another has left it; nothing is copied per beam or f
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 import torch
-from blip_kernels import cached_attention, decode_attention
-from torch import Tensor
+from blip_kernels import absorbed_attention, cached_attention, decode_attention, row_blocks
+from torch import Tensor, nn
 
 from blip_fast.config import TextConfig
+from blip_fast.linear import dense_bias, dense_weight
+
+# Up to this many times head_dim tokens of an image's texts, its keys and values are not computed (docs/decisions.md).
+ABSORBED_TOKENS = 1.5
 
 
-class ImagePool:
-    """Cross-attention keys and values of a number of image slots: what generation reads. An image that enters is copied
-    into its slot once; all of its beams read it there.
+class KeyValuePool:
+    """Cross-attention keys and values of a number of image slots. An image that enters is projected into its slot once;
+    all of its texts read it there.
     """
 
-    def __init__(self, config: TextConfig, slots: int, keys: int, like: Tensor) -> None:
-        """Room for `keys` keys in each slot."""
+    def __init__(self, config: TextConfig, projection: nn.Module, slots: int, keys: int, like: Tensor) -> None:
+        """Room for `keys` states in each slot; `projection` takes states to keys and values of all layers."""
         # A head's keys lie together: batched products read them as they are (docs/decisions.md).
         shape = (config.layers, 2, slots, config.heads, keys, config.width // config.heads)
+        self.projection = projection
         self.kv = torch.zeros(shape, dtype=like.dtype, device=like.device)
         self.lengths = torch.zeros(slots, dtype=torch.int32, device=like.device)
 
-    def enter(self, slot: int, kv: Tensor) -> None:
-        """Put an image's kv [keys, layers, 2, heads, head_dim] into a slot, in place of what was there."""
+    def enter(self, slot: int, states: Tensor) -> None:
+        """Put an image's states [keys, vision width] into a slot, in place of what was there."""
+        layers, parts, _, heads, _, head_dim = self.kv.shape
+        with row_blocks(len(states), one_input=True):
+            kv = self.projection(states).view(-1, layers, parts, heads, head_dim)
         self.kv[:, :, slot, :, : len(kv)] = kv.permute(1, 2, 3, 0, 4)
         self.kv[:, :, slot, :, len(kv) :] = 0  # read, with a weight of nothing
         self.lengths[slot] = len(kv)
@@ -40,10 +50,65 @@ class ImagePool:
         self.kv, self.lengths = self.kv.index_select(2, slots), self.lengths[slots]
 
     def add(self, slots: int) -> None:
-        """So many empty slots more, behind the others."""
+        """So many empty slots more, after the others."""
         layers, parts, _, *rest = self.kv.shape
         self.kv = torch.cat([self.kv, self.kv.new_zeros(layers, parts, slots, *rest)], dim=2)
         self.lengths = torch.cat([self.lengths, self.lengths.new_zeros(slots)])
+
+
+class StatesPool:
+    """The states themselves in the place of their keys and values, which `absorbed_attention` never computes: as
+    `KeyValuePool`, for few tokens of few texts."""
+
+    def __init__(self, config: TextConfig, projection: nn.Module, slots: int, keys: int, like: Tensor) -> None:
+        self.key_weight, self.value_weight, self.value_bias = _by_layer(projection, config)
+        self.scale = (config.width // config.heads) ** -0.5
+        self.states = torch.zeros(slots, keys, self.key_weight.shape[-1], dtype=like.dtype)
+        self.lengths = torch.ones(slots, dtype=torch.int32)
+
+    def enter(self, slot: int, states: Tensor) -> None:
+        self.states[slot, : len(states)], self.states[slot, len(states) :] = states, 0
+        self.lengths[slot] = len(states)
+
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        return absorbed_attention(q, self.states, self.lengths, self.key_weight[layer], self.value_weight[layer],
+                                  self.value_bias[layer], self.scale)
+
+    def keep(self, slots: Tensor) -> None:
+        self.states, self.lengths = self.states.index_select(0, slots), self.lengths[slots]
+
+    def add(self, slots: int) -> None:
+        self.states = torch.cat([self.states, self.states.new_zeros(slots, *self.states.shape[1:])])
+        self.lengths = torch.cat([self.lengths, self.lengths.new_ones(slots)])
+
+
+def _by_layer(projection: nn.Module, config: TextConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """As `absorbed_attention` takes them: weights of keys [layers, heads, head_dim, vision width] and of values
+    [layers, heads, vision width, head_dim], biases of values [layers, heads, head_dim]."""
+    if projection in _BY_LAYER:
+        return _BY_LAYER[projection]
+    weight, bias = dense_weight(projection), dense_bias(projection)
+    parts = weight.view(config.layers, 2, config.heads, -1, weight.shape[1])
+    found = (parts[:, 0].contiguous(), parts[:, 1].transpose(2, 3).contiguous(),
+             bias.view(config.layers, 2, config.heads, -1)[:, 1])
+    if not any(parameter.requires_grad for parameter in projection.parameters()):  # else they may change
+        _BY_LAYER[projection] = found
+    return found
+
+
+_BY_LAYER: WeakKeyDictionary[nn.Module, tuple[Tensor, Tensor, Tensor]] = WeakKeyDictionary()
+
+ImagePool = KeyValuePool | StatesPool
+
+
+def image_pool(config: TextConfig, projection: nn.Module, slots: int, keys: int, tokens: int,
+               like: Tensor) -> ImagePool:
+    """Slots for images whose texts will have up to `tokens` tokens altogether.
+
+    Where keys and values are not computed, a token costs 1 / head_dim of an image's projection.
+    """
+    few = tokens <= ABSORBED_TOKENS * config.width // config.heads
+    return (StatesPool if few and like.device.type == "cpu" else KeyValuePool)(config, projection, slots, keys, like)
 
 
 class SelfCache:
@@ -56,7 +121,7 @@ class SelfCache:
 
     def __init__(self, config: TextConfig, slots: int, each: int, max_tokens: int, like: Tensor) -> None:
         entries = slots * each * max_tokens
-        shape = (config.layers, 2, config.heads, entries, config.width // config.heads)  # as `ImagePool`
+        shape = (config.layers, 2, config.heads, entries, config.width // config.heads)  # as `KeyValuePool`
         self.kv = torch.zeros(shape, dtype=like.dtype, device=like.device)
         self.own = torch.arange(entries, device=like.device).view(slots, each, max_tokens)
         self.table = self.own.flatten(0, 1).clone()

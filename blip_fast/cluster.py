@@ -6,6 +6,7 @@ import logging
 import pickle
 import socket
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
@@ -13,6 +14,13 @@ Result = TypeVar("Result")
 
 WORKER_CPUS = 4  # of a worker without a GPU
 ANSWER_SECONDS = 10  # within which a cluster must take a connection; Ray itself tries for minutes
+
+
+def ask_worker(address: str | None, question: Callable[[], Result], *, gpus: bool) -> Result:
+    """What `question()` gives in a process with a worker's share of a cluster; arguments and errors are `on_ray`'s."""
+    with _cluster(address) as ray:
+        _, share = _room(ray.cluster_resources(), gpus)
+        return ray.get(ray.remote(**share)(lambda: question()).remote())
 
 
 def on_ray(address: str | None, batches: Iterable[Sequence[Item]],
@@ -33,6 +41,21 @@ def on_ray(address: str | None, batches: Iterable[Sequence[Item]],
         ConnectionError: there is no cluster at `address`.
         ValueError: a worker raised; its message.
     """
+    with _cluster(address) as ray:
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars, context.execution_options.preserve_order = False, True
+        work = [{"batch": pickle.dumps(batch)} for batch in batches]
+        count, share = _room(ray.cluster_resources(), gpus)
+        done = ray.data.from_items(work, override_num_blocks=max(1, len(work))).map_batches(
+            _worker_class(make_worker), batch_size=1, compute=ray.data.ActorPoolStrategy(size=count), **share)
+        for block in done.iter_batches(batch_size=None, prefetch_batches=0):
+            yield from map(pickle.loads, block["result"])
+
+
+@contextmanager
+def _cluster(address: str | None) -> Iterator[Any]:
+    """Ray, connected to a cluster; what fails on a worker becomes a ValueError."""
     try:
         import ray  # pyright: ignore[reportMissingImports]
         import ray.data  # pyright: ignore[reportMissingImports]
@@ -43,15 +66,7 @@ def on_ray(address: str | None, batches: Iterable[Sequence[Item]],
     _require_answer(address)
     ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     try:
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars, context.execution_options.preserve_order = False, True
-        work = [{"batch": pickle.dumps(batch)} for batch in batches]
-        count, share = _room(ray.cluster_resources(), gpus)
-        done = ray.data.from_items(work, override_num_blocks=max(1, len(work))).map_batches(
-            _worker_class(make_worker), batch_size=1, compute=ray.data.ActorPoolStrategy(size=count), **share)
-        for block in done.iter_batches(batch_size=None, prefetch_batches=0):
-            yield from map(pickle.loads, block["result"])
+        yield ray
     except RayError as error:
         raise ValueError(f"a worker on Ray failed: {_root(error)}") from error
     finally:

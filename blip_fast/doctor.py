@@ -96,6 +96,22 @@ print(json.dumps({"detail": chosen[0] if len(set(chosen)) == 1 else f"{chosen[0]
                   "known": ATTENTION_BACKENDS}))
 """
 
+_PRECISION = """
+import json
+import torch
+from blip_fast.precision import PRECISIONS, advice, check, resolve
+from blip_kernels.processor import instruction_set
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def slow(name):
+    try:
+        check(name, device)
+    except ValueError as error:
+        return str(error).removeprefix(f"dtype {name} ")
+    return (advice(name, device) or "").removeprefix(f"precision: {name} ").strip("()")
+print(json.dumps({"detail": f"the processor multiplies {instruction_set()}", "auto": resolve("auto", device),
+                  "slow": {name: slow(name) for name in PRECISIONS[1:] if slow(name)}}))
+"""
+
 _APEX = """
 import json, sys
 try:
@@ -141,6 +157,8 @@ _DALI_DISTRIBUTION = "nvidia-dali-cuda130" if _version("nvidia-dali-cuda130") el
 TORCH = Probe("PyTorch", "torch", "torch", "tensors", _TORCH, "pip install blip-fast")
 ATTENTION = Probe("blip_kernels", "blip_kernels", "blip-fast", "attention over segments", _ATTENTION,
                   "pip install blip-fast")
+PRECISION = Probe("Precision", "blip_fast", "blip-fast", "types with products in hardware", _PRECISION,
+                  "pip install blip-fast")
 DALI_GPU = Probe("DALI on the GPU", "nvidia.dali", _DALI_DISTRIBUTION, "decoding on the GPU",
                  _DALI.format(device_id=0, device="gpu"), _DALI_EXTRA)
 PACKAGES = (
@@ -171,10 +189,10 @@ PACKAGES = (
 def diagnose() -> Diagnosis:
     """Probe everything, some probes at a time, and decide what each part uses."""
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        torch, kernels, *packages = pool.map(look_for, (TORCH, ATTENTION, *PACKAGES))
+        torch, kernels, precision, *packages = pool.map(look_for, (TORCH, ATTENTION, PRECISION, *PACKAGES))
     cuda = _cuda(torch)
     dali_gpu = look_for(DALI_GPU) if cuda.usable else Finding(DALI_GPU.name, DALI_GPU.purpose, False, NEEDS_CUDA)
-    findings = (torch, cuda, kernels, *packages, dali_gpu, look_for_java())
+    findings = (torch, cuda, kernels, precision, *packages, dali_gpu, look_for_java())
     system = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores"
     return Diagnosis(system, findings, decide(findings))
 
@@ -239,13 +257,21 @@ def decide(findings: tuple[Finding, ...]) -> tuple[Part, ...]:
     found = {finding.name: finding for finding in findings}
     inference = Part("images for inference", "Pillow in threads",
                      {"DALI": "here inference equals transformers', which uses Pillow"})
-    return (_device(found), _attention(found), _training(found), _optimiser(found), _input(found), inference,
-            _caption_metrics(found))
+    return (_device(found), _precision(found), _attention(found), _training(found), _optimiser(found), _input(found),
+            inference, _caption_metrics(found))
 
 
 def _device(found: Mapping[str, Finding]) -> Part:
     cuda = found["CUDA"]
     return Part("device", cuda.detail) if cuda.usable else Part("device", "CPU", {"CUDA": cuda.detail})
+
+
+def _precision(found: Mapping[str, Finding]) -> Part:
+    precision = found["Precision"]
+    if not precision.usable:
+        return Part("precision", f"nothing: {precision.detail}")
+    return Part("precision", f"auto is {precision.facts['auto']} in inference and training, float32 in heat maps",
+                precision.facts["slow"])
 
 
 def _attention(found: Mapping[str, Finding]) -> Part:

@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
+from blip_kernels import row_blocks, sums_depend_on_rows
 from torch import Tensor
 
+from blip_fast.cores import each_on_a_core
 from blip_fast.model import BlipModel
 from blip_fast.packed import is_packed
 
 IMAGE_BATCH = 32
-PACKED_TOGETHER = 2  # on a CPU: each weight is read once for both, and their activations still fit the caches
 
 Result = TypeVar("Result")
 
@@ -42,11 +43,17 @@ def evaluated(model: BlipModel, results: Iterator[Result]) -> Iterator[Result]:
         yield result
 
 
+def images_together(model: BlipModel, most: int) -> int:
+    """How many images, up to `most`, are best encoded in one call: on a CPU one for each core, elsewhere all."""
+    on_cpu = model.vision.cls_token.device.type == "cpu"
+    return min(torch.get_num_threads() if is_packed(model) else 1, most) if on_cpu else most
+
+
 def encode_images(model: BlipModel, images: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
     """Visual tokens of images, batch by batch, on the model's device and in its dtype.
 
-    On a CPU the images of a batch are encoded one at a time, or two by a packed model, so that what they compute fits
-    the caches. An image's visual tokens then do not depend on the others of its batch, not by a bit.
+    On a CPU each image is encoded by itself, so that what it computes fits the caches; by a packed model each core
+    encodes another one. An image's visual tokens then do not depend on the others of its batch, not by a bit.
 
     Args:
         images: [N, 3, image_size, image_size], which is cut into batches, or batches of any lengths; empty ones are
@@ -58,7 +65,20 @@ def encode_images(model: BlipModel, images: Tensor | Iterable[Tensor]) -> Iterat
     like = model.vision.cls_token
     for batch in images.split(IMAGE_BATCH) if isinstance(images, Tensor) else images:
         if len(batch):
-            together = len(batch) if like.device.type != "cpu" else PACKED_TOGETHER if is_packed(model) else 1
             pixels = batch.to(like.device, like.dtype).flatten(0, -4)
-            embeds = torch.cat([model.encode_images(some) for some in pixels.split(together)])
+            embeds = model.encode_images(pixels) if like.device.type != "cpu" else torch.cat(_each(model, pixels))
             yield embeds.view(len(batch), -1, embeds.shape[-1])
+
+
+def _each(model: BlipModel, pixels: Tensor) -> list[Tensor]:
+    """[1, tokens, vision width] of each image [images, 3, size, size], on a CPU."""
+
+    def encode(image: Tensor) -> Tensor:
+        with row_blocks(model.config.vision.tokens, one_input=True):
+            return model.encode_images(image)
+
+    images = pixels.split(1)
+    # AMX gives other bits with another number of threads: there one image alone takes one core too.
+    if is_packed(model) and (len(images) > 1 or sums_depend_on_rows(pixels.dtype)):
+        return each_on_a_core(encode, images)
+    return [encode(image) for image in images]

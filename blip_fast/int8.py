@@ -1,30 +1,42 @@
-"""Weights of linear layers in 8 bits, through torchao: half of bfloat16's memory, not its speed (docs/decisions.md)."""
+"""Linear layers in 8 bits. Processors with products of 8 bits compute in them. Elsewhere weights alone are held so,
+through torchao, for their memory (docs/decisions.md)."""
 
 from __future__ import annotations
 
 import logging
 from importlib.util import find_spec
 
+import torch
+from blip_kernels import processor
 from torch import nn
 
 from blip_fast.linear import Linear
 from blip_fast.model import BlipModel
+from blip_fast.packed import pack_linear_layers
 
 
-def require_torchao() -> None:
-    """Raises ValueError where torchao is not installed."""
-    if find_spec("torchao") is None:
+def multiplies_int8(device: torch.device) -> bool:
+    """Whether the layers of a model compute in 8 bits there."""
+    return device.type == "cpu" and processor.has_int8()
+
+
+def require_torchao(device: torch.device) -> None:
+    """Raises ValueError where torchao is needed on a device and is not installed."""
+    if not multiplies_int8(device) and find_spec("torchao") is None:
         raise ValueError("dtype int8 needs torchao, which is not installed: pip install 'blip-fast[int8]'")
 
 
 def quantise_linear_layers(model: BlipModel) -> None:
-    """Hold the weights of all blocks and of the projection to keys and values in int8, in place, with a scale for each
-    output; products stay in the model's dtype. Embeddings and heads are left as they are."""
-    require_torchao()
+    """Hold the weights of all blocks in int8, in place, with a scale for each output. Embeddings and heads are left as
+    they are. On a CPU that multiplies 8 bits the layers compute in them, elsewhere in the model's dtype."""
+    if multiplies_int8(model.vision.cls_token.device):
+        pack_linear_layers(model, int8=True)
+        return
+    require_torchao(model.vision.cls_token.device)
     logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of libraries for GPUs that are not here
     from torchao.quantization import Int8WeightOnlyConfig, quantize_  # pyright: ignore[reportMissingImports]
 
-    for part in (model.vision.blocks, model.text):
+    for part in (model.vision.blocks, *(stack.layers for stack in model.text.values())):
         for module in list(part.modules()):
             for name, layer in list(module.named_children()):
                 if isinstance(layer, Linear):

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from blip_kernels import linear, packed_linear
+from blip_kernels import PackedWeight, linear, packed_linear
 from torch import Tensor, nn
 
 from blip_fast.config import BlipConfig
 from blip_fast.linear import Linear
 from blip_fast.packing import PackedTexts
-from blip_fast.text import ImageKV, LMHead, Mode, TextStack, TextStream
+from blip_fast.text import ImageKV, ImageStates, LMHead, Mode, TextStack, TextStream
 from blip_fast.vision import VisionTransformer
 
 INITIAL_TEMPERATURE = 0.07
@@ -42,7 +42,7 @@ class BlipModel(nn.Module):
         self.text = nn.ModuleDict({name: TextStack(config.text, read_width.get(name, vision_width), modes)
                                    for name, modes in stacks.items()})
         self.lm_head = LMHead(config.text, config.tied_lm_head) if config.has_decoder else None
-        self.packed_vocabulary: Tensor | None = None  # see pack_linear_layers
+        self.packed_vocabulary: PackedWeight | None = None  # see pack_linear_layers
         if config.contrastive:
             self.vision_projection = Linear(vision_width, config.embed_dim)
             self.text_projection = Linear(width, config.embed_dim)
@@ -153,8 +153,9 @@ class BlipModel(nn.Module):
                               stack.image_kv(*image_embeds.unbind(1)))
         return self.reasoning_head(first_rows).float()
 
-    def question_kv(self, image_embeds: Tensor, questions: PackedTexts, images: Tensor | None = None) -> ImageKV:
-        """What VQA's answer decoder looks at: keys and values of the encoded questions' own tokens.
+    def question_states(self, image_embeds: Tensor, questions: PackedTexts,
+                        images: Tensor | None = None) -> ImageStates:
+        """What VQA's answer decoder looks at: the states of the encoded questions' own tokens.
 
         Args:
             image_embeds: [images, tokens, vision width].
@@ -165,7 +166,12 @@ class BlipModel(nn.Module):
         if images is None:
             images = torch.arange(len(image_embeds), device=image_embeds.device)
         (states,) = encoder([TextStream(questions, "encoder", images)], encoder.image_kv(image_embeds))
-        return self.stack("decoder").states_kv(states, offsets=questions.offsets)
+        return ImageStates(states, questions.offsets)
+
+    def question_kv(self, image_embeds: Tensor, questions: PackedTexts, images: Tensor | None = None) -> ImageKV:
+        """Keys and values of `question_states` in the answer decoder."""
+        states = self.question_states(image_embeds, questions, images)
+        return self.stack("decoder").states_kv(states.rows, offsets=states.offsets)
 
     def lm_logits(self, texts: PackedTexts, images: Tensor, image_kv: ImageKV) -> Tensor:
         """Next-token logits [rows, vocab_size] of texts that start with [DEC]: see `vocabulary_logits`."""

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from blip_kernels import pack_weight, packed_linear, packing_cannot
+from blip_kernels import (
+    QuantisedWeight,
+    pack_weight,
+    packed_linear,
+    packing_cannot,
+    quantise_weight,
+    quantised_linear,
+)
 from torch import Tensor, nn
 
 from blip_fast.linear import Linear
@@ -12,6 +19,7 @@ from blip_fast.model import BlipModel
 from blip_fast.text import FeedForward, LMHead
 from blip_fast.vision import VisionBlock
 
+TEXT_ROWS = 64  # about as many as a step of generation, or of a few texts
 GELU_BEHIND: dict[type[nn.Module], str] = {VisionBlock: "mlp_in", FeedForward: "mlp_in", LMHead: "dense"}
 
 
@@ -22,13 +30,17 @@ class PackedLinear(nn.Module):
     It stays on the CPU and in its dtype. `state_dict` gives the weight as it was.
     """
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, gelu: bool = False) -> None:
-        """Raises ValueError where the weight cannot be packed here."""
+    def __init__(self, layer: nn.Linear | nn.Conv2d, rows: int, gelu: bool = False, int8: bool = False) -> None:
+        """For about so many rows. Raises ValueError where the weight cannot be packed here."""
         super().__init__()
-        self._packed, self._shape, self.gelu = pack_weight(layer.weight.flatten(1)), layer.weight.shape, gelu
+        weight = layer.weight.flatten(1)
+        self._packed = quantise_weight(weight) if int8 else pack_weight(weight, rows)
+        self._shape, self.gelu = layer.weight.shape, gelu
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self._packed, QuantisedWeight):
+            return quantised_linear(x, self._packed, self.bias, gelu=self.gelu)
         return packed_linear(x, self._packed, self.bias, gelu=self.gelu)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -40,7 +52,7 @@ class PackedLinear(nn.Module):
                          "another device or dtype")
 
 
-def pack_linear_layers(model: BlipModel) -> None:
+def pack_linear_layers(model: BlipModel, int8: bool = False) -> None:
     """Replace the linear layers of a model by their packed form, in place, and pack the vocabulary's projection, in
     float32.
 
@@ -48,19 +60,25 @@ def pack_linear_layers(model: BlipModel) -> None:
     together. The weight of the vocabulary is also kept as it is, because embeddings are looked up in it. Gradients end
     here.
 
-    Where weights cannot be packed (`blip_kernels.packing_cannot`: on a GPU, in float16, bfloat16 on a processor without
-    products of it) the model is left as it is.
+    With `int8` the layers of all blocks and the projection to keys and values are computed in 8 bits; norms, softmax,
+    embeddings and heads are not.
+
+    Where weights cannot be packed (`blip_kernels.packing_cannot`: on a GPU, in float16) the model is left as it is.
     """
     if packing_cannot(model.vision.cls_token):
         return
+    vision, text = {*model.vision.blocks.modules()}, {*model.text.modules()}
+    tokens = model.config.vision.tokens
     for module in list(model.modules()):
         before_gelu = GELU_BEHIND.get(type(module))
         for name, layer in list(module.named_children()):
             if isinstance(layer, Linear) and not (module is model.lm_head and name == "projection"):
-                setattr(module, name, PackedLinear(layer, gelu=name == before_gelu))
+                setattr(module, name, PackedLinear(
+                    layer, tokens if module in vision else TEXT_ROWS, name == before_gelu,
+                    int8 and module in vision | text))
         if before_gelu is not None:
             module.activation = nn.Identity()
-    model.vision.patch_embed = PackedLinear(model.vision.patch_embed)  # type: ignore[assignment]
+    model.vision.patch_embed = PackedLinear(model.vision.patch_embed, tokens)  # type: ignore[assignment]
     if model.lm_head is not None:
         model.packed_vocabulary = pack_weight(model.lm_head.weight(model.stack("decoder").word_embeds.weight).float())
     model.requires_grad_(False)

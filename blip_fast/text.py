@@ -20,7 +20,7 @@ from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
-from blip_kernels import attention, cached_attention, linear
+from blip_kernels import attention, cached_attention, linear, row_blocks
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -34,6 +34,7 @@ Mode = Literal["encoder", "decoder"]
 # float32 products of a multiple of this many rows give a row the same bits whatever their number; with fewer than four
 # rows in a thread's share the library changes to another kernel (docs/decisions.md).
 ROWS_TOGETHER = 4
+DECODED_ROWS = 32  # of a step that AMX multiplies together: two of its tiles
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,19 @@ class ImageKV:
         lengths = self.offsets.diff().tolist()
         return [ImageKV(tuple(parts), self.offsets.new_tensor([0, length]))
                 for length, *parts in zip(lengths, *(kv.split(lengths) for kv in self.kv), strict=True)]
+
+
+@dataclass(frozen=True)
+class ImageStates:
+    """What generated texts look at: visual tokens of images, or states of encoded questions, packed."""
+
+    rows: Tensor  # [rows, vision width]
+    offsets: Tensor  # int32 [images + 1]
+
+    def split(self) -> list[ImageStates]:
+        """Each image by itself, a view."""
+        lengths = self.offsets.diff().tolist()
+        return [ImageStates(rows, self.offsets.new_tensor([0, len(rows)])) for rows in self.rows.split(lengths)]
 
 
 class SelfAttention(nn.Module):
@@ -187,6 +201,13 @@ class TextLayer(nn.Module):
         return list(self.feed_forward(together).split([len(x_s) for x_s in x]))
 
 
+def image_states(image_embeds: Tensor) -> ImageStates:
+    """[images, tokens, vision width], packed."""
+    images, tokens = image_embeds.shape[:2]
+    offsets = torch.arange(images + 1, dtype=torch.int32, device=image_embeds.device) * tokens
+    return ImageStates(image_embeds.flatten(0, 1), offsets)
+
+
 class TextStack(nn.Module):
     """Embeddings, layers and, for cross-attention, one projection of an image to all layers' keys and values."""
 
@@ -241,9 +262,9 @@ class TextStack(nn.Module):
         if len(image_embeds) != len(self.image_to_kv):
             raise ValueError(f"this text stack looks at {len(self.image_to_kv)} image(s) at a time, "
                              f"got {len(image_embeds)}")
-        images, tokens = image_embeds[0].shape[:2]
-        offsets = torch.arange(images + 1, dtype=torch.int32, device=image_embeds[0].device) * tokens
-        return self.states_kv(*(embeds.flatten(0, 1) for embeds in image_embeds), offsets=offsets)
+        states = [image_states(embeds) for embeds in image_embeds]
+        with row_blocks(image_embeds[0].shape[1]):
+            return self.states_kv(*(each.rows for each in states), offsets=states[0].offsets)
 
     def states_kv(self, *states: Tensor, offsets: Tensor) -> ImageKV:
         """As `image_kv`, of packed rows [rows, vision width] with offsets int32 [images + 1]: VQA's answer decoder
@@ -266,6 +287,10 @@ class TextStack(nn.Module):
         Returns:
             [rows, width], and behind them what fills their number up to a multiple of `ROWS_TOGETHER`.
         """
+        with row_blocks(DECODED_ROWS):
+            return self._decode(token_ids, positions, cache, images)
+
+    def _decode(self, token_ids: Tensor, positions: Tensor, cache: SelfCache, images: ImagePool) -> Tensor:
         rows, fill = len(token_ids), -len(token_ids) % ROWS_TOGETHER
         cache.place(positions)
         x = self._embed(F.pad(token_ids, (0, fill)), F.pad(positions, (0, fill)))

@@ -36,7 +36,7 @@ def save_shards(directory: Path) -> Path:
 
 def arguments(models: Path, *more: object) -> list[str]:
     return ["capfilt", "--captioner", str(models / "captioner"), "--filter", str(models / "filter"),
-            "--max-length", "10", "--batch-size", "2", *map(str, more)]
+            "--dtype", "float32", "--max-length", "10", "--batch-size", "2", *map(str, more)]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

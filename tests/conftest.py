@@ -8,9 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from blip_fast import precision
+
 # Without a GPU Triton interprets its kernels on the CPU. It reads this when it is first imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def precision_is_said_anew():
+    """As in a process of its own, where it is said once."""
+    precision.say.cache_clear()
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from blip_fast.checkpoint import load_model
 from blip_fast.model import BlipModel
-from blip_fast.text import ImageKV
+from blip_fast.text import ImageKV, ImageStates, image_states
 
 
 def small_models(directory: Path) -> tuple[Any, BlipModel]:
@@ -20,9 +20,14 @@ def small_models(directory: Path) -> tuple[Any, BlipModel]:
     return theirs, load_model(directory)[0]
 
 
-def see(model: BlipModel, pixels: Tensor) -> ImageKV:
+def see(model: BlipModel, pixels: Tensor) -> ImageStates:
     with torch.no_grad():
-        return model.stack("decoder").image_kv(model.encode_images(pixels))
+        return image_states(model.encode_images(pixels))
+
+
+def keys_and_values(model: BlipModel, seen: ImageStates) -> ImageKV:
+    with torch.no_grad():
+        return model.stack("decoder").states_kv(seen.rows, offsets=seen.offsets)
 
 
 def prompts_of(prompt: list[int], images: int) -> list[list[int]]:

@@ -152,7 +152,7 @@ def everything(directory: Path) -> tuple[object, ...]:
     """Arguments of a server that can do everything: models of random weights, and an index of twelve pictures."""
     model = write_model(directory / "model", "tied")
     (directory / "photos").mkdir()
-    index = Index.create(directory / "index", model)
+    index = Index.create(directory / "index", model, dtype="float32")
     index.add([save_pictures(directory / "photos", 12)])
     index.close()
     return ("--model", model, "--answerer", write_model(directory / "answerer", "untied"),

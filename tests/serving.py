@@ -59,7 +59,7 @@ def write_model(directory: Path, stacks: TextStacks) -> Path:
 
 def settings_of(*arguments: object) -> Settings:
     """As the command line has them."""
-    return settings_from([str(argument) for argument in arguments])
+    return settings_from([*map(str, arguments), "--dtype", "float32"])
 
 
 def photos(count: int, kind: str = "JPEG") -> list[bytes]:
@@ -132,8 +132,8 @@ class Served:
 
     def __init__(self, *arguments: object) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "blip_fast", "serve", "--port", "0", *map(str, arguments)], stderr=subprocess.PIPE,
-            text=True)
+            [sys.executable, "-m", "blip_fast", "serve", "--port", "0", "--dtype", "float32", *map(str, arguments)],
+            stderr=subprocess.PIPE, text=True)
         self.log: list[str] = []
         self.url: str | None = None
         self._heard = threading.Event()

@@ -17,14 +17,14 @@ SAME_LENGTH = ["what is the man doing?", "how many dogs are running?", "is this 
 def on_bert(bert_vocabulary, tmp_path_factory):
     directory = tmp_path_factory.mktemp("on_bert")
     theirs = save_model("BlipForQuestionAnswering", Tokenizer.from_vocab_file(bert_vocabulary), directory, sep_bias=6.0)
-    return theirs, Answerer.from_pretrained(directory)
+    return theirs, Answerer.from_pretrained(directory, dtype="float32")
 
 
 @pytest.fixture(scope="module")
 def answerer(tmp_path_factory) -> Answerer:
     directory = tmp_path_factory.mktemp("small")
     save_model("BlipForQuestionAnswering", small_tokenizer(), directory, sep_bias=4.0)
-    return Answerer.from_pretrained(directory)
+    return Answerer.from_pretrained(directory, dtype="float32")
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -66,7 +66,7 @@ def test_wrong_calls(answerer, tmp_path):
         answerer([b"", b""], ["a", "b", "c"])
     save_model("BlipForConditionalGeneration", small_tokenizer(), tmp_path)
     with pytest.raises(ValueError, match="VQA"):
-        Answerer(*_parts(Captioner.from_pretrained(tmp_path)))
+        Answerer(*_parts(Captioner.from_pretrained(tmp_path, dtype="float32")))
 
 
 def _parts(captioner: Captioner):

@@ -25,7 +25,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def answerer(checkpoint) -> Answerer:
-    return Answerer.from_pretrained(checkpoint)
+    return Answerer.from_pretrained(checkpoint, dtype="float32")
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def folder(tmp_path):
 
 
 def ask(checkpoint, capsys, *arguments, status=0):
-    assert main(["ask", "--model", checkpoint, *map(str, arguments)]) == status
+    assert main(["ask", "--model", checkpoint, "--dtype", "float32", *map(str, arguments)]) == status
     out, err = capsys.readouterr()
     return out if status == 0 else err
 

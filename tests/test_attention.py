@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from blip_kernels import attention, sliced_attention
+from blip_kernels import attention, processor, sliced_attention
 from blip_kernels.backends import attention_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -125,11 +125,17 @@ def test_the_environment_names_the_backend(monkeypatch):
     assert attention_backend(q, "sdpa") == "sdpa"
 
 
-def test_auto_takes_slices_in_16_bit_on_a_cpu(monkeypatch):
+@pytest.mark.parametrize(("bfloat16", "amx", "inference", "training"), [
+    (False, False, "sdpa", "sdpa"), (True, False, "sliced", "sliced"), (True, True, "sdpa", "sliced")])
+def test_auto_takes_slices_where_they_are_faster(monkeypatch, bfloat16, amx, inference, training):
+    """In 16 bits that the processor multiplies; with AMX, where gradients are needed."""
     monkeypatch.delenv("BLIP_FAST_ATTENTION", raising=False)
+    monkeypatch.setattr(processor, "has_bfloat16", lambda: bfloat16)
+    monkeypatch.setattr(processor, "has_amx", lambda: amx)
     q = torch.randn(4, 2, 8)
     assert attention_backend(q) == "sdpa"
-    assert attention_backend(q.bfloat16()) == "sliced"
+    assert attention_backend(q.bfloat16()) == inference
+    assert attention_backend(q.bfloat16().requires_grad_()) == training
     with pytest.raises(ValueError, match="runs on a CPU only"):
         attention_backend(q.to("meta"), "sliced")
 

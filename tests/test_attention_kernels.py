@@ -242,7 +242,7 @@ def test_backends_that_cannot_run_say_why(monkeypatch):
     monkeypatch.setattr("blip_kernels.gpu.launch.INTERPRETED", False)
     with pytest.raises(ValueError, match=r"tensors are on a CPU.*here can run: sdpa, sliced, reference"):
         attention_backend(q, "triton")
-    assert attention_backend(q) == "sdpa" and attention_backend(q.half()) == "sliced"
+    assert attention_backend(q) == "sdpa"
     monkeypatch.setenv(ATTENTION_VARIABLE, "reference")
     assert attention_backend(q) == "reference" and attention_backend(q, "sdpa") == "sdpa"
 

@@ -202,8 +202,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 def rerank(folder: Path, *arguments) -> int:
-    return cli._run("caption", CAPTION, ["--model", str(folder / "captioner"), "--max-length", "14", "--n-best", "5",
-                                         "--rerank", "bert-cnn", *map(str, arguments)])
+    return cli._run("caption", CAPTION, ["--model", str(folder / "captioner"), "--dtype", "float32", "--max-length",
+                                         "14", "--n-best", "5", "--rerank", "bert-cnn", *map(str, arguments)])
 
 
 @torch.no_grad()
@@ -214,7 +214,7 @@ def test_captions_are_reranked(folder, capsys):
                     folder / "reranker", "--json", *paths)
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert status == 1 and "error" in rows.pop(1)
-    captioner, classifier = (task.from_pretrained(folder / name) for task, name in (
+    captioner, classifier = (task.from_pretrained(folder / name, dtype="float32") for task, name in (
         (Captioner, "captioner"), (Classifier, "matcher")))
     theirs = transformers.BertModel.from_pretrained(folder / "bert").eval()
     model, _ = load_bert_cnn(folder / "reranker")

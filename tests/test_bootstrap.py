@@ -152,7 +152,7 @@ def test_each_model_is_measured_under_its_own_name(finished):
     figures, images = figures_of(run)["seeds"]["0"], annotated_images(run / "seed-0" / "scenes" / "test", "test")
     assert len(images) == 5
     for name, stage in (("raw", "pretrain"), ("cleaned", "bootstrapped")):
-        captioner = Captioner.from_pretrained(run / "seed-0" / stage / "model")
+        captioner = Captioner.from_pretrained(run / "seed-0" / stage / "model", dtype="float32")
         found = evaluate_captions(captioner, images, GenerationConfig(beams=3, max_length=24, min_length=5), prompt="")
         assert figures[f"{name}_caption_loss"] == pytest.approx(found.loss)
         assert figures[f"{name}_slot_accuracy"] == found.slots.slot_accuracy

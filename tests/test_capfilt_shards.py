@@ -32,7 +32,8 @@ from blip_fast.tokenizer import clean_caption
 
 
 def test_texts_scores_and_verdicts_equal_those_made_one_at_a_time(cleaners, web_shards, cleaned):
-    captioner, matcher = Captioner.from_pretrained(cleaners / "captioner"), Matcher.from_pretrained(cleaners / "filter")
+    captioner = Captioner.from_pretrained(cleaners / "captioner", dtype="float32")
+    matcher = Matcher.from_pretrained(cleaners / "filter", dtype="float32")
     found = {sample.record["image"]: sample for sample in samples_of(cleaned)}
     assert len(found) == SHARDS * IMAGES == len(samples_of(cleaned))
     for sample in iterate(web_shards):
@@ -94,7 +95,7 @@ def test_the_best_of_several_captions(cleaners, web_shards, tmp_path):
     beams = tmp_path / "beams"
     assert main(arguments(cleaners, web_shards / "000000.tar", "--output", beams, "--beams", 2)) == 0
     made = {row["image"]: row["text"] for row in texts_of(beams) if row["origin"] == "synthetic"}
-    captioner = Captioner.from_pretrained(cleaners / "captioner")
+    captioner = Captioner.from_pretrained(cleaners / "captioner", dtype="float32")
     for sample in iterate(web_shards):
         if (name := sample.record["image"]) in made:
             (caption,) = captioner(sample.image, "a picture of", GenerationConfig(beams=2, max_length=10, min_length=5),

@@ -31,7 +31,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def captioner(checkpoint) -> Captioner:
-    return Captioner.from_pretrained(checkpoint[0])
+    return Captioner.from_pretrained(checkpoint[0], dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def pictures(folder: Path) -> list[Path]:
 
 
 def run(capsys, *arguments) -> tuple[int, list[str], str]:
-    status = main(["caption", *map(str, arguments)])
+    status = main(["caption", "--dtype", "float32", *map(str, arguments)])
     out, err = capsys.readouterr()
     return status, out.splitlines(), err
 
@@ -113,7 +113,7 @@ def test_training_mode_is_kept(captioner, folder):
 def test_published_checkpoint(data_root, bert_vocabulary):
     """A `.pth` brings no vocabulary: the caller names it; captions are those the published code printed."""
     path = data_root / "original_blip" / "caption.pth"
-    captioner = Captioner.from_pretrained(path, tokenizer=bert_vocabulary)
+    captioner = Captioner.from_pretrained(path, tokenizer=bert_vocabulary, dtype="float32")
     notes = json.loads(path.with_suffix(".json").read_text())["generate"]["beam3"]
     with np.load(path.with_name("caption_io.npz")) as arrays:
         images = torch.from_numpy(arrays["images"])
@@ -129,21 +129,21 @@ def test_load_for_task(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="dtype"):
         load_for_task(directory, dtype="float8")
     with pytest.raises(ValueError, match="device"):
-        load_for_task(directory, device="cuda:99")
+        load_for_task(directory, device="cuda:99", dtype="float32")
     for file in directory.iterdir():
         if file.name in ("config.json", "model.safetensors"):
             (tmp_path / file.name).symlink_to(file)
     with pytest.raises(ValueError, match="tokenizer"):
-        load_for_task(tmp_path)
+        load_for_task(tmp_path, dtype="float32")
     for kept in (directory, directory / "vocab.txt", directory / "tokenizer.json"):
-        assert load_for_task(tmp_path, tokenizer=kept)[1].vocab_size == model.config.text.vocab_size
+        assert load_for_task(tmp_path, tokenizer=kept, dtype="float32")[1].vocab_size == model.config.text.vocab_size
 
 
 def test_a_tokenizer_that_does_not_fit_is_refused(checkpoint, tmp_path):
     """Its ids would lie beyond the embeddings, or mean other words: it must not load."""
     Tokenizer([*BERT_TOKENS, *(f"word{i}" for i in range(500))]).save(tmp_path)
     with pytest.raises(ValueError, match=r"tokenizer has 507 tokens.*do not belong together"):
-        load_for_task(checkpoint[0], tokenizer=tmp_path)
+        load_for_task(checkpoint[0], tokenizer=tmp_path, dtype="float32")
 
 
 def test_command_prints_json(checkpoint, captioner, folder, capsys):

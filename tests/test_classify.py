@@ -24,7 +24,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def classifier(checkpoint) -> Classifier:
-    return Classifier.from_pretrained(checkpoint[0])
+    return Classifier.from_pretrained(checkpoint[0], dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def folder(images, tmp_path):
 
 
 def run(capsys, checkpoint, *arguments) -> tuple[int, list[str], str]:
-    status = cli._run("classify", COMMAND, ["--model", str(checkpoint[0]), *map(str, arguments)])
+    status = cli._run("classify", COMMAND, ["--model", str(checkpoint[0]), "--dtype", "float32", *map(str, arguments)])
     out, err = capsys.readouterr()
     return status, out.splitlines(), err
 
@@ -118,7 +118,7 @@ def test_wrong_calls(classifier, images, tmp_path):
             classifier(images, labels, **options)
     save_model("BlipForConditionalGeneration", small_tokenizer(), tmp_path)
     with pytest.raises(ValueError, match="contrastive"):
-        Classifier.from_pretrained(tmp_path)
+        Classifier.from_pretrained(tmp_path, dtype="float32")
 
 
 def test_command(checkpoint, classifier, folder, capsys):
@@ -171,4 +171,4 @@ def test_command_refuses(checkpoint, folder):
         "missing.txt": (image, "--labels", folder / "missing.txt"),
     }.items():
         with pytest.raises((ValueError, OSError), match=said.replace("(", "")):
-            cli._run("classify", COMMAND, ["--model", str(checkpoint[0]), *map(str, arguments)])
+            cli._run("classify", COMMAND, ["--model", str(checkpoint[0]), "--dtype", "float32", *map(str, arguments)])

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from generating import noise, prompts_of, see, small_models
+from generating import keys_and_values, noise, prompts_of, see, small_models
 
 from blip_fast.config import BlipConfig, SpecialTokens, TextConfig, VisionConfig
 from blip_fast.generate import Generation, GenerationConfig, Request, generate, generate_stream
 from blip_fast.model import BlipModel
 from blip_fast.packing import PackedTexts
-from blip_fast.text import TextStack
+from blip_fast.text import ImageStates, TextStack
 
 SEP = 102
 MODELS = {"narrow": (16, 2, 64, 1), "wide": (96, 3, 200, 2)}  # head_dim, heads, tokens of a text, layers
@@ -74,12 +74,12 @@ def test_questions_of_any_lengths():
     states = torch.randn(sum(lengths), 32)
     offsets = torch.tensor([0, *lengths]).cumsum(0).int()
     for search in (GenerationConfig(), GenerationConfig(beams=3)):
-        with torch.no_grad():
-            questions = model.stack("decoder").states_kv(states, offsets=offsets)
+        questions = ImageStates(states, offsets)
         together = generate(model, questions, prompts_of([138], len(lengths)), search)
         for question, text in zip(questions.split(), together, strict=True):
             assert generate(model, question, prompts_of([138], 1), search) == [text]
-        exact = model.lm_logits(PackedTexts.from_lists([together[1].token_ids[:-1]]), torch.tensor([1]), questions)
+        exact = model.lm_logits(PackedTexts.from_lists([together[1].token_ids[:-1]]), torch.tensor([1]),
+                                keys_and_values(model, questions))
         greedily = exact.argmax(-1).tolist() if search.beams == 1 else together[1].token_ids[1:]
         assert together[1].token_ids[1:] == greedily
 
@@ -142,13 +142,13 @@ def test_prompts_of_each_image(small):
     """Each image goes on from its own prompt, as if all had it."""
     _, model = small
     prompts = [[model.config.tokens.bos, *range(10, 10 + n)] for n in (0, 1, 2, 3, 4, 7)]
-    image_kv = see(model, noise(6, seed=5))
+    seen = see(model, noise(6, seed=5))
     for beams in (1, 3):
         config = GenerationConfig(beams=beams)
-        texts = generate(model, image_kv, prompts, config)
+        texts = generate(model, seen, prompts, config)
         for i, prompt in enumerate(prompts):
             assert texts[i].token_ids[: len(prompt)] == prompt
-            assert texts[i] == generate(model, image_kv, [prompt] * 6, config)[i]
+            assert texts[i] == generate(model, seen, [prompt] * 6, config)[i]
 
 
 def test_bfloat16(small):

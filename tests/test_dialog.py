@@ -68,7 +68,7 @@ def plain_scores(theirs, tokenizer, image, dialogue: Dialogue, caption_in: str) 
 @torch.no_grad()
 def test_scores_are_those_of_one_candidate_at_a_time(checkpoint, pictures, caption_in, monkeypatch):
     monkeypatch.setattr("blip_fast.tasks.match.CPU_TEXTS", 4)  # rounds are cut
-    ranker = DialogRanker.from_pretrained(checkpoint[0])
+    ranker = DialogRanker.from_pretrained(checkpoint[0], dtype="float32")
     images = [image_pixels(pictures / f"{i}.png", 64) for i in range(2)]
     together = ranker.score_pixels(torch.stack(images), DIALOGUES, caption_in=caption_in)
     assert [[len(scores) for scores in rounds] for rounds in together] == [[5, 5, 5], [8]]
@@ -82,7 +82,7 @@ def test_scores_are_those_of_one_candidate_at_a_time(checkpoint, pictures, capti
 
 
 def test_the_earliest_rounds_give_way_to_a_long_dialogue(checkpoint):
-    ranker = DialogRanker.from_pretrained(checkpoint[0])
+    ranker = DialogRanker.from_pretrained(checkpoint[0], dtype="float32")
     rounds = [Round("red " * 30, "dog " * 19 + "no") for _ in range(30)]
     ids = ranker.pack(Dialogue("a dog", [*rounds, Round("why?", "", ["no"])]), 30, "text").token_ids.tolist()
     caption, turn = (ranker.tokenizer.encode(text)[1:] for text in ("a dog", "red " * 30 + "dog " * 19 + "no"))
@@ -95,7 +95,7 @@ def test_the_earliest_rounds_give_way_to_a_long_dialogue(checkpoint):
 
 
 def test_what_a_ranker_refuses(checkpoint, tmp_path):
-    ranker = DialogRanker.from_pretrained(checkpoint[0])
+    ranker = DialogRanker.from_pretrained(checkpoint[0], dtype="float32")
     pixels = torch.zeros(1, 3, 64, 64)
     with pytest.raises(ValueError, match="caption_in must be one of attention, text, got 'image'"):
         ranker.score_pixels(pixels, DIALOGUES[:1], caption_in="image")
@@ -140,24 +140,25 @@ def data(tmp_path, pictures) -> Path:
 @pytest.mark.parametrize("options", [[], ["--caption-in", "text"]])
 def test_evaluate_visdial(checkpoint, data, capsys, options):
     capsys.readouterr()
-    assert main(["evaluate", "visdial", "--model", checkpoint[0], "--data", str(data), "--split", "val", *options,
-                 "--json"]) == 0
+    assert main(["evaluate", "visdial", "--model", checkpoint[0], "--dtype", "float32", "--data", str(data), "--split",
+                 "val", *options, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    ranker, scores = DialogRanker.from_pretrained(checkpoint[0]), []
+    ranker, scores = DialogRanker.from_pretrained(checkpoint[0], dtype="float32"), []
     for row in read_annotations(data / "annotations.jsonl"):
         rounds = [Round(one["question"], one["answer"], one["candidates"]) for one in row["dialog"]]
         scores += ranker(data / row["image"], Dialogue(row["captions"][0], rounds),
                          caption_in="text" if options else "attention")
     expected = dialog_figures(torch.stack(scores), torch.tensor([1, 2, 0]))
     chance = {"r1": pytest.approx(1 / 3), "r5": 1, "r10": 1}
-    assert found == {"task": "visdial", "images": 2, "rounds": 3, "chance": chance,
+    assert found == {"task": "visdial", "images": 2, "precision": "float32", "rounds": 3, "chance": chance,
                      "ndcg": pytest.approx(ndcg(scores[1][None], torch.tensor([[0, 0.5, 1]]))),
                      **{name: pytest.approx(value) for name, value in expected.items()}}
     assert main(["data", "pack", str(data), "--output", str(data / "shards")]) == 0
-    assert main(["evaluate", "visdial", "--model", checkpoint[0], "--data", str(data / "shards"), "--split", "val",
-                 *options, "--json"]) == 0
+    assert main(["evaluate", "visdial", "--model", checkpoint[0], "--dtype", "float32", "--data", str(data / "shards"),
+                 "--split", "val", *options, "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found
-    assert main(["evaluate", "visdial", "--model", checkpoint[0], "--data", str(data), "--split", "val"]) == 0
+    assert main(["evaluate", "visdial", "--model", checkpoint[0], "--dtype", "float32", "--data", str(data),
+                 "--split", "val"]) == 0
     assert "mean_rank" in capsys.readouterr().out
 
 
@@ -167,7 +168,7 @@ def test_ranks_share_dialogues(checkpoint, data):
         def share(self, work, items):
             return merged([list(work(dealt(items, rank, 2))) for rank in range(2)], len(items))
 
-    ranker, images = DialogRanker.from_pretrained(checkpoint[0]), annotated_images(data, "val")
+    ranker, images = DialogRanker.from_pretrained(checkpoint[0], dtype="float32"), annotated_images(data, "val")
     shared, alone = (evaluate_dialogues(ranker, images, ranks=ranks) for ranks in (TwoRanks(), ALONE))
     assert shared.pop("chance") == alone.pop("chance") and shared == pytest.approx(alone)
 
@@ -183,6 +184,7 @@ def test_what_cannot_be_evaluated(checkpoint, data, capsys, change, said):
     row = read_annotations(data / "annotations.jsonl")[0] | change
     row = {key: value for key, value in row.items() if value is not None}
     (data / "annotations.jsonl").write_text(json.dumps(row))
-    assert main(["evaluate", "visdial", "--model", checkpoint[0], "--data", str(data), "--split", "val"]) == 2
+    assert main(["evaluate", "visdial", "--model", checkpoint[0], "--dtype", "float32", "--data", str(data),
+                 "--split", "val"]) == 2
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1

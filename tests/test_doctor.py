@@ -4,10 +4,13 @@ import json
 from dataclasses import replace
 
 import pytest
+from blip_kernels import processor
 
 from blip_fast import doctor
 from blip_fast.cli import main
 from blip_fast.doctor import PACKAGES, Finding, Probe, decide, diagnose, look_for, look_for_java
+from blip_fast.precision import resolve
+from blip_fast.tasks.loading import chosen_device
 
 APEX = next(probe for probe in PACKAGES if probe.name == "NVIDIA Apex")
 ODD_CODE = "import json, odd\nprint(json.dumps({'detail': 'fine', 'more': 1}))"
@@ -85,13 +88,15 @@ def test_a_machine_without_anything_is_diagnosed(monkeypatch):
     assert not any(finding.usable for finding in diagnosis.findings)
     uses = {part.name: part.uses for part in diagnosis.parts}
     assert uses["device"] == "CPU"
-    assert all(uses[name].startswith("nothing") for name in ("attention", "training", "training input"))
+    assert all(uses[name].startswith("nothing") for name in ("attention", "precision", "training", "training input"))
 
 
 def found(**changed):
     """Findings of a machine on which everything works, but for those named."""
-    names = ("PyTorch", "CUDA", "blip_kernels", "Java", "DALI on the GPU", *(probe.name for probe in PACKAGES))
-    facts = {"known": ["auto", "triton", "sdpa", "flash_attn"]}
+    names = ("PyTorch", "CUDA", "blip_kernels", "Precision", "Java", "DALI on the GPU",
+             *(probe.name for probe in PACKAGES))
+    facts = {"known": ["auto", "triton", "sdpa", "flash_attn"], "auto": "bfloat16",
+             "slow": {"float16": "no products"}}
     every = {name: Finding(name, "", True, "triton" if name == "blip_kernels" else f"{name} found", facts=facts)
              for name in names}
     for name, reason in changed.items():
@@ -109,6 +114,8 @@ def test_a_machine_with_everything():
     assert decided["attention"].uses == "triton"
     assert decided["attention"].why_not == {"FlashAttention": "can be chosen: BLIP_FAST_ATTENTION=flash_attn",
                                             "xFormers": "this version has no such backend"}
+    assert decided["precision"].uses == "auto is bfloat16 in inference and training, float32 in heat maps"
+    assert decided["precision"].why_not == {"float16": "no products"}
     assert "NCCL" in decided["training"].uses and "GPU" in decided["training input"].uses
 
 
@@ -133,6 +140,8 @@ def test_the_command_reports_this_machine_as_json(monkeypatch, capsys):
     assert findings["PyTorch"]["usable"] and findings["PyTorch"]["version"]
     assert {"CUDA", "Triton", "FlashAttention", "xFormers", "NVIDIA Apex", "DALI on the CPU", "DALI on the GPU",
             "DeepSpeed", "torchao", "Ray", "Java", "pycocoevalcap", "PyAV"} <= set(findings)
+    assert findings["Precision"]["detail"] == f"the processor multiplies {processor.instruction_set()}"
+    assert findings["Precision"]["facts"]["auto"] == resolve("auto", chosen_device(None))
     attention = next(part for part in said["parts"] if part["name"] == "attention")
     assert "'sideways' is not known" in attention["uses"]  # named and not hidden behind another backend
 

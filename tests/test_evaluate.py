@@ -68,7 +68,7 @@ def shards(folder, tmp_path_factory):
 
 
 def evaluate(capsys, *arguments):
-    assert main(["evaluate", *arguments, "--json"]) == 0
+    assert main(["evaluate", *arguments, "--dtype", "float32", "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 

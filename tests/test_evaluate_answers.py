@@ -59,7 +59,8 @@ def data(tmp_path: Path, folder: Path, rows: list[dict]) -> str:
 
 
 def evaluate(capsys, *arguments, status=0):
-    assert main(["evaluate", *map(str, arguments), *(["--json"] if status == 0 else [])]) == status
+    options = ["--dtype", "float32", *(["--json"] if status == 0 else [])]
+    assert main(["evaluate", *map(str, arguments), *options]) == status
     out, err = capsys.readouterr()
     return json.loads(out) if status == 0 else err
 
@@ -72,7 +73,7 @@ def questions(answers) -> list[dict]:
 
 @pytest.mark.parametrize("ranked", [False, True])
 def test_vqa(vqa, folder, tmp_path, capsys, ranked):
-    answerer = Answerer.from_pretrained(vqa)
+    answerer = Answerer.from_pretrained(vqa, dtype="float32")
     said = []
     for row in questions([None] * 5):
         image, question = folder / row["image"], clean_question(row["question"])
@@ -89,7 +90,7 @@ def test_vqa(vqa, folder, tmp_path, capsys, ranked):
         {"question_id": 100 + i, "answer": answer} for i, answer in enumerate(said)]
     each = [vqa_accuracy(answer, of) for answer, of in zip(said, votes, strict=True)]
     assert each == pytest.approx([0.6, 1, 0, 0.9, 1])
-    assert found == {"task": "vqa", "images": 5, "vqa_accuracy": pytest.approx(sum(each) / 5),
+    assert found == {"task": "vqa", "images": 5, "precision": "float32", "vqa_accuracy": pytest.approx(sum(each) / 5),
                      "vqa_accuracy_number": 1, "vqa_accuracy_other": pytest.approx(2.5 / 4),
                      "commonest_answer": pytest.approx(2 / 5)}
 
@@ -98,7 +99,8 @@ def test_vqa(vqa, folder, tmp_path, capsys, ranked):
     (None, None), (["red"], 0), ({"red": 0.2}, 0), ({"red": 0.2, "{said}": 0.3}, 1), (["{said}"] * 9, 1)])
 def test_vqa_where_the_official_accuracy_is_not_defined(vqa, folder, tmp_path, capsys, answers, commonest):
     row = questions([None] * 5)[0]
-    said = Answerer.from_pretrained(vqa)(folder / row["image"], clean_question(row["question"]), first_token="[ENC]")
+    answerer = Answerer.from_pretrained(vqa, dtype="float32")
+    said = answerer(folder / row["image"], clean_question(row["question"]), first_token="[ENC]")
     filled = json.loads(json.dumps(answers).replace("{said}", said[0].answer))
     found = evaluate(capsys, "vqa", "--model", vqa, "--data", data(tmp_path, folder, [row | {"answers": filled}]))
     assert (found["vqa_accuracy"], found["commonest_answer"]) == (None, commonest)
@@ -113,11 +115,11 @@ def pairs() -> list[dict]:
 
 def test_nlvr2_of_a_folder_and_of_shards(nlvr2, folder, tmp_path, capsys):
     """More than one batch; pairs 2i and 2i + 1 have one sentence, unless rows say otherwise."""
-    rows, reasoner = pairs(), Reasoner.from_pretrained(nlvr2)
+    rows, reasoner = pairs(), Reasoner.from_pretrained(nlvr2, dtype="float32")
     right = [(reasoner([(folder / row["image"], folder / row["second_image"])], [row["caption"]]).item() > 0.5)
              == row["label"] for row in rows]
     assert 0 < sum(right) < len(rows)
-    expected = {"task": "nlvr2", "images": 40, "accuracy": sum(right) / 40,
+    expected = {"task": "nlvr2", "images": 40, "precision": "float32", "accuracy": sum(right) / 40,
                 "consistency": sum(a and b for a, b in zip(right[::2], right[1::2], strict=True)) / 20}
     found = evaluate(capsys, "nlvr2", "--model", nlvr2, "--data", data(tmp_path, folder, rows))
     assert found == pytest.approx(expected)

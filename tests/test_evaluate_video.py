@@ -116,7 +116,7 @@ def test_video_retrieval(matching, folder, capsys):
     assert cosines.std() > 0.01 and logits.std() > 0.01
     i2t, t2i = reranked(cosines, logits, 3), reranked(cosines.T, logits.T, 3)
 
-    model, tokenizer = load_for_task(options[1], tokenizer=options[3])
+    model, tokenizer = load_for_task(options[1], tokenizer=options[3], dtype="float32")
     result, of_text = evaluate_retrieval(model, tokenizer, as_videos(images, FRAMES), top_k=3)
     torch.testing.assert_close(result.image_to_text.dense(), i2t, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(result.text_to_image.dense(), t2i, atol=1e-4, rtol=1e-4)
@@ -127,8 +127,8 @@ def test_video_retrieval(matching, folder, capsys):
     one_frame = evaluate_retrieval(model, tokenizer, as_videos(images, 1), top_k=CLIPS + 1)[0].image_to_text
     assert (one_frame.dense() - cosines - logits).abs().max() > 0.01  # so all frames count
 
-    assert main(["evaluate", "video-retrieval", *options, "--data", str(folder), "--frames", str(FRAMES), "--top-k",
-                 "3", "--json"]) == 0
+    assert main(["evaluate", "video-retrieval", *options, "--dtype", "float32", "--data", str(folder), "--frames",
+                 str(FRAMES), "--top-k", "3", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     expected = {"task": "video-retrieval", "images": CLIPS, "frames": FRAMES, "texts": CLIPS + 1, "top_k": 3}
     assert {name: said[name] for name in expected} == expected
@@ -174,7 +174,7 @@ def test_video_qa(answering, folder, tmp_path, capsys, ranked):
     rows = [image.row for image in annotated_images(asked, "test")]
     expected = textbook_answers(textbook, asked, rows, ranked)
     assert len({answer for answer, _ in expected}) > 1
-    answerer = Answerer.from_pretrained(options[1], tokenizer=options[3])
+    answerer = Answerer.from_pretrained(options[1], tokenizer=options[3], dtype="float32")
     generation = GenerationConfig(beams=2, max_length=6, min_length=1)
     for i, video in enumerate(as_videos(annotated_images(asked, "test"), FRAMES)):
         packed = answerer.pack([rows[i]["question"].lower()], "[ENC]")
@@ -189,10 +189,10 @@ def test_video_qa(answering, folder, tmp_path, capsys, ranked):
     for i, row in enumerate(rows):  # 13 of 20 are right
         row |= {"answers": [expected[i][0] if i % 3 else "never said"], "image": str((asked / row["image"]).resolve())}
     (tmp_path / "annotations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert main(["evaluate", "video-qa", *options, "--data", str(tmp_path), "--frames", str(FRAMES), *how, "--output",
-                 str(tmp_path / "said.json"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"task": "video-qa", "images": 4 * CLIPS, "frames": FRAMES,
-                                                   "accuracy": pytest.approx(13 / 20)}
+    assert main(["evaluate", "video-qa", *options, "--dtype", "float32", "--data", str(tmp_path), "--frames",
+                 str(FRAMES), *how, "--output", str(tmp_path / "said.json"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"task": "video-qa", "images": 4 * CLIPS, "precision": "float32",
+                                                   "frames": FRAMES, "accuracy": pytest.approx(13 / 20)}
     assert [one["answer"] for one in json.loads((tmp_path / "said.json").read_text())] == [one for one, _ in expected]
 
 

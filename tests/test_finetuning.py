@@ -72,7 +72,7 @@ def logged(run: Path, loss: str) -> list[float]:
 def test_captioning(tune, pictures):
     run = tune("caption_coco", pictures[1])
     assert all(value > 0 for value in logged(run, "lm"))
-    captioner = Captioner.from_pretrained(run / "model")
+    captioner = Captioner.from_pretrained(run / "model", dtype="float32")
     assert captioner.model.config.text_stacks == "decoder"
     assert captioner([pictures[0] / "000000.png"])[0].caption.startswith("a picture of")
 
@@ -88,7 +88,7 @@ def test_retrieval_with_adapters(tune, pictures, start):
     first, exported = before.state_dict(), load_file(run / "model" / "model.safetensors")
     changed = {name for name in exported if not torch.equal(exported[name], first[name])}
     assert changed == {name for name in exported if name.endswith(("qkv.weight", "query.0.weight"))}
-    matcher = Matcher.from_pretrained(run / "model")
+    matcher = Matcher.from_pretrained(run / "model", dtype="float32")
     image, text = [pictures[0] / "000001.png"], ["a red ball on a table"]
     scores = matcher.score(image, text)
     loaded = PeftModel.from_pretrained(before, str(run / "adapters"))
@@ -106,7 +106,7 @@ def test_answering_on_two_ranks(tune, pictures, start):
     run = tune("vqa", rows, "--runtime.ranks", "2", "--runtime.zero_stage", "2",
                "--optimizer.frozen=[vision.blocks,text.encoder.layers.0-3,text.*.word_embeds]")
     assert all(value > 0 for value in logged(run, "answer"))
-    answerer = Answerer.from_pretrained(run / "model")
+    answerer = Answerer.from_pretrained(run / "model", dtype="float32")
     answer, = answerer([pictures[0] / "000000.png"], ["what is this?"], first_token="[ENC]")
     assert answer.token_ids[0] == answerer.tokenizer.bos_id
     tied, exported = load_file(start / "model.safetensors"), load_file(run / "model" / "model.safetensors")
@@ -137,7 +137,7 @@ def test_reasoning(tune, pictures):
     run = tune("nlvr2", rows, "--tokenizer.max_tokens", "64")
     assert all(value > 0 for value in logged(run, "reasoning"))
     assert_exported_alike(run)
-    reasoner = Reasoner.from_pretrained(run / "model")
+    reasoner = Reasoner.from_pretrained(run / "model", dtype="float32")
     pair = (pictures[0] / "000000.png", pictures[0] / "000001.png")
     one, other, again = reasoner([pair, pair[::-1], pair], ["Both show a ball.", "both show a ball", "a dog"]).tolist()
     assert one != other and 0 < one < 1 and again != one
@@ -160,7 +160,7 @@ def test_dialogues(tune, pictures, tmp_path):
     run = tmp_path / "runs" / run.name
     assert all(value > 0 for value in logged(run, "dialogue"))
     assert_exported_alike(run)
-    ranker = DialogRanker.from_pretrained(run / "model")
+    ranker = DialogRanker.from_pretrained(run / "model", dtype="float32")
     dialogue = Dialogue("a ball", [Round("what is it?", "a ball", ["a dog", "a ball"])])
     (scores,) = ranker(pictures[0] / "000000.png", dialogue)
     assert scores[0] != scores[1]

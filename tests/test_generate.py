@@ -8,7 +8,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from generating import noise, prompts_of, see, small_models
+from generating import keys_and_values, noise, prompts_of, see, small_models
 from hf_models import IMAGE_SIZE, save_model, until_sep
 from reference.generate import beam_search_authors, beam_search_transformers5, greedy
 from torch import Tensor
@@ -21,7 +21,7 @@ from blip_fast.generate.sample import draw, nucleus
 from blip_fast.images import evaluation_transform, load_image
 from blip_fast.model import BlipModel
 from blip_fast.packing import PackedTexts
-from blip_fast.text import ImageKV
+from blip_fast.text import ImageStates
 from blip_fast.tokenizer import Tokenizer
 
 SEP = 102
@@ -170,17 +170,17 @@ def tiny_model(seed: int) -> BlipModel:
 def test_textbook_search(seed, rule):
     """A search without cache, batches or packing, written apart from ours, finds the same texts and scores."""
     model, images = tiny_model(seed), 6
-    image_kv = see(model, torch.randn(images, 3, 32, 32))
+    seen = see(model, torch.randn(images, 3, 32, 32))
     search = {"transformers5": beam_search_transformers5, "authors": beam_search_authors}[rule]
     beams, max_length, min_length, penalty = [(2, 9, 0, 1.0), (3, 14, 4, 1.0), (4, 11, 6, 1.2)][seed % 3]
     config = GenerationConfig(beams, max_length, min_length, penalty, beam_rule=rule)
     prompt = [138, 7, 8][: 1 + seed % 3]
-    written = generate(model, image_kv, prompts_of(prompt, images), config)
-    greedily = generate(model, image_kv, prompts_of(prompt, images), GenerationConfig(1, max_length, min_length))
+    written = generate(model, seen, prompts_of(prompt, images), config)
+    greedily = generate(model, seen, prompts_of(prompt, images), GenerationConfig(1, max_length, min_length))
     for image in range(images):
         def next_logits(texts: Tensor, image: int = image) -> Tensor:
             packed = PackedTexts.from_lists(texts.tolist())
-            logits = model.lm_logits(packed, torch.full((len(texts),), image), image_kv)
+            logits = model.lm_logits(packed, torch.full((len(texts),), image), keys_and_values(model, seen))
             return logits[packed.offsets[1:].long() - 1]
 
         expected, score = search(next_logits, prompt, beams, max_length, min_length, penalty)
@@ -220,13 +220,13 @@ def test_samples_of_an_image(small):
 def test_texts_that_were_cut_off(small):
     """Greedily those that go on where there is more room; of any search those of full length without [SEP]."""
     _, model = small
-    image_kv, bos, sep = see(model, noise(40)), model.config.tokens.bos, model.config.tokens.sep
-    short, long = (generate(model, image_kv, prompts_of([bos, 11], 40), GenerationConfig(max_length=length))
+    seen, bos, sep = see(model, noise(40)), model.config.tokens.bos, model.config.tokens.sep
+    short, long = (generate(model, seen, prompts_of([bos, 11], 40), GenerationConfig(max_length=length))
                    for length in (6, 30))
     assert [text.cut for text in short] == [a.token_ids != b.token_ids for a, b in zip(short, long, strict=True)]
     assert len({text.cut for text in short}) == 2
     for options in ({"beams": 3}, {"beams": 3, "beam_rule": "authors"}, {"top_p": 0.95, "temperature": 1.5}):
-        texts = generate(model, image_kv, prompts_of([bos, 11], 40), GenerationConfig(max_length=6, **options),
+        texts = generate(model, seen, prompts_of([bos, 11], 40), GenerationConfig(max_length=6, **options),
                          list(range(40)))
         assert [text.cut for text in texts] == [len(text.token_ids) == 6 and text.token_ids[-1] != sep
                                                 for text in texts]
@@ -237,15 +237,15 @@ def test_texts_that_were_cut_off(small):
 def test_banned_words_are_transformers(small, beams):
     theirs, model = small
     pixels, bos, sep = noise(24), model.config.tokens.bos, model.config.tokens.sep
-    image_kv, config = see(model, pixels), GenerationConfig(beams=beams)
-    free = generate(model, image_kv, prompts_of([bos, 11], 24), config)
+    seen, config = see(model, pixels), GenerationConfig(beams=beams)
+    free = generate(model, seen, prompts_of([bos, 11], 24), config)
     generated = [text.token_ids[2:] for text in free]
     counts = torch.tensor([token for ids in generated for token in ids if token != sep]).bincount(minlength=120)
     pair = next(tuple(ids[:2]) for ids in generated if len(ids) > 2 and ids[0] != int(counts.argmax()))
     banned = ((int(counts.argmax()),), pair, (11, generated[0][0]), (bos, 11, generated[1][0]), (5,) * 30)
     expected = theirs.generate(pixels, input_ids=torch.tensor([[bos, 11, sep]] * 24), num_beams=beams, max_length=20,
                                do_sample=False, bad_words_ids=[list(sequence) for sequence in banned])
-    texts = generate(model, image_kv, prompts_of([bos, 11], 24), replace(config, banned=banned))
+    texts = generate(model, seen, prompts_of([bos, 11], 24), replace(config, banned=banned))
     assert [text.token_ids for text in texts] == [until_sep(row, sep, 2) for row in expected]
     assert [text.token_ids for text in texts] != [text.token_ids for text in free]
 
@@ -271,17 +271,17 @@ def test_nucleus_is_transformers():
 def test_seeds(small):
     """The same seed gives the same text, other seeds others."""
     _, model = small
-    image_kv, prompts = see(model, noise(1).expand(30, -1, -1, -1)), prompts_of([model.config.tokens.bos], 30)
+    seen, prompts = see(model, noise(1).expand(30, -1, -1, -1)), prompts_of([model.config.tokens.bos], 30)
     config = GenerationConfig(top_p=0.95, temperature=1.5)
-    texts = [w.token_ids for w in generate(model, image_kv, prompts, config, list(range(30)))]
-    assert texts == [w.token_ids for w in generate(model, image_kv, prompts, config, list(range(30)))]
+    texts = [w.token_ids for w in generate(model, seen, prompts, config, list(range(30)))]
+    assert texts == [w.token_ids for w in generate(model, seen, prompts, config, list(range(30)))]
     assert len({tuple(text) for text in texts}) > 20
 
 
 def test_no_images(small):
     _, model = small
-    image_kv = see(model, noise(1))
-    assert generate(model, ImageKV((image_kv.kv[0][:0],), image_kv.offsets[:1]), [], GenerationConfig(beams=3)) == []
+    seen = see(model, noise(1))
+    assert generate(model, ImageStates(seen.rows[:0], seen.offsets[:1]), [], GenerationConfig(beams=3)) == []
     assert list(generate_stream(model, [], GenerationConfig(beams=3), 4)) == []
 
 
@@ -300,27 +300,27 @@ def test_wrong_options(options, named):
 
 def test_wrong_calls(small):
     _, model = small
-    image_kv, bos = see(model, noise(2)), model.config.tokens.bos
+    seen, bos = see(model, noise(2)), model.config.tokens.bos
     with pytest.raises(ValueError, match="max_length"):
-        generate(model, image_kv, prompts_of([bos] * 20, 2), GenerationConfig())
+        generate(model, seen, prompts_of([bos] * 20, 2), GenerationConfig())
     with pytest.raises(ValueError, match="prompt has 0 tokens"):
-        generate(model, image_kv, prompts_of([], 2), GenerationConfig())
+        generate(model, seen, prompts_of([], 2), GenerationConfig())
     with pytest.raises(ValueError, match="slots must be at least 1"):
         list(generate_stream(model, [], GenerationConfig(), 0))
     with pytest.raises(ValueError, match="at most 64"):
-        generate(model, image_kv, prompts_of([bos], 2), GenerationConfig(top_p=0.9, n_best=65), [1, 2])
+        generate(model, seen, prompts_of([bos], 2), GenerationConfig(top_p=0.9, n_best=65), [1, 2])
     for banned in (5, 120), (model.config.tokens.sep,):
         with pytest.raises(ValueError, match="banned"):
-            generate(model, image_kv, prompts_of([bos], 2), GenerationConfig(banned=(banned,)))
+            generate(model, seen, prompts_of([bos], 2), GenerationConfig(banned=(banned,)))
     with pytest.raises(ValueError, match="positions"):
-        generate(model, image_kv, prompts_of([bos], 2), GenerationConfig(max_length=513))
+        generate(model, seen, prompts_of([bos], 2), GenerationConfig(max_length=513))
     with pytest.raises(ValueError, match="prompts"):
-        generate(model, image_kv, prompts_of([bos], 3), GenerationConfig())
+        generate(model, seen, prompts_of([bos], 3), GenerationConfig())
     with pytest.raises(ValueError, match="seed"):
-        generate(model, image_kv, prompts_of([bos], 2), GenerationConfig(top_p=0.9))
+        generate(model, seen, prompts_of([bos], 2), GenerationConfig(top_p=0.9))
     with pytest.raises(ValueError, match="beams"):
-        generate(model, image_kv, prompts_of([bos], 2), GenerationConfig(beams=60))
+        generate(model, seen, prompts_of([bos], 2), GenerationConfig(beams=60))
     model.train()
     with pytest.raises(ValueError, match="training"):
-        generate(model, image_kv, prompts_of([bos], 2), GenerationConfig())
+        generate(model, seen, prompts_of([bos], 2), GenerationConfig())
     model.eval()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from blip_kernels import pack_weight, packed_linear, packing_cannot
+from blip_kernels import pack_weight, packed_linear, packing_cannot, row_blocks
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -33,15 +33,34 @@ def test_equals_float64(rows, width, out, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("width", "out"), [(768, 3072), (3072, 768), (48, 144)])
-def test_rows_do_not_depend_on_their_number(width, out, dtype):
-    """F.linear in float32 gives one row of a decoding step other bits alone than in a batch."""
-    x, weight, bias = layer(130, width, out, dtype)
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("width", "out"), [(768, 3072), (3072, 768), (48, 144), (128, 512), (100, 48), (64, 30)])
+def test_rows_do_not_depend_on_their_number(width, out, dtype, threads):
+    """F.linear in float32 gives one row other bits alone than in a batch; so does AMX in bfloat16."""
+    x, weight, bias = layer(300, width, out, dtype)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        packed = pack_weight(weight)
+        together = packed_linear(x, packed, bias)
+        for rows in (1, 2, 3, 5, 7, 16, 24, 33, 64, 127, 130, 257):
+            assert torch.equal(packed_linear(x[:rows], packed, bias), together[:rows]), rows
+        assert torch.equal(packed_linear(x[77], packed, bias), together[77])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_blocks_of_rows(dtype):
+    """Rows in blocks of a size of their own: the same values, and a whole block is what it is alone."""
+    x, weight, bias = layer(84, 96, 64, dtype)
     packed = pack_weight(weight)
-    together = packed_linear(x, packed, bias)
-    for rows in (1, 2, 3, 5, 16, 24, 33, 64, 129):
-        assert torch.equal(packed_linear(x[:rows], packed, bias), together[:rows]), rows
-    assert torch.equal(packed_linear(x[77], packed, bias), together[77])
+    with row_blocks(21):
+        together = packed_linear(x, packed, bias)
+        assert torch.equal(packed_linear(x[:21], packed, bias), together[:21])
+    tolerance = 1e-5 if dtype == torch.float32 else 8e-3
+    torch.testing.assert_close(together.double(), F.linear(x.double(), weight.double(), bias.double()), rtol=tolerance,
+                               atol=tolerance)
 
 
 def test_shapes_and_strides():

@@ -146,7 +146,8 @@ def padded(folder: Path, texts: list[str]) -> tuple[Tensor, Tensor]:
 
 
 def evaluate(capsys, task: str, model: Path, data: Path, *options: str) -> dict:
-    assert main(["evaluate", task, "--model", str(model), "--data", str(data), *options, "--json"]) == 0
+    assert main(["evaluate", task, "--dtype", "float32", "--model", str(model), "--data", str(data), *options,
+                 "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -189,7 +190,7 @@ def test_nlvr2(nlvr2, folder, tmp_path, capsys):
     converted = convert(path, folder, tmp_path / "native")
     capsys.readouterr()
     for model, options in ((path, ("--tokenizer", str(folder / "vocab.txt"))), (converted, ())):
-        reasoner = Reasoner.from_pretrained(model, tokenizer=options[1] if options else None)
+        reasoner = Reasoner.from_pretrained(model, tokenizer=options[1] if options else None, dtype="float32")
         found = reasoner([(folder / f"{a}.png", folder / f"{b}.png") for a, b, _ in PAIRS], [s for *_, s in PAIRS])
         torch.testing.assert_close(found, expected.softmax(dim=1)[:, 1], rtol=0, atol=TOLERANCE)
         said = evaluate(capsys, "nlvr2", model, tmp_path, *options)
@@ -199,7 +200,7 @@ def test_nlvr2(nlvr2, folder, tmp_path, capsys):
 @torch.no_grad()
 def test_nlvr2_logits(nlvr2, folder):
     path, expected = nlvr2
-    model, tokenizer = load_for_task(path, tokenizer=folder / "vocab.txt", differentiable=True)
+    model, tokenizer = load_for_task(path, tokenizer=folder / "vocab.txt", differentiable=True, dtype="float32")
     embeds = [model.encode_images(pixels(folder, [f"{pair[eye]}.png" for pair in PAIRS])) for eye in (0, 1)]
     logits = model.pair_logits(torch.stack(embeds, dim=1), tokenizer.pack([s for *_, s in PAIRS], "[ENC]"))
     torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCE)
@@ -252,7 +253,7 @@ def test_retrieval(trained, folder, tmp_path, capsys):
     converted = convert(path, folder, tmp_path / "native")
     capsys.readouterr()
     for model, options in ((path, ("--tokenizer", str(folder / "vocab.txt"))), (converted, ())):
-        loaded = load_for_task(model, tokenizer=options[1] if options else None)
+        loaded = load_for_task(model, tokenizer=options[1] if options else None, dtype="float32")
         found, _ = evaluate_retrieval(*loaded, annotated_images(tmp_path, None))
         assert found.image_to_text is not None
         torch.testing.assert_close(found.image_to_text.dense(), scores, rtol=0, atol=TOLERANCE)
@@ -266,7 +267,7 @@ def test_matching(trained, folder, first_token):
     """What `score` computes: probabilities behind either first token, and cosines."""
     path, textbook = trained
     enc, cls, cosines = table(textbook, folder)
-    matcher = Matcher.from_pretrained(path, tokenizer=folder / "vocab.txt")
+    matcher = Matcher.from_pretrained(path, tokenizer=folder / "vocab.txt", dtype="float32")
     found = matcher.score([folder / f"{i}.png" for i in range(6)], [text for texts in CAPTIONS for text in texts],
                           first_token=first_token)
     expected = (enc if first_token == "[ENC]" else cls).softmax(dim=-1)[:, :, 1]
@@ -281,7 +282,7 @@ def test_retrieval_training_state(trained, folder, tmp_path):
     expected = {name: tensor for name, tensor in textbook.state_dict().items()
                 if "queue" in name or name.split(".")[0].endswith("_m")}
     assert expected["ptr_queue"].item() == 5 and expected["idx_queue"][0, :6].tolist() == [7, 7, 8, 9, 30, -100]
-    model, _ = load_for_task(path, tokenizer=folder / "vocab.txt", differentiable=True)
+    model, _ = load_for_task(path, tokenizer=folder / "vocab.txt", differentiable=True, dtype="float32")
     for source in (path, convert(path, folder, tmp_path / "native")):
         found = load_training_state(source, model.config)
         assert found.keys() == expected.keys()

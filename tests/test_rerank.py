@@ -37,7 +37,7 @@ def checkpoints(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def captioner(checkpoints) -> Captioner:
-    return Captioner.from_pretrained(checkpoints[0])
+    return Captioner.from_pretrained(checkpoints[0], dtype="float32")
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_itm(checkpoints, captioner, folder, first_token):
     _, directory, theirs = checkpoints
     paths = [folder / "0.png", folder / "2.png"]
     words = stripped(captioner, paths)
-    scorer = ItmScorer(Matcher.from_pretrained(directory), first_token)
+    scorer = ItmScorer(Matcher.from_pretrained(directory, dtype="float32"), first_token)
     stream = captioner.stream(paths, PROMPT, FIVE)
     for captioned, path, before in zip(reranked(captioner, stream, scorer, PROMPT, 8), paths,
                                        captioner(paths, PROMPT, FIVE), strict=True):
@@ -127,7 +127,7 @@ def test_belief(checkpoints, captioner, folder):
               for label in LABELS]
     confidences = (torch.stack(labels) @ image / 0.07).softmax(0)
     context, confidence = labels[int(confidences.argmax())], confidences.max().item()
-    classifier = Classifier.from_pretrained(directory)
+    classifier = Classifier.from_pretrained(directory, dtype="float32")
     scorer = BeliefScorer(classifier, classifier.labels(LABELS))
     (captioned,) = reranked(captioner, captioner.stream([path], PROMPT, FIVE), scorer, PROMPT, 8)
     texts = [captioned.result, *captioned.result.others]
@@ -216,7 +216,7 @@ def test_an_image_that_is_gone(checkpoints, captioner, folder):
 
 def test_no_candidates_at_all(checkpoints):
     """Images whose texts have no word leave a scorer nothing to do."""
-    matcher = Matcher.from_pretrained(checkpoints[1])
+    matcher = Matcher.from_pretrained(checkpoints[1], dtype="float32")
     pixels = torch.zeros(2, 3, IMAGE_SIZE, IMAGE_SIZE)
     assert ItmScorer(matcher).score(pixels, [[], []]).tolist() == []
     one = ItmScorer(matcher).score(pixels, [[], [Candidate("a dog", -1.0)]])
@@ -227,7 +227,8 @@ def test_no_candidates_at_all(checkpoints):
 
 
 def run(capsys, model, *arguments) -> tuple[int, list[str], str]:
-    status = cli._run("caption", COMMAND, ["--model", str(model), "--max-length", "14", *map(str, arguments)])
+    status = cli._run("caption", COMMAND, ["--model", str(model), "--dtype", "float32", "--max-length", "14",
+                                           *map(str, arguments)])
     out, err = capsys.readouterr()
     return status, out.splitlines(), err
 
@@ -235,11 +236,11 @@ def run(capsys, model, *arguments) -> tuple[int, list[str], str]:
 def test_command(checkpoints, captioner, folder, capsys):
     """The library's order and scores; beams follow --n-best."""
     directory, matching, _ = checkpoints
-    classifier = Classifier.from_pretrained(matching)
+    classifier = Classifier.from_pretrained(matching, dtype="float32")
     generation = GenerationConfig(beams=4, max_length=14, min_length=5, n_best=4)
     paths = [folder / "0.png", folder / "2.png"]
     for by, options, scorer in (
-        ("itm", ("--first-token", "[ENC]"), ItmScorer(Matcher.from_pretrained(matching), "[ENC]")),
+        ("itm", ("--first-token", "[ENC]"), ItmScorer(Matcher.from_pretrained(matching, dtype="float32"), "[ENC]")),
         ("belief", ("--labels", folder / "labels.txt"), BeliefScorer(classifier, classifier.labels(LABELS))),
     ):
         status, lines, _ = run(capsys, directory, "--rerank", by, "--matcher", matching, "--n-best", 4, *options,

@@ -43,7 +43,7 @@ def make_plan(variant: str, ranks: int) -> Plan:
     recipe = Recipe(model=CONFIG, tokenizer=TokenizerRecipe(vocab_size=2000), schedule=Schedule(lr=1e-4),
                     objective=Objective(queue_size=100, negatives=negatives),
                     runtime=RuntimeRecipe(batch_size=PAIRS, zero_stage=stage, accumulation=accumulation,
-                                          offload="offloaded" in variant))
+                                          precision="bfloat16", offload="offloaded" in variant))
     own = {} if distance is None else {"prefetch": 0, "reuse_distance": distance}
     return Plan(recipe, meta_pretraining(recipe), ranks, stage, TOKENS, KEPT_WHOLE, BUCKET, **own)
 

@@ -25,7 +25,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def matcher(checkpoint) -> Matcher:
-    return Matcher.from_pretrained(checkpoint[0])
+    return Matcher.from_pretrained(checkpoint[0], dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_transformers(checkpoint, matcher, images, monkeypatch, pairs):
 def test_published_code(data_root, bert_vocabulary):
     """ITM with [CLS] and with [ENC] first, and ITC, as the published code computed them; 35 tokens at most."""
     path = data_root / "original_blip" / "itm.pth"
-    matcher = Matcher.from_pretrained(path, tokenizer=bert_vocabulary)
+    matcher = Matcher.from_pretrained(path, tokenizer=bert_vocabulary, dtype="float32")
     captions = json.loads(path.with_suffix(".json").read_text())["captions"]
     with np.load(path.with_name("itm_io.npz")) as arrays:
         images, logits, with_enc, itc = (torch.from_numpy(arrays[name]) for name in (
@@ -82,20 +82,20 @@ def test_wrong_calls(matcher, images, tmp_path):
         matcher.score(images, ["a dog"], first_token="[DOG]")
     save_model("BlipForConditionalGeneration", small_tokenizer(), tmp_path)
     with pytest.raises(ValueError, match="matching"):
-        Matcher.from_pretrained(tmp_path)
+        Matcher.from_pretrained(tmp_path, dtype="float32")
 
 
 def test_command(checkpoint, matcher, images, tmp_path, capsys):
     """One object per text, and a plain line without --json."""
     path = tmp_path / "picture.png"
     images[0].save(path)
-    assert main(["score", "--model", str(checkpoint[0]), "--json", str(path), *TEXTS]) == 0
+    assert main(["score", "--model", str(checkpoint[0]), "--dtype", "float32", "--json", str(path), *TEXTS]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     scores = matcher.score(path, TEXTS)
     assert [(row["image"], row["text"]) for row in rows] == [(str(path), text) for text in TEXTS]
     assert [row["itm"] for row in rows] == pytest.approx(scores.itm[0].tolist(), abs=1e-6)
     assert [row["itc"] for row in rows] == pytest.approx(scores.itc[0].tolist(), abs=1e-6)
-    assert main(["score", "--model", str(checkpoint[0]), str(path), "a dog"]) == 0
+    assert main(["score", "--model", str(checkpoint[0]), "--dtype", "float32", str(path), "a dog"]) == 0
     assert capsys.readouterr().out.startswith("itm 0.")
 
 
@@ -110,7 +110,7 @@ def test_command_refuses(checkpoint, images, tmp_path, capsys):
         "no token": (path, "a dog", ""),
         "[DOG]": (path, "a dog", "--first-token", "[DOG]"),
     }.items():
-        assert main(["score", "--model", str(checkpoint[0]), *map(str, arguments)]) == 2, named
+        assert main(["score", "--model", str(checkpoint[0]), "--dtype", "float32", *map(str, arguments)]) == 2, named
         out, err = capsys.readouterr()
         assert not out and named in err and err.count("\n") == 1, err
 
@@ -137,11 +137,12 @@ def pairs(images, tmp_path):
 def test_pairs(checkpoint, matcher, pairs, capsys, batch_size):
     """Each row with its scores, in order; a broken image costs its own rows alone, and the status says so."""
     path, rows = pairs
-    arguments = ["score", "--model", str(checkpoint[0]), "--pairs", str(path), "--batch-size", str(batch_size)]
+    arguments = ["score", "--model", str(checkpoint[0]), "--dtype", "float32", "--pairs", str(path), "--batch-size",
+                 str(batch_size)]
     assert main(arguments) == 1
     out, err = capsys.readouterr()
     found = [json.loads(line) for line in out.splitlines()]
-    assert "broken.png" in err and err.count("\n") == 1
+    assert "broken.png" in err and "precision: float32" in err and err.count("\n") == 2
     for row, scored in zip(rows, found, strict=True):
         assert {key: scored[key] for key in row} == row
         if "broken" in row["image"]:
@@ -159,7 +160,7 @@ def test_an_image_of_many_pairs_is_encoded_once(checkpoint, pairs, monkeypatch, 
     path, rows = pairs
     path = path.with_suffix(".tsv")
     path.write_text("".join(f"{rows[0]['image']}\t{text}\n" for text in TEXTS * 3))
-    assert main(["score", "--model", str(checkpoint[0]), "--pairs", str(path)]) == 0
+    assert main(["score", "--model", str(checkpoint[0]), "--dtype", "float32", "--pairs", str(path)]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 12 and sum(encoded) == 1
 
 
@@ -168,7 +169,7 @@ def test_resume(checkpoint, pairs, tmp_path, capsys, left):
     """A file that was cut short anywhere, even within a line, ends as the whole one, without scoring anything twice."""
     path, rows = pairs
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
-    arguments = ["score", "--model", str(checkpoint[0]), "--pairs", str(path), "--output"]
+    arguments = ["score", "--model", str(checkpoint[0]), "--dtype", "float32", "--pairs", str(path), "--output"]
     assert main([*arguments, str(whole)]) == 1
     lines = whole.read_text().splitlines(keepends=True)
     assert len(lines) == len(rows)
@@ -201,6 +202,6 @@ def test_files_of_pairs_that_are_refused(checkpoint, pairs, tmp_path, capsys):
         "name an image and its texts": [],
     }.items():
         arguments = [str(tmp_path / a) if "." in a else a for a in arguments]
-        assert main(["score", "--model", str(checkpoint[0]), *arguments]) == 2, said
+        assert main(["score", "--model", str(checkpoint[0]), "--dtype", "float32", *arguments]) == 2, said
         out, err = capsys.readouterr()
         assert not out and said in err and err.count("\n") == 1, err

@@ -49,7 +49,7 @@ def folder(tmp_path) -> Path:
 
 @pytest.fixture
 def index(checkpoint, folder, tmp_path) -> Index:
-    index = Index.create(tmp_path / "index", checkpoint[0])
+    index = Index.create(tmp_path / "index", checkpoint[0], dtype="float32")
     index.add([folder])
     return index
 
@@ -117,7 +117,7 @@ def test_only_new_and_changed_images_are_encoded(checkpoint, index, folder, tmp_
     report = index.add([folder, folder / "03.png", folder / ".." / "photos" / "new.png"])
     assert (report.added, report.changed, report.unchanged, report.broken) == (2, 1, 13, 0)
     assert not (tmp_path / "index" / BROKEN).exists()
-    fresh = Index.create(tmp_path / "fresh", checkpoint[0])
+    fresh = Index.create(tmp_path / "fresh", checkpoint[0], dtype="float32")
     fresh.add([folder])
     now, anew = features(index), features(fresh)
     assert now.keys() == anew.keys() and all(np.array_equal(now[name], anew[name]) for name in anew)
@@ -149,7 +149,7 @@ def test_shards_and_odd_names(checkpoint, folder, tmp_path):
     with tarfile.open(shard, "w") as tar:
         for path in sorted(folder.iterdir()):
             tar.add(path, path.name)
-    index = Index.create(tmp_path / "index", checkpoint[0])
+    index = Index.create(tmp_path / "index", checkpoint[0], dtype="float32")
     report = index.add([folder, shard])
     assert (report.added, report.broken) == (30, 2)
     found = features(index)
@@ -198,7 +198,7 @@ for name, fault in faults:
 
 def test_a_killed_run_goes_on_where_it_was(checkpoint, index, folder, tmp_path):
     """Killed within a row, before and after a commit: afterwards every image is there once, bit for bit the same."""
-    Index.create(tmp_path / "killed", checkpoint[0]).close()
+    Index.create(tmp_path / "killed", checkpoint[0], dtype="float32").close()
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "killed"), str(folder)], capture_output=True,
                           text=True, check=True)
     assert done.stdout.split() == ["0", "0", "4", "4"]
@@ -211,7 +211,7 @@ def test_a_killed_run_goes_on_where_it_was(checkpoint, index, folder, tmp_path):
 
 
 def test_an_interruption_keeps_what_is_encoded(checkpoint, folder, tmp_path):
-    index = Index.create(tmp_path / "index", checkpoint[0])
+    index = Index.create(tmp_path / "index", checkpoint[0], dtype="float32")
 
     def interrupt(report):
         if report.added == 3:
@@ -234,7 +234,7 @@ def test_another_model_is_refused(index, tmp_path):
 
 
 def test_an_empty_index(checkpoint, tmp_path):
-    index = Index.create(tmp_path / "index", checkpoint[0], storage="float16")
+    index = Index.create(tmp_path / "index", checkpoint[0], storage="float16", dtype="float32")
     assert index.add([]).images == len(index) == 0
     assert index.query(TEXT) == [] and index.prune() == 0
     assert "Nothing found" in contact_sheet(index, [], TEXT).html()
@@ -306,7 +306,7 @@ def test_command(checkpoint, folder, tmp_path, capsys):
 def test_command_refuses(checkpoint, folder, tmp_path, capsys):
     where, model = ("--index", tmp_path / "index"), ("--model", checkpoint[0])
     (tmp_path / "empty").mkdir()
-    assert command(capsys, "index", *where, *model)[0] == 0
+    assert command(capsys, "index", *where, *model, "--dtype", "float32")[0] == 0
     for named, arguments in {
         "no such image": ("index", *where, "nowhere.jpg"),
         "holds no images": ("index", *where, tmp_path / "empty"),
@@ -325,7 +325,7 @@ def test_command_refuses(checkpoint, folder, tmp_path, capsys):
 def test_contact_sheet_is_escaped_self_contained_and_linked(checkpoint, folder, tmp_path):
     evil = folder / '<b>"&\n.png'
     write_picture(evil, 70)
-    index = Index.create(tmp_path / "index", checkpoint[0])
+    index = Index.create(tmp_path / "index", checkpoint[0], dtype="float32")
     index.add([folder])
     hits = index.query('<script>alert("x")</script> a', top=20, rerank=4)
     evil.rename(folder / "moved.png")

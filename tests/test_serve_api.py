@@ -44,7 +44,7 @@ def root(tmp_path_factory):
     (root / "photos" / "beach").mkdir(parents=True)
     for i, content in enumerate(photos(12, "PNG")):
         (root / "photos" / ("beach" if i % 2 else "") / f"{i:02}.png").write_bytes(content)
-    index = Index.create(root / "index", root / "model")
+    index = Index.create(root / "index", root / "model", dtype="float32")
     index.add([root / "photos"])
     index.close()
     return root
@@ -62,7 +62,7 @@ def server(root):
 
 @pytest.fixture(scope="module")
 def captioner(root) -> Captioner:
-    return Captioner.from_pretrained(root / "model")
+    return Captioner.from_pretrained(root / "model", dtype="float32")
 
 
 def code(response, status: int) -> str:
@@ -133,7 +133,7 @@ def test_one_bad_picture_among_good_ones(server):
 
 def test_scores_are_the_offline_ones(server, root):
     (content,) = photos(1)
-    expected = Matcher.from_pretrained(root / "model").score(load_image(content), TEXTS)
+    expected = Matcher.from_pretrained(root / "model", dtype="float32").score(load_image(content), TEXTS)
     for options in ({"files": files([content]), "data": {"texts": TEXTS}}, {"json": in_json([content], texts=TEXTS)}):
         scores = server.post("/v1/score", **options).json()["scores"]
         assert [row["text"] for row in scores] == TEXTS
@@ -142,7 +142,7 @@ def test_scores_are_the_offline_ones(server, root):
 
 
 def test_answers_are_the_offline_ones(server, root):
-    answerer, pictures = Answerer.from_pretrained(root / "answerer"), photos(3)
+    answerer, pictures = Answerer.from_pretrained(root / "answerer", dtype="float32"), photos(3)
     for content, question in zip(pictures, ["is the man left of the horse", "two dogs", "red?"], strict=True):
         expected = answerer(load_image(content), question)[0]
         told = server.post("/v1/ask", files=files([content]), data={"question": question}).json()
@@ -151,8 +151,8 @@ def test_answers_are_the_offline_ones(server, root):
 
 def test_questions_and_scores_of_many_are_computed_together(server, root):
     """Each is as alone, and one that does not fit is refused alone."""
-    pictures, answerer = photos(12), Answerer.from_pretrained(root / "answerer")
-    matcher = Matcher.from_pretrained(root / "model")
+    pictures, answerer = photos(12), Answerer.from_pretrained(root / "answerer", dtype="float32")
+    matcher = Matcher.from_pretrained(root / "model", dtype="float32")
     texts = [TEXTS[: 1 + i % 3] for i in range(11)] + [[TEXTS[0], "\u200b"]]
 
     async def all_at_once():

@@ -48,7 +48,7 @@ def test_a_replica_is_the_server(tmp_path, monkeypatch):
         until(lambda: httpx.get(f"{url}/ready", timeout=PATIENCE).status_code == 200)
         assert httpx.post(f"{url}/v1/caption", files=files(pictures), timeout=PATIENCE).status_code == 401
         told = httpx.post(f"{url}/v1/caption", files=files(pictures), headers=key, timeout=PATIENCE).json()
-        expected = Captioner.from_pretrained(model)([load_image(content) for content in pictures])
+        expected = Captioner.from_pretrained(model, dtype="float32")([load_image(content) for content in pictures])
         assert [row["captions"][0]["text"] for row in told["results"]] == [caption.caption for caption in expected]
     finally:
         serve.shutdown()

@@ -28,7 +28,7 @@ SHORT = GenerationConfig(beams=2, max_length=10)
 def captioner(tmp_path_factory) -> Captioner:
     directory = tmp_path_factory.mktemp("captioning")
     save_model("BlipForConditionalGeneration", small_tokenizer(), directory, sep_bias=4.0, seed=2)
-    return Captioner.from_pretrained(directory)
+    return Captioner.from_pretrained(directory, dtype="float32")
 
 
 def pictures(count: int) -> list[Image.Image]:

@@ -70,7 +70,7 @@ def test_all_tasks_end_to_end(tmp_path, capsys):
     capsys.readouterr()  # the figures are those of the command that users measure with
     for task, run, prefix in (("vqa", "questions", ""), ("nlvr2", "pairs", "nlvr2_"),
                               ("visdial", "dialogues", "visdial_")):
-        assert main(["evaluate", task, "--model", str(output / run / "model"), "--data",
+        assert main(["evaluate", task, "--dtype", "float32", "--model", str(output / run / "model"), "--data",
                      str(output / "data" / run / "test"), "--json"]) == 0
         said = json.loads(capsys.readouterr().out)
         same = {name: value for name, value in said.items() if f"{prefix}{name}" in metrics}
@@ -81,7 +81,8 @@ def test_all_tasks_end_to_end(tmp_path, capsys):
     for task, tried, data, names in (("video-retrieval", model, clips, {"i2t_r1": "i2t_r1", "t2i_r1": "t2i_r1"}),
                                      ("video-qa", output / "questions" / "model", clips / "questions",
                                       {"accuracy": "qa_accuracy"})):
-        assert main(["evaluate", task, "--model", str(tried), "--data", str(data), "--json"]) == 0
+        assert main(["evaluate", task, "--dtype", "float32", "--model", str(tried), "--data", str(data),
+                     "--json"]) == 0
         said = json.loads(capsys.readouterr().out)
         assert said | {theirs: pytest.approx(metrics[f"video_{ours}"]) for theirs, ours in names.items()} == said
 

@@ -14,7 +14,7 @@ from blip_train.engine import TrainingEngine
 from blip_train.guard import Guard
 from blip_train.launch import rank_environment
 from blip_train.pretraining import Pretraining, StepOutput
-from blip_train.recipe import OptimizerRecipe
+from blip_train.recipe import OptimizerRecipe, RuntimeRecipe
 from blip_train.streams import Streams
 from blip_train.writer import Writer
 from ranks import join, spawn
@@ -111,8 +111,8 @@ def fit_scale(device, stage: int, folder) -> None:
         steps += 1
     assert steps > 3 and not same(held(engine)[: len(before)], before)
     streams = Streams(slots=4, streams=2, ranks=2)
-    checkpoints.save(engine.engine, folder / str(stage), steps, streams, {}, 1,
-                     Writer(engine.engine, background=False))
+    checkpoints.save(engine.engine, folder / str(stage), steps, streams, {},
+                     RuntimeRecipe(precision="float16", keep_checkpoints=1), Writer(engine.engine, background=False))
     resumed = make_engine(device, stage, "float16")
     checkpoints.load(resumed.engine, folder / str(stage), streams, {})
     assert resumed.updates.loss_scale == engine.updates.loss_scale and same(held(resumed), held(engine))

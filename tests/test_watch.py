@@ -57,7 +57,7 @@ def test_mfu_is_flops_over_time_and_the_data_sheet(monkeypatch):
     clock = iter([100.0, 108.0, 108.0, 116.0, 116.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
-    recipe = load_recipe(BASE, ["--runtime.accumulation=2"])
+    recipe = load_recipe(BASE, ["--runtime.accumulation=2", "--runtime.precision=bfloat16"])
     batches = SimpleNamespace(waited=0.0, tokens=0)
     meter = Meter(recipe, recipe.model, [batches], torch.device("cuda"))
     rows = []

@@ -1,9 +1,9 @@
-"""Captions of 20 tokens, with three beams and greedy, beside transformers' `generate`: the same weights, pictures and
-prompt. From transformed pictures to texts."""
+"""Captions of 20 tokens, with three beams and greedy, next to transformers' `generate` and the peers of
+`peers/`: the same weights, pictures and prompt. From transformed pictures to texts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,34 +11,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip_bench.models import DTYPES, have_transformers, load_transformers, pictures
-from blip_bench.timing import Case, Comparison, require
+from blip_bench.models import TOKENS, pictures, transformers_models
+from blip_bench.peers import search
+from blip_bench.peers.build import build
+from blip_bench.sides import Targets, comparisons, groups, reference_of
+from blip_bench.timing import Case, require
 from blip_fast.generate import GenerationConfig
 from blip_fast.tasks.caption import PROMPT, Captioner
 
-TOKENS = 20  # the prompt included
-TARGETS = {3: (2.5, 9.0), 1: (1.6, 6.0)}  # beams: beside transformers in bfloat16, in float32
+TARGETS: dict[int, Targets] = {  # by beams
+    3: {("ours float32", "openvino float32"): 1.3, ("ours float32", "transformers float32"): 2.5,
+        ("ours bfloat16", "openvino bfloat16"): 1.4, ("ours bfloat16", "transformers bfloat16"): 2.5,
+        ("ours bfloat16", "transformers float32"): 9.0},
+    1: {("ours float32", "openvino float32"): 1.15, ("ours bfloat16", "openvino bfloat16"): 1.2,
+        ("ours bfloat16", "transformers bfloat16"): 1.6, ("ours bfloat16", "transformers float32"): 6.0},
+}
 
 
-def cases(directory: Path, images: int) -> Iterator[Case]:
-    """Three beams, then greedy, of `images` random pictures, by the captioner in `directory`."""
-    ours = {dtype: Captioner.from_pretrained(directory, dtype=dtype, device="cpu") for dtype in DTYPES}
-    theirs = {dtype: load_transformers(directory, dtype) for dtype in DTYPES if have_transformers()}
-    captioner = ours["float32"]
+def cases(directory: Path, images: int, dtypes: Sequence[str], peers: Collection[str]) -> Iterator[Case]:
+    """Three beams, then greedy, of `images` random pictures, by the captioner in `directory` and by `peers`."""
+    ours = {dtype: Captioner.from_pretrained(directory, dtype=dtype, device="cpu") for dtype in dtypes}
+    captioner = ours[dtypes[0]]
     pixels = pictures(images, captioner.model.config.vision.image_size)
-    prompt = torch.tensor([[*captioner.prompt_ids(PROMPT), captioner.tokenizer.sep_id]])  # their generate drops [SEP]
-    for beams, (in_bfloat16, in_float32) in TARGETS.items():
+    prompt, end = torch.tensor(captioner.prompt_ids(PROMPT)), captioner.tokenizer.sep_id
+    theirs = transformers_models(directory, dtypes, peers)
+    others = build(directory, peers, dtypes, pixels, captions=True)
+    for beams, targets in TARGETS.items():
         config = full_length(beams)
         calls = {f"ours {dtype}": partial(captions, model, config) for dtype, model in ours.items()}
-        calls |= {f"transformers {dtype}": partial(their_captions, model, prompt, config)
-                  for dtype, model in theirs.items()}
-        comparisons = (Comparison("ours bfloat16", "transformers bfloat16", in_bfloat16),
-                       Comparison("ours bfloat16", "transformers float32", in_float32),
-                       Comparison("ours float32", "transformers float32"))
+        calls |= {name: partial(search.captions, peer, prompt, end, beams) for name, peer in others.items()}
+        calls |= {name: partial(their_captions, model, torch.tensor([[*prompt, end]]), config)  # they drop [SEP]
+                  for name, model in theirs.items()}
         yield Case(f"{beams} beams" if beams > 1 else "greedy",
                    {name: partial(call, pixels) for name, call in calls.items()},
-                   comparisons if theirs else (), images, "images", check=check,
-                   warm_up=partial(call_all, calls, pixels[:1]))
+                   comparisons(calls, targets), images, "images", check=check,
+                   warm_up=partial(warm_up, calls, pixels), groups=groups(calls))
 
 
 def full_length(beams: int) -> GenerationConfig:
@@ -56,18 +63,19 @@ def their_captions(model: Any, prompt: Tensor, config: GenerationConfig, pixels:
     return texts.tolist()
 
 
-def call_all(calls: Mapping[str, Callable[[Tensor], Any]], pixels: Tensor) -> None:
-    for call in calls.values():
-        call(pixels)
+def warm_up(calls: Mapping[str, Callable[[Tensor], Any]], pixels: Tensor) -> None:
+    """A picture each; all for those who compile for their number."""
+    for name, call in calls.items():
+        call(pixels if name.startswith("compiled") else pixels[:1])
 
 
 def check(results: Mapping[str, list[list[int]]]) -> dict[str, float]:
-    """In float32 every caption is the same; in 16 bits two beams may change places."""
+    """In float32 every caption is the same; with fewer bits two beams may change places."""
+    reference = reference_of(results)
     found = {}
-    for dtype in DTYPES:
-        if f"transformers {dtype}" in results:
-            pairs = zip(results[f"ours {dtype}"], results[f"transformers {dtype}"], strict=True)
-            same = [ours == theirs for ours, theirs in pairs]
-            found[f"same captions, {dtype}"] = sum(same) / len(same)
-            require(dtype != "float32" or all(same), "captions in float32 are not those of transformers")
+    for name in results.keys() - {reference}:
+        pairs = zip(results[name], results[reference], strict=True)
+        same = [one == other for one, other in pairs]
+        found[f"same captions, {name}"] = sum(same) / len(same)
+        require("float32" not in name or all(same), f"captions of {name} are not those of {reference}")
     return found

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -31,8 +32,12 @@ def _arguments(parser: ArgumentParser) -> None:
              "each); rerank always has 64 and 320 captions")
     add("--rounds", type=int, default=3, help="how often everyone has a turn")
     add("--full", action="store_true", help="rerank: all of the work instead of a kth; takes many minutes")
-    add("--dtype", default="bfloat16", choices=("bfloat16", "float32"),
-        help="rerank: of both sides; other tasks have both dtypes")
+    add("--dtypes", type=str | None, metavar="DTYPE,...",
+        help="float32, bfloat16, and for caption and encode int8 (default: those that this processor multiplies in "
+             "hardware; for rerank, which takes minutes, the last of them)")
+    add("--peers", type=str | None, metavar="PEER,...",
+        help="caption, encode: who is measured as well: openvino, onnxruntime, compiled (PyTorch's compiler), "
+             "transformers (default: all that are installed; pip install 'blip-fast[peers]')")
     add("--threads", type=int | None, help="threads of everyone (default: as PyTorch chooses)")
     add("--json", action="store_true", help="print one JSON object")
 
@@ -43,26 +48,27 @@ def _run(args: Namespace) -> int:
             raise ValueError(f"--{name.replace('_', '-')} is {value}: at least 1")
     if args.task == "rerank" and args.images is not None:
         raise ValueError("--images is for caption, encode and vqa: rerank has 64 and 320 captions")
-    if args.dtype != "bfloat16" and args.task != "rerank":
-        raise ValueError(f"--dtype is for rerank: {args.task} measures both dtypes")
     if args.full and args.task != "rerank":
         raise ValueError(f"--full is for rerank: give {args.task} more --images or --rounds")
     import torch
     from rich.console import Console
 
     from blip_bench.machine import machine
-    from blip_bench.models import MISSING, have_transformers
+    from blip_bench.peers.installed import chosen, version
+    from blip_bench.sides import dtypes_for
     from blip_bench.timing import Disagreement, measure
 
+    dtypes, peers = dtypes_for(args.task, args.dtypes), chosen(args.task, args.peers)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     found: dict[str, Any] = {"task": args.task, "model": args.model or "base, random weights",
                              "image_size": args.image_size, "rounds": args.rounds, "machine": machine(),
-                             "missing": {} if have_transformers() else {"transformers": MISSING}, "cases": []}
+                             "peers": {peer: version(peer) for peer, reason in peers.items() if reason is None},
+                             "missing": {peer: reason for peer, reason in peers.items() if reason}, "cases": []}
     console = Console(stderr=True)
     with TemporaryDirectory() as directory, console.status("making the models"):
         try:
-            for case in _cases(args, Path(directory)):
+            for case in _cases(args, dtypes, found["peers"], Path(directory)):
                 with console.status(f"{args.task}, {case.name}: {args.rounds} rounds of {', '.join(case.calls)}"):
                     found["cases"].append(measure(case, args.rounds))
         except Disagreement as error:
@@ -75,7 +81,7 @@ def _run(args: Namespace) -> int:
     return 0
 
 
-def _cases(args: Namespace, directory: Path) -> Iterator[Case]:
+def _cases(args: Namespace, dtypes: Sequence[str], peers: Collection[str], directory: Path) -> Iterator[Case]:
     from blip_bench import models
 
     part = {"caption": "caption", "rerank": "match", "vqa": "answer"}.get(args.task)
@@ -84,18 +90,18 @@ def _cases(args: Namespace, directory: Path) -> Iterator[Case]:
         from blip_bench import caption
         from blip_fast.tasks.caption import BATCH
 
-        return caption.cases(directory, args.images or BATCH)
+        return caption.cases(directory, args.images or BATCH, dtypes, peers)
     if args.task == "encode":
         from blip_bench import encode
 
-        return encode.cases(directory, args.images or 4)
+        return encode.cases(directory, args.images or 4, dtypes, peers)
     if args.task == "rerank":
         from blip_bench import rerank
 
-        return rerank.cases(directory, args.dtype, args.full)
+        return chain.from_iterable(rerank.cases(directory, dtype, args.full) for dtype in dtypes)
     from blip_bench import vqa
 
-    return vqa.cases(directory, args.images or 8)
+    return vqa.cases(directory, args.images or 8, dtypes)
 
 
 def _print(found: dict[str, Any]) -> None:
@@ -103,7 +109,7 @@ def _print(found: dict[str, Any]) -> None:
 
     console, about = Console(), found["machine"]
     console.print(f"[bold]{found['task']}[/bold]: {found['model']}, {found['image_size']} px, {found['rounds']} rounds")
-    console.print(f"{about['cpu']}, {about['threads']} threads, {about['capability']}, torch {about['torch']}")
+    console.print(f"{about['cpu']}, {about['instructions']}, {about['threads']} threads, torch {about['torch']}")
     for case in found["cases"]:
         console.print(*_tables(case), sep="")
         if agreement := "; ".join(f"{name} {value:.3g}" for name, value in case["agreement"].items()):
@@ -129,7 +135,9 @@ def _tables(case: dict[str, Any]) -> list[Table]:
         target = Text("")
         if "target" in ratio:
             target = Text(f"{ratio['target']} {'✓' if ratio['met'] else '✗'}", "green" if ratio["met"] else "red")
-        ratios.add_row(f"{ratio['of']} as {ratio['beside']}", _spread(ratio), target)
+        of, beside = (who if who.startswith(name) else f"{name} ({who})"
+                      for name, who in zip((ratio["of"], ratio["beside"]), ratio["fastest"], strict=True))
+        ratios.add_row(f"{of} as {beside}", _spread(ratio), target)
     for column in (*times.columns[1:], *ratios.columns[1:]):
         column.justify = "right"
     return [times, ratios] if case["ratios"] else [times]

@@ -1,8 +1,9 @@
-"""The vision encoder beside transformers' and beside this machine's matrix products, in FLOPs a second."""
+"""The vision encoder next to transformers', the peers of `peers/` and this machine's matrix products, in FLOPs a
+second."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -12,35 +13,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip_bench.models import DTYPES, have_transformers, load_transformers, pictures
-from blip_bench.timing import Call, Case, Comparison, require
+from blip_bench.models import pictures, transformers_models
+from blip_bench.peers.build import build
+from blip_bench.sides import Targets, comparisons, dtype_of, groups, reference_of
+from blip_bench.timing import Call, Case, require
 from blip_fast.config import VisionConfig
 from blip_fast.inference import encode_images, evaluating
 from blip_fast.model import BlipModel
 from blip_fast.tasks.loading import load_for_task
 
-SHARE = 0.75  # of the products' speed, wanted in bfloat16
+TARGETS: Targets = {
+    ("ours float32", "openvino float32"): 1.0, ("ours bfloat16", "openvino bfloat16"): 1.0,
+    ("ours int8", "openvino int8"): 1.0, ("ours int8", "ours bfloat16"): 1.4,
+    ("ours bfloat16", "matrix products bfloat16"): 0.75,
+}
+PRODUCTS = ("float32", "bfloat16")  # dtypes of the matrix products
 SHAPES = [(4096, 4096, 4096), (2308, 768, 3072), (2308, 3072, 768), (2308, 768, 2304)]  # rows, in, out; four images'
 PEAK_SECONDS = 0.5  # of one call
-TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2}  # of the relative error
+TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2, "int8": 0.2}  # of the relative error
 
 
-def cases(directory: Path, images: int) -> Iterator[Case]:
-    """`images` random pictures, by the model in `directory`."""
-    ours = {dtype: load_for_task(directory, dtype=dtype, device="cpu")[0] for dtype in DTYPES}
-    theirs = {dtype: load_transformers(directory, dtype).vision_model for dtype in DTYPES if have_transformers()}
-    config = ours["float32"].config.vision
+def cases(directory: Path, images: int, dtypes: Sequence[str], peers: Collection[str]) -> Iterator[Case]:
+    """`images` random pictures, by the model in `directory` and by `peers`."""
+    ours = {dtype: load_for_task(directory, dtype=dtype, device="cpu")[0] for dtype in dtypes}
+    config = ours[dtypes[0]].config.vision
     pixels = pictures(images, config.image_size)
     calls: dict[str, Call] = {f"ours {dtype}": partial(encode, model, pixels) for dtype, model in ours.items()}
-    calls |= {f"transformers {dtype}": partial(their_encode, model, pixels) for dtype, model in theirs.items()}
+    others = build(directory, peers, dtypes, pixels, captions=False)
+    calls |= {name: partial(peer.encode, pixels) for name, peer in others.items()}
+    calls |= {name: partial(their_encode, model.vision_model, pixels)
+              for name, model in transformers_models(directory, dtypes, peers).items()}
     flops = dict.fromkeys(calls, images * flops_of_image(config))
-    comparisons = [Comparison(f"ours {dtype}", f"transformers {dtype}") for dtype in theirs]
-    for dtype in DTYPES:
-        name = f"matrix products {dtype}"
-        calls[name], flops[name] = fastest_product(getattr(torch, dtype))
-        comparisons.append(Comparison(f"ours {dtype}", name, SHARE if dtype == "bfloat16" else None))
-
-    yield Case("encode", calls, tuple(comparisons), images, "images", flops, check)
+    for dtype in dtypes:
+        if dtype in PRODUCTS:
+            name = f"matrix products {dtype}"
+            calls[name], flops[name] = fastest_product(getattr(torch, dtype))
+    yield Case("encode", calls, comparisons(calls, TARGETS), images, "images", flops, check, groups=groups(calls))
 
 
 def encode(model: BlipModel, pixels: Tensor) -> Tensor:
@@ -89,12 +97,12 @@ def _repeat(call: Callable[[], Any], times: int) -> None:
 
 
 def check(results: Mapping[str, Tensor]) -> dict[str, float]:
-    """Relative errors of image_embeds beside transformers'."""
-    found = {}
-    for dtype, tolerance in TOLERANCES.items():
-        if f"transformers {dtype}" in results:
-            theirs = results[f"transformers {dtype}"].float()
-            error = float((results[f"ours {dtype}"].float() - theirs).norm() / theirs.norm())
-            found[f"relative error, {dtype}"] = error
-            require(error < tolerance, f"image_embeds in {dtype} are {error:.1e} off transformers'")
+    """Relative errors of image_embeds beside those of the reference."""
+    encoded = {name: embeds.float() for name, embeds in results.items() if embeds is not None}
+    reference = reference_of(encoded)
+    theirs, found = encoded.pop(reference), {}
+    for name, embeds in encoded.items():
+        error = float((embeds - theirs).norm() / theirs.norm())
+        found[f"relative error, {name}"] = error
+        require(error < TOLERANCES[dtype_of(name)], f"image_embeds of {name} are {error:.1e} off those of {reference}")
     return found

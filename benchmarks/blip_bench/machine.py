@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from blip_kernels.processor import instruction_set
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, threads and versions: what every figure stands beside."""
+    """Processor, what it multiplies in hardware, cores, threads and versions: what every figure stands beside."""
     return {"cpu": _cpu_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-            "capability": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__,
-            "python": platform.python_version(), "system": platform.system()}
+            "instructions": instruction_set(), "capability": torch.backends.cpu.get_cpu_capability(),
+            "torch": torch.__version__, "python": platform.python_version(), "system": platform.system()}
 
 
 def _cpu_model() -> str:

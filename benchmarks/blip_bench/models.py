@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,7 @@ from blip_fast.config import BlipConfig, VisionConfig
 from blip_fast.model import BlipModel
 
 SEED = 0
-DTYPES = ("bfloat16", "float32")
-MISSING = "not installed, so nothing stands beside us: pip install 'transformers>=5,<6'"
-
-
-def have_transformers() -> bool:
-    return find_spec("transformers") is not None
+TOKENS = 20  # of a caption, the prompt included
 
 
 def random_model(part: str, image_size: int) -> BlipModel:
@@ -59,6 +54,12 @@ def load_transformers(directory: Path, dtype: str) -> Any:
     transformers.logging.disable_progress_bar()
     kind = json.loads((directory / "config.json").read_text())["architectures"][0]
     return getattr(transformers, kind).from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
+
+
+def transformers_models(directory: Path, dtypes: Sequence[str], peers: Collection[str]) -> dict[str, Any]:
+    """transformers' models by name, in those of `dtypes` that it has, where it is one of `peers`."""
+    return {f"transformers {dtype}": load_transformers(directory, dtype) for dtype in dtypes
+            if dtype != "int8" and "transformers" in peers}
 
 
 def pictures(number: int, image_size: int) -> Tensor:

@@ -37,7 +37,7 @@ Record = TimeRecord | MemoryRecord
 def write_report(records: Sequence[Record], path: Path) -> Path:
     about = machine()
     facts = {"Processor": about["cpu"], "Threads": f"{about['threads']} of {about['cores']} cores",
-             "Instructions": about["capability"], "PyTorch": about["torch"]}
+             "Instructions": about["instructions"], "PyTorch": about["torch"]}
     report = Report("Benchmarks", "blip_fast beside others, in turn in one process. Medians of the rounds.", facts)
     times = [record for record in records if isinstance(record, TimeRecord)]
     if targets := [metric for record in times for metric in _targets(record.summary)]:
@@ -94,7 +94,7 @@ def _sweep(records: Sequence[TimeRecord]) -> Plot:
 
 def _rows(summaries: Sequence[dict[str, Any]]) -> Iterable[list[str | float]]:
     for summary in summaries:
-        beside = {ratio["beside"]: ratio for ratio in summary["ratios"]}
+        beside = {ratio["fastest"][1]: ratio for ratio in reversed(summary["ratios"])}  # the first that names it counts
         for name, each in summary["implementations"].items():
             seconds, ratio = each["seconds"], beside.get(name)
             said = "" if ratio is None else f"{ratio['of']} is {ratio['median']:.2f} × as fast"

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from blip_bench import words
 from blip_bench.baselines import published
-from blip_bench.models import SEED, have_transformers, load_transformers
+from blip_bench.models import SEED, load_transformers
+from blip_bench.peers.installed import missing
 from blip_bench.timing import Case, Comparison, require
 from blip_fast.inference import evaluating
 from blip_fast.packing import PackedTexts
@@ -49,7 +50,7 @@ class Work:
 def cases(directory: Path, dtype: str, full: bool) -> Iterator[Case]:
     """k = 16 and 64, by the matcher in `directory`, in short or in `full`."""
     matcher = Matcher.from_pretrained(directory, dtype=dtype, device="cpu")
-    theirs = load_transformers(directory, dtype) if have_transformers() else None
+    theirs = load_transformers(directory, dtype) if missing("transformers") is None else None
     for k, target in TARGETS.items():
         work = make_work(matcher, k, 1 if full else k)
         calls = {f"ours {dtype}": partial(rerank, matcher, work)}

@@ -75,8 +75,9 @@ def served(model: str, threads: int, batch: int, queue: int, log: Path) -> Itera
     """A server in a process of its own; yields its port once it is ready."""
     with log.open("w") as stream:
         process = subprocess.Popen(
-            [sys.executable, "-m", "blip_fast", "serve", "--model", model, "--port", "0", "--threads", str(threads),
-             "--batch-size", str(batch), "--queue", str(queue), "--devices", "cpu"], stderr=stream)
+            [sys.executable, "-m", "blip_fast", "serve", "--model", model, "--dtype", "float32", "--port", "0",
+             "--threads", str(threads), "--batch-size", str(batch), "--queue", str(queue), "--devices", "cpu"],
+            stderr=stream)
     try:
         while not (found := re.search(r"listening at http://\S+:(\d+)/", log.read_text())):
             if process.poll() is not None:
@@ -141,7 +142,7 @@ def offline(captioner: Captioner, pictures: Sequence[Path], seconds: float, batc
 
 def compare(model: str, pictures: Sequence[Path], log: Path, args: Namespace) -> dict[str, Any]:
     """Turns of both, and what they came to; `log` is the server's."""
-    captioner = Captioner.from_pretrained(model, threads=args.threads, device="cpu")
+    captioner = Captioner.from_pretrained(model, dtype="float32", threads=args.threads, device="cpu")
     expected = [caption.caption for caption in captioner(pictures, PROMPT, GENERATION, batch_size=args.batch)]
     uploads, found, alone = [upload(path.read_bytes()) for path in pictures], Load(), (0, 0.0)
     with served(model, args.threads, args.batch, args.queue, log) as port:

@@ -5,7 +5,7 @@ Each round calls every implementation once. A ratio is taken within a round and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from time import perf_counter
@@ -40,7 +40,8 @@ class Spread:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How many times as fast `of` is as `beside`, and how many times it should be (None: no target)."""
+    """How many times as fast `of` is as `beside`, implementations or groups, and how many times it should be (None: no
+    target)."""
 
     of: str
     beside: str
@@ -55,6 +56,7 @@ class Case:
         name: what distinguishes the case within its task.
         calls: the implementations, by name. What a call returns goes to `check`.
         comparisons: the ratios of interest.
+        groups: names that stand for several implementations, and so for the one that turns out to be the fastest.
         amount, unit: how much one call does: 4 "images".
         flops: of a call, of the implementations whose FLOPs are known. Where both of a comparison have them, their
             ratio is one of FLOPs a second, else one of seconds.
@@ -71,6 +73,7 @@ class Case:
     flops: Mapping[str, float] = field(default_factory=dict)
     check: Callable[[Mapping[str, Any]], dict[str, float]] = lambda results: {}
     warm_up: Call | None = None
+    groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @classmethod
     def beside(cls, name: str, ours: Call, peers: Mapping[str, Call], **more: Any) -> Case:
@@ -97,8 +100,12 @@ class Rounds:
             self.results[name] = self.case.calls[name]()
             self.seconds[name].append(perf_counter() - start)
 
+    def fastest(self, name: str) -> str:
+        """The member of a group with the least median; an implementation itself."""
+        return min(self.case.groups.get(name, (name,)), key=lambda each: median(self.seconds[each]))
+
     def ratio(self, comparison: Comparison) -> Spread:
-        flops, of, beside = self.case.flops, comparison.of, comparison.beside
+        flops, of, beside = self.case.flops, self.fastest(comparison.of), self.fastest(comparison.beside)
         work = flops[of] / flops[beside] if of in flops and beside in flops else 1.0
         return Spread.of(work * theirs / ours
                          for ours, theirs in zip(self.seconds[of], self.seconds[beside], strict=True))
@@ -121,7 +128,9 @@ class Rounds:
 
     def _comparison(self, comparison: Comparison) -> dict[str, Any]:
         spread, target = self.ratio(comparison), comparison.target
-        found: dict[str, Any] = {"of": comparison.of, "beside": comparison.beside, **vars(spread)}
+        found: dict[str, Any] = {
+            "of": comparison.of, "beside": comparison.beside,
+            "fastest": [self.fastest(comparison.of), self.fastest(comparison.beside)], **vars(spread)}
         return found if target is None else found | {"target": target, "met": spread.median >= target}
 
 

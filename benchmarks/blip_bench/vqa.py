@@ -3,7 +3,7 @@ from pictures and questions on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from blip_bench import words
 from blip_bench.baselines import published
-from blip_bench.models import DTYPES, SEED, have_transformers, load_transformers, pictures
+from blip_bench.models import SEED, load_transformers, pictures
+from blip_bench.peers.installed import missing
 from blip_bench.timing import Call, Case, Comparison, require
 from blip_fast.inference import encode_images, evaluating
 from blip_fast.packing import PackedTexts
@@ -26,9 +27,9 @@ TOLERANCES = {"float32": 1e-4, "bfloat16": 0.1}  # of a score, relative
 Ranked = tuple[Tensor, Tensor]  # places in the list int64 [questions, 128] and scores
 
 
-def cases(directory: Path, questions: int) -> Iterator[Case]:
+def cases(directory: Path, questions: int, dtypes: Sequence[str]) -> Iterator[Case]:
     """`questions` of them, each about a random picture, by the answerer in `directory`."""
-    for dtype in DTYPES:
+    for dtype in dtypes:
         answerer = Answerer.from_pretrained(directory, dtype=dtype, device="cpu")
         pixels = pictures(questions, answerer.model.config.vision.image_size)
         asked = equally_long(answerer.pack(words.questions(50 * questions, SEED), "[ENC]"), questions)
@@ -38,7 +39,7 @@ def cases(directory: Path, questions: int) -> Iterator[Case]:
         ours = (partial(rank, answerer, question_kv, choices, k),
                 partial(ranked_all, answerer, pixels, asked, choices, k))
         calls: list[dict[str, Call]] = [{f"ours {dtype}": call} for call in ours]
-        if have_transformers():
+        if missing("transformers") is None:
             for each, peer in zip(calls, published_calls(directory, dtype, pixels, asked, choices, k), strict=True):
                 each[f"published loop {dtype}"] = peer
         for name, each, target in zip(("from encoded questions", "from pictures"), calls, (TARGET, None), strict=True):

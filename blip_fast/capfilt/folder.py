@@ -93,6 +93,12 @@ class CleanFolder:
         for name in (DROPPED, TEXTS, DONE):
             (self.directory / name).mkdir(exist_ok=True)
 
+    @property
+    def precision(self) -> str | None:
+        """`dtype` of the run that began the folder; None where none did."""
+        path = self.directory / OPTIONS
+        return json.loads(path.read_bytes()).get("dtype") if path.is_file() else None
+
     def check_weights(self, fingerprints: Sequence[str]) -> None:
         """Note the models' fingerprints, or raise ValueError where the folder was begun with other models."""
         path = self.directory / WEIGHTS

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from blip_fast.commands import Command
 from blip_fast.commands.lists import read_list
-from blip_fast.commands.model_options import add_model_options, model_options
+from blip_fast.commands.model_options import add_model_options, model_options, settle_precision
 from blip_fast.commands.rows import Row, Work, read_rows, run_rows
 
 if TYPE_CHECKING:
@@ -55,8 +55,7 @@ def _run(args: Namespace) -> int:
         raise ValueError("--n-best lists answers of --answers FILE: name one")
     answers = None if args.answers is None else read_list(args.answers, "answer")
     if args.questions is not None:
-        return run_rows(read_rows(args.questions, "question"), "question", lambda: _work(args, answers),
-                        args.batch_size, args.output, args.resume)
+        return run_rows(args, read_rows(args.questions, "question"), "question", lambda: _work(args, answers))
     if not args.asked or not all(question.strip() for question in args.asked):
         raise ValueError(f"no question about {args.image}: name one at least, and none that is empty")
     if args.output is not None or args.resume:
@@ -66,9 +65,12 @@ def _run(args: Namespace) -> int:
 
 def _ask_one(args: Namespace, answers: list[str] | None) -> int:
     from blip_fast.images import evaluation_transform, load_image
+    from blip_fast.precision import say
 
     image = load_image(args.image)
+    line = settle_precision(args)
     work, image_size = _work(args, answers)
+    say(line)
     for question, row in zip(args.asked, work(evaluation_transform([image], image_size), [args.asked]), strict=True):
         if args.json:
             print(json.dumps({"image": args.image, "question": question, **row}, ensure_ascii=False))

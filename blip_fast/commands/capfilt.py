@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ArgumentParser, Namespace
 
 from blip_fast.commands import Command
-from blip_fast.commands.model_options import add_model_options, model_options
+from blip_fast.commands.model_options import add_model_options, model_options, settle_precision
 from blip_fast.commands.sharing import add_sharing_options
 
 if TYPE_CHECKING:
@@ -65,14 +65,17 @@ def _run(args: Namespace) -> int:
     from blip_fast.commands.inputs import Share, tars
     from blip_fast.commands.progress import sigterm_interrupts
     from blip_fast.data.cache import shard_cache
+    from blip_fast.precision import say
 
     config, share = filter_config(args), Share.parse(args.shard)
     folder = CleanFolder(Path(args.output).absolute())
+    line = settle_precision(args, folder.precision)
     every = tars(args.shards, shard_cache(args.cache, args.cache_gb))
     options = {**asdict(config), **{name: getattr(args, name) for name in ("captioner", "filter", "dtype",
                                                                           "image_size", "heads", "tokenizer")},
                "shards": [tar.name for tar in every]}
     folder.begin(options)
+    say(line)
     lock = FileLock(folder.directory / f"part-{share.index}-of-{share.count}.lock", timeout=0)
     try:
         with sigterm_interrupts(), lock:

@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from blip_fast.commands import Command
 from blip_fast.commands.caption_options import add_caption_options
-from blip_fast.commands.model_options import add_model_options, model_options
+from blip_fast.commands.model_options import add_model_options, model_options, settled
 
 if TYPE_CHECKING:
     from blip_fast.data.annotated import AnnotatedImage
@@ -103,13 +103,20 @@ def _run(args: Namespace) -> None:
     with torchrun_ranks() as ranks:
         if ranks.count > 1 and not TASKS[args.task].shared:
             raise ValueError(f"evaluate {args.task} is the work of one process: start it without torchrun")
+        _settle(options, ranks)
         figures = TASKS[args.task].run(options, images, ranks)
     if ranks.rank > 0:
         return
     if options.json:
-        print(json.dumps({"task": args.task, "images": len(images), **figures}))
+        print(json.dumps({"task": args.task, "images": len(images), "precision": options.dtype, **figures}))
     else:
-        _print_table(args.task, len(images), figures)
+        _print_table(args.task, len(images), {"precision": options.dtype, **figures})
+
+
+def _settle(options: Namespace, ranks: Ranks) -> None:
+    """All ranks compute in the precision that the first one's device is good at; it stands among the figures."""
+    own, _ = settled(options.dtype, options.device)
+    options.dtype = ranks.share(lambda those: [own for _ in those], range(ranks.count))[0]
 
 
 def _retrieval(args: Namespace, images: list[AnnotatedImage], ranks: Ranks) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 
 from blip_fast.commands import Command
-from blip_fast.commands.model_options import add_model_options, model_options
+from blip_fast.commands.model_options import add_model_options, model_options, settle_precision
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -35,11 +35,14 @@ def _run(args: Namespace) -> None:
     if Path(args.output).suffix.lower() not in SUFFIXES:
         raise ValueError(f"--output {args.output} must end with one of {', '.join(SUFFIXES)}")
     picture = load_image(args.image)
+    from blip_fast.precision import say
     from blip_fast.report.heat import panel_size, word_sheet
     from blip_fast.tasks.explain import Explainer
 
+    line = settle_precision(args, differentiable=True)
     explainer = Explainer.from_pretrained(args.model, **model_options(args))
     explanation = explainer(picture, args.text, args.word, layer=args.layer, first_token=args.first_token)
+    say(line)
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     word_sheet(panel_size(picture), [explanation.text, *explanation.words]).save(args.output)
     if args.json:

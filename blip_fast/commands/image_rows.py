@@ -52,8 +52,10 @@ def run_images(args: Namespace, make_worker: Callable[[], Worker], lines: Callab
     An image that cannot be read does not end the run, unless it is the only one.
 
     Args:
-        args: with the options of `add_image_options`, and `json`: print rows, not lines of text.
-        make_worker: loads the model; gives what makes rows of images, in their order. With Ray it is pickled.
+        args: with the options of `add_image_options` and `add_model_options`, and `json`: print rows, not lines of
+            text.
+        make_worker: loads the model, in the precision that was put into `args`; gives what makes rows of images, in
+            their order. With Ray it is pickled.
         lines: what is printed of a row without an error.
 
     Returns:
@@ -84,7 +86,9 @@ def named(image: str, prompt: str | None) -> Row:
 
 
 def _run_all(args: Namespace, make_worker: Callable[[], Worker], share: Share, report: _Report) -> int:
+    from blip_fast.commands.model_options import settle_output
     from blip_fast.commands.progress import exit_status, progress_bar
+    from blip_fast.precision import say
 
     output = report.output
     work = _left(args, share, output)
@@ -94,11 +98,14 @@ def _run_all(args: Namespace, make_worker: Callable[[], Worker], share: Share, r
         return 0
     if len(first) == 1 and output is None:
         first[0][0].load()
+    line = settle_output(args, output)
     hidden = output is None and sys.stdout.isatty()
     try:
         with progress_bar("images", "img", partial(_count, args, share, output), hidden) as advance, \
                 closing(_rows(args, make_worker, chain(first, work))) as rows:
             for row in rows:
+                if not report.rows:  # what is refused until then is told in one line
+                    say(line)
                 report.add(row)
                 advance()
     except KeyboardInterrupt as stop:

@@ -17,7 +17,8 @@ from filelock import FileLock, Timeout
 class JsonLines:
     """Rows appended to a file, each by one write: a signal leaves whole lines, a kill at worst a last line cut short.
 
-    `FILE.lock` beside it keeps other processes out while it is open.
+    `FILE.lock` next to it keeps other processes out while it is open. `precision` is that of the rows, in each of them
+    `dtype`; None for a file without one.
     """
 
     def __init__(self, path: str | Path, resume: bool, text: str = "prompt") -> None:
@@ -39,7 +40,7 @@ class JsonLines:
             raise ValueError(f"{path} is being written by another process: wait until that has ended") from None
         self._file = self.path.open("ab", buffering=0)
         try:
-            self.done, size = _read(self.path, text)
+            self.done, self.precision, size = _read(self.path, text)
             self._file.truncate(size)
         except BaseException:
             self.close()
@@ -48,7 +49,8 @@ class JsonLines:
     def write(self, row: dict[str, Any]) -> None:
         """Raises OSError where the row could not be written whole."""
         # A file name that is not UTF-8 comes with surrogates; Python's escape of one is JSON's.
-        line = json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+        marked = row if self.precision is None else {**row, "dtype": self.precision}
+        line = json.dumps(marked, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
         if self._file.write(line) != len(line):
             raise OSError(f"{self.path}: no room for a whole row; make some and go on with --resume")
 
@@ -83,17 +85,18 @@ def digest(image: str, text: str | None) -> int:
     return int.from_bytes(blake2b(both.encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
 
-def _read(path: Path, text: str) -> tuple[DoneRows, int]:
-    """What is done, and how many bytes are whole lines."""
-    digests, in_tars, size = array("Q"), Counter[str](), 0
+def _read(path: Path, text: str) -> tuple[DoneRows, str | None, int]:
+    """What is done, in which precision, and how many bytes are whole lines."""
+    digests, in_tars, precision, size = array("Q"), Counter[str](), None, 0
     with path.open("rb") as stream:
         for row, end in _rows(stream, path):
             size = end
             image = str(row.get("image"))
             digests.append(digest(image, row.get(text)))
+            precision = row.get("dtype", precision)
             if "://" in image:
                 in_tars[image.rpartition("/")[0]] += 1
-    return DoneRows(digests, in_tars), size
+    return DoneRows(digests, in_tars), precision, size
 
 
 def _rows(stream: BinaryIO, path: Path) -> Iterator[tuple[dict[str, Any], int]]:

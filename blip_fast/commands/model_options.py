@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
+
+if TYPE_CHECKING:
+    from blip_fast.commands.jsonl import JsonLines
 
 
 def add_model_options(parser: ArgumentParser, required: bool = True, models: Sequence[str] = ("model",),
@@ -15,9 +19,10 @@ def add_model_options(parser: ArgumentParser, required: bool = True, models: Seq
     for model in models:
         parser.add_argument(f"--{model}", type=str | None, required=required, metavar="DIR_OR_ID",
                             help="checkpoint directory, Hugging Face Hub name, or a published .pth")
-    parser.add_argument("--dtype", default="float32",
-                        help="float32, bfloat16 (fastest on a CPU), float16 (for GPUs), or int8: weights in 8 bits for "
-                             "less memory, slower than bfloat16 (needs torchao)")
+    parser.add_argument("--dtype", default="auto",
+                        help="auto: bfloat16 where the device multiplies it, else float32 (on a GPU float16); or "
+                             "float32, as published figures want it, bfloat16, float16, or int8: weights in 8 bits for "
+                             "less memory (needs torchao)")
     if several_devices:
         parser.add_argument("--devices", type=str | None, metavar="NAME,NAME",
                             help="cpu, cuda:0,cuda:1 and so on (default: cuda where there is one)")
@@ -34,7 +39,59 @@ def add_model_options(parser: ArgumentParser, required: bool = True, models: Seq
 
 
 def model_options(args: Namespace) -> dict[str, Any]:
-    """Keyword arguments of a task's `from_pretrained`, behind its first one; with `--devices` all but the device."""
+    """Keyword arguments of a task's `from_pretrained`, after its first one; with `--devices` all but the device."""
     device = {} if "devices" in args else {"device": args.device}
     return {"dtype": args.dtype, **device, "image_size": args.image_size, "heads": args.heads,
             "tokenizer": args.tokenizer, "threads": args.threads}
+
+
+def settled(name: str, device: str | None, differentiable: bool = False) -> tuple[str, str]:
+    """What a name means on a device, and the line that says so. Raises ValueError as `settle_precision`."""
+    from blip_fast.precision import check, explained, resolve
+    from blip_fast.tasks.loading import chosen_device
+
+    target = chosen_device(device)
+    precision = resolve(name, target, differentiable)
+    check(precision, target)
+    return precision, explained(name, target, differentiable, "; --dtype float32 for the published figures")
+
+
+def settle_precision(args: Namespace, begun: str | None = None, differentiable: bool = False) -> str:
+    """Put in the place of `--dtype` the precision that it means for this whole command.
+
+    Args:
+        args: with the options of `add_model_options`. With `--ray` a worker of the cluster decides, for all of them.
+        begun: the precision of the work that is gone on with; `auto` keeps it.
+        differentiable: as for `load_for_task`.
+
+    Returns:
+        The line that says so, to be said when nothing of the input can be refused any more: what is refused is told in
+        one line.
+
+    Raises:
+        ValueError: no such precision or device; float16 on a CPU without products of it.
+    """
+    name = begun if begun is not None and args.dtype == "auto" else args.dtype
+    settle = partial(settled, name, args.device, differentiable)
+    if getattr(args, "ray", None) is None:
+        args.dtype, line = settle()
+    else:
+        from blip_fast.cluster import ask_worker
+
+        args.dtype, line = ask_worker(args.ray or None, settle, gpus=args.device != "cpu")
+    return line
+
+
+def settle_output(args: Namespace, output: JsonLines | None) -> str:
+    """`settle_precision` for rows that may go into a file: a resumed one keeps the precision that it was begun in.
+
+    Raises ValueError also where another one is named.
+    """
+    if output is None:
+        return settle_precision(args)
+    if output.precision is not None and args.dtype not in ("auto", output.precision):
+        raise ValueError(f"{output.path} was begun in {output.precision}, not in {args.dtype}: leave --dtype out, or "
+                         "name another file")
+    line = settle_precision(args, output.precision)
+    output.precision = args.dtype
+    return line

@@ -12,7 +12,10 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jsonargparse import Namespace
+
 from blip_fast.commands.jsonl import JsonLines, json_object
+from blip_fast.commands.model_options import settle_output
 from blip_fast.commands.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -59,52 +62,59 @@ def _tsv_row(line: str, text: str, where: str) -> Row:
     return {"image": image, text: said}
 
 
-def run_rows(rows: Sequence[Row], text: str, make_work: Callable[[], tuple[Work, int]], batch_size: int,
-             output: str | None, resume: bool) -> int:
-    """Work on all rows and write them, in order, with what is found: to the file `output`, or to standard output.
+def run_rows(args: Namespace, rows: Sequence[Row], text: str, make_work: Callable[[], tuple[Work, int]]) -> int:
+    """Work on all rows and write them, in order, with what is found: to the file `--output`, or to standard output.
 
-    Rows behind one another that name the same image are worked on together. One whose image cannot be read gets an
+    Rows that follow one another and name the same image are worked on together. One whose image cannot be read gets an
     `error` instead and does not end the run.
 
     Args:
+        args: with the options of `add_model_options`, and `batch_size` (images at a time), `output` and `resume` (leave
+            out the rows that the file holds already).
         text: the key of each row's text.
-        make_work: loads the model; gives the work, and the image size that it takes.
-        batch_size: images at a time.
-        resume: leave out the rows that `output` holds already.
+        make_work: loads the model in the precision that is put into `args`; gives the work, and the image size that it
+            takes.
 
     Returns:
         The exit status: 1 where an image could not be read.
 
     Raises:
-        ValueError: `resume` without `output`; `batch_size` is less than 1.
+        ValueError: `resume` without `output`; `batch_size` is less than 1; the file was begun in another precision.
     """
-    if batch_size < 1:
-        raise ValueError(f"--batch-size must be at least 1, got {batch_size}")
-    if output is None:
-        if resume:
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
+    if args.output is None:
+        if args.resume:
             raise ValueError("--resume needs --output FILE.jsonl, the file to go on with")
-        return _run(rows, text, make_work, batch_size,
-                    lambda row: print(json.dumps(row, ensure_ascii=False), flush=True))
-    with closing(JsonLines(output, resume, text)) as file:
+        return _run(args, rows, text, make_work, None)
+    with closing(JsonLines(args.output, args.resume, text)) as file:
         left = [row for row in rows if not file.done.take(row["image"], row[text])]
-        return _run(left, text, make_work, batch_size, file.write)
+        return _run(args, left, text, make_work, file)
 
 
-def _run(rows: Sequence[Row], text: str, make_work: Callable[[], tuple[Work, int]], batch_size: int,
-         write: Callable[[Row], None]) -> int:
+def _run(args: Namespace, rows: Sequence[Row], text: str, make_work: Callable[[], tuple[Work, int]],
+         file: JsonLines | None) -> int:
+    from blip_fast.precision import say
+
     if not rows:
         print("blip-fast: nothing left to do", file=sys.stderr)
         return 0
+    line, write = settle_output(args, file), _print if file is None else file.write
     work, image_size = make_work()
+    say(line)
     failed: set[str] = set()
     with progress_bar("rows", "rows", lambda: len(rows)) as advance:
-        for row in _results(rows, text, work, image_size, batch_size):
+        for row in _results(rows, text, work, image_size, args.batch_size):
             write(row)
             advance()
             if "error" in row and row["image"] not in failed:
                 failed.add(row["image"])
                 print(f"blip-fast: {row['error']}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _print(row: Row) -> None:
+    print(json.dumps(row, ensure_ascii=False), flush=True)
 
 
 def _results(rows: Sequence[Row], text: str, work: Work, image_size: int, batch_size: int) -> Iterator[Row]:

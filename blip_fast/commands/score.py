@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ArgumentParser, Namespace
 
 from blip_fast.commands import Command
-from blip_fast.commands.model_options import add_model_options, model_options
+from blip_fast.commands.model_options import add_model_options, model_options, settle_precision
 from blip_fast.commands.rows import Work, read_rows, run_rows
 
 if TYPE_CHECKING:
@@ -37,8 +37,7 @@ def _run(args: Namespace) -> int:
     if (args.pairs is None) == (args.image is None):
         raise ValueError("name an image and its texts, or --pairs FILE")
     if args.pairs is not None:
-        return run_rows(read_rows(args.pairs, "text"), "text", lambda: _work(args), args.batch_size, args.output,
-                        args.resume)
+        return run_rows(args, read_rows(args.pairs, "text"), "text", lambda: _work(args))
     if not args.texts:
         raise ValueError(f"no text to hold against {args.image}: name one at least")
     if args.output is not None or args.resume:
@@ -50,10 +49,13 @@ def _score_one(args: Namespace) -> int:
     from blip_fast.images import load_image
 
     image = load_image(args.image)
+    from blip_fast.precision import say
     from blip_fast.tasks.match import Matcher
 
+    line = settle_precision(args)
     matcher = Matcher.from_pretrained(args.model, **model_options(args))
     scores = matcher.score(image, args.texts, first_token=args.first_token)
+    say(line)
     for text, itm, itc in zip(args.texts, scores.itm[0].tolist(), scores.itc[0].tolist(), strict=True):
         if args.json:
             print(json.dumps({"image": args.image, "text": text, "itm": itm, "itc": itc}, ensure_ascii=False))

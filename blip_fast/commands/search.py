@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ArgumentParser, Namespace
 
 from blip_fast.commands import Command
-from blip_fast.commands.model_options import add_model_options, model_options
+from blip_fast.commands.model_options import add_model_options, model_options, settle_precision
 
 if TYPE_CHECKING:
     from blip_fast.search import AddReport, Hit, Index
@@ -66,12 +66,16 @@ def _run(args: Namespace) -> int:
 
 
 def _index(args: Namespace) -> int:
+    from blip_fast.precision import say
     from blip_fast.search import AddReport
     from blip_fast.search.store import BROKEN
 
-    with closing(_opened(args)) as index:
+    opened, line = _opened(args)
+    with closing(opened) as index:
         with _progress() as progress:
             report = index.add(args.images, progress=progress) if args.images else AddReport()
+        if args.images:
+            say(line)
         pruned = index.prune() if args.prune else 0
         missing = sum(1 for _ in index.missing())
         if args.json:
@@ -87,31 +91,34 @@ def _index(args: Namespace) -> int:
     return 1 if report.broken else 0
 
 
-def _opened(args: Namespace) -> Index:
-    """The index of that directory, or a new one."""
+def _opened(args: Namespace) -> tuple[Index, str]:
+    """The index of that directory, or a new one; what is said of its precision."""
     from blip_fast.search import Index
     from blip_fast.search.store import DATABASE
 
-    options = model_options(args)
     if not (Path(args.index) / DATABASE).exists():
         if args.model is None:
             raise ValueError(f"{args.index} holds no index yet: name the model to make one with (--model)")
-        return Index.create(args.index, args.model, storage=args.storage or "float32", **options)
+        line = settle_precision(args)
+        return Index.create(args.index, args.model, storage=args.storage or "float32", **model_options(args)), line
     index = Index.open(args.index, model=args.model, device=args.device, threads=args.threads)
-    asked = {**options, "dtype": None if args.dtype == "float32" else args.dtype, "storage": args.storage}
+    asked = {**model_options(args), "dtype": None if args.dtype == "auto" else args.dtype, "storage": args.storage}
     for name, value in index.options.items():
         if asked[name] not in (None, value):
             raise ValueError(f"the index {args.index} has {name} {value}, not {asked[name]}: leave that option out, or "
                              "index into another directory")
-    return index
+    return index, settle_precision(args, str(index.options["dtype"]))
 
 
 def _query(args: Namespace) -> int:
+    from blip_fast.precision import say
     from blip_fast.search import Index
 
     with closing(Index.open(args.index, model=args.model, device=args.device, threads=args.threads)) as index:
+        line = settle_precision(Namespace(dtype=index.options["dtype"], device=args.device))
         hits = index.query(args.text, args.image, top=args.top, rerank=args.rerank, first_token=args.first_token,
                            backend=args.backend)
+        say(line)
         if args.html is not None:  # before the table, whose reader may go away
             from blip_fast.search.sheet import contact_sheet
 

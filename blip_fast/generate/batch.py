@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from blip_fast.cache import ImagePool, SelfCache
+from blip_fast.cache import SelfCache, image_pool
 from blip_fast.generate.beam import BeamSearch
 from blip_fast.generate.config import GenerationConfig
 from blip_fast.generate.sample import Sampling
@@ -25,13 +25,13 @@ class ContinuousBatch:
     """
 
     def __init__(self, model: BlipModel, config: GenerationConfig, slots: int, keys: int, like: Tensor) -> None:
-        """`slots` images of up to `keys` keys, which are of the dtype and on the device of `like`."""
+        """`slots` images of up to `keys` states, which are of the dtype and on the device of `like`."""
         self.model, self.keys, self.slots, stack = model, keys, slots, model.stack("decoder")
         self.each = config.texts_per_image
         self.search = (Sampling if config.top_p is not None or config.beams == 1 else BeamSearch)(
             config, model.config.tokens.sep)
         self.texts = self.search.empty(slots, like.device)
-        self.images = ImagePool(stack.config, slots, keys, like)
+        self.images = image_pool(stack.config, stack.image_to_kv[0], slots, keys, self.each * config.max_length, like)
         self.cache = SelfCache(stack.config, slots, self.each, config.max_length, like)
         self.cached = torch.zeros(slots, dtype=torch.int64, device=like.device)  # how many tokens the cache holds
         self.places: list[int | None] = [None] * slots  # of the request in each slot
@@ -45,13 +45,13 @@ class ContinuousBatch:
     def idle(self) -> bool:
         return self.free == self.slots
 
-    def enter(self, place: int, kv: Tensor, prompt: Sequence[int], seed: int) -> None:
-        """Put request number `place` into a free slot; kv [keys, layers, 2, heads, head_dim] is copied."""
+    def enter(self, place: int, states: Tensor, prompt: Sequence[int], seed: int) -> None:
+        """Put request number `place` into a free slot; states [keys, vision width] are copied."""
         if None not in self.places:
             self._grow()
         slot = self.places.index(None)
         self.places[slot] = place
-        self.images.enter(slot, kv)
+        self.images.enter(slot, states)
         self.cache.enter(slot, len(prompt) - 1)
         self.cached[slot] = 0
         self.search.enter(self.texts, slot, prompt, seed)  # type: ignore[arg-type]

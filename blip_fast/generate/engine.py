@@ -1,4 +1,4 @@
-"""The one entrance to generation: from an image's keys and values and a prompt to texts."""
+"""The one entrance to generation: from what is seen of an image and a prompt to texts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from blip_kernels.decode_attention import MOST_ROWS
 from blip_fast.generate.batch import ContinuousBatch
 from blip_fast.generate.config import GenerationConfig
 from blip_fast.model import BlipModel
-from blip_fast.text import ImageKV
+from blip_fast.text import ImageStates
 
 QUESTION_KEYS = 64  # rooms for encoded questions are multiples of this
 
@@ -35,7 +35,7 @@ class Generated:
 class Request:
     """An image, or an encoded question, of which texts are wanted."""
 
-    image_kv: ImageKV  # of one image: `model.stack("decoder").image_kv(...)` or `model.question_kv(...)`
+    states: ImageStates  # of one image: `image_states(image_embeds)` or `model.question_states(...)`
     prompt: Sequence[int]  # [DEC] first, without [SEP]; a forced beginning of the text is a longer prompt
     seed: int = 0  # of sampling
 
@@ -102,12 +102,12 @@ class Generation:
         """Begin request number `place`. False where it has to wait: no slot is free, or it needs other room than those
         that are in, and neighbours must not change a text. Raises ValueError for its prompt as `generate_stream`."""
         _check_prompt(request.prompt, self.config)
-        (kv,), keys = request.image_kv.kv, _room(self.model, request.image_kv)
+        states, keys = request.states.rows, _room(self.model, request.states)
         if self._batch is None or (self._batch.idle and self._batch.keys != keys):
-            self._batch = ContinuousBatch(self.model, self.config, self.slots, keys, kv)
+            self._batch = ContinuousBatch(self.model, self.config, self.slots, keys, states)
         if self._batch.keys != keys or not self._batch.free:
             return False
-        self._batch.enter(place, kv, request.prompt, request.seed)
+        self._batch.enter(place, states, request.prompt, request.seed)
         self._prompt_lengths[place] = len(request.prompt)
         return True
 
@@ -131,24 +131,24 @@ class Generation:
                 for place, token_ids, scores in self._batch.step()]
 
 
-def generate(model: BlipModel, image_kv: ImageKV, prompts: Sequence[Sequence[int]], config: GenerationConfig,
+def generate(model: BlipModel, states: ImageStates, prompts: Sequence[Sequence[int]], config: GenerationConfig,
              seeds: Sequence[int] | None = None) -> list[Generated]:
     """The best text of each image, in their order.
 
     Args:
-        image_kv: `model.stack("decoder").image_kv(image_embeds)`, or of encoded questions.
+        states: `image_states(image_embeds)`, or `model.question_states(...)`.
         prompts: token ids of each image's prompt, [DEC] first, without [SEP].
         seeds: one per image, for sampling.
 
     Raises:
         ValueError: as `generate_stream`; not as many prompts or seeds as images; sampling without seeds.
     """
-    images = len(image_kv.offsets) - 1
+    images = len(states.offsets) - 1
     if len(prompts) != images:
         raise ValueError(f"prompts must be one per image: {images} images, {len(prompts)} prompts")
     if config.top_p is not None and (seeds is None or len(seeds) != images):
         raise ValueError(f"sampling needs one seed per image: {images} images, seeds {seeds}")
-    requests = map(Request, image_kv.split(), prompts, seeds or [0] * images)
+    requests = map(Request, states.split(), prompts, seeds or [0] * images)
     texts = dict(generate_stream(model, requests, config, max(images, 1)))
     return [texts[i][0] for i in range(images)]
 
@@ -160,11 +160,11 @@ def _texts(ids: list[list[int]], scores: list[float], prompt_length: int, sep_id
             for text, score, ends in zip(ids, scores, whole, strict=True) if score > -torch.inf]
 
 
-def _room(model: BlipModel, image_kv: ImageKV) -> int:
+def _room(model: BlipModel, states: ImageStates) -> int:
     """Keys of the slots in which an image stands. Images all have the same number; questions get a multiple of 64, and
     so all that are of usual length the same."""
     unit = QUESTION_KEYS if model.config.text_stacks == "untied" else 1
-    return -(-len(image_kv.kv[0]) // unit) * unit
+    return -(-len(states.rows) // unit) * unit
 
 
 def _check_config(model: BlipModel, config: GenerationConfig) -> None:

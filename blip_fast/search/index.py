@@ -15,12 +15,13 @@ from blip_fast.data.cache import CACHE, shard_cache
 from blip_fast.data.shards import is_url
 from blip_fast.images import ImageError, ImageSource, StoredImage, local_path
 from blip_fast.packing import PackedTexts
+from blip_fast.precision import resolve
 from blip_fast.search.adding import Adding, AddReport
 from blip_fast.search.approximate import BACKENDS, graph_of, nearest_rows
 from blip_fast.search.encoding import fingerprint, image_features, match_logits, text_feature
 from blip_fast.search.store import Store, printable
 from blip_fast.search.topk import top_rows
-from blip_fast.tasks.loading import as_sources, pixel_batches
+from blip_fast.tasks.loading import as_sources, chosen_device, pixel_batches
 from blip_fast.tasks.match import Matcher
 
 
@@ -58,22 +59,24 @@ class Index:
         self._running = {"device": device, "threads": threads}
 
     @classmethod
-    def create(cls, directory: str | Path, model: str | Path, *, storage: str = "float32", dtype: str = "float32",
+    def create(cls, directory: str | Path, model: str | Path, *, storage: str = "float32", dtype: str = "auto",
                device: str | None = None, image_size: int | None = None, heads: int | None = None,
                tokenizer: str | Path | None = None, threads: int | None = None) -> Self:
         """Make an empty index.
 
         Args:
             directory: where; it is made.
-            model: an image-text retrieval or pre-training checkpoint; it and the options behind `storage` are
-                `load_for_task`'s, and are kept in the index (but `device` and `threads`).
+            model: an image-text retrieval or pre-training checkpoint; it and the options after `storage` are
+                `load_for_task`'s, and are kept in the index (but `device` and `threads`); of `auto` what it means
+                here.
             storage: `float32`, or `float16` in half the space, with cosines good to about 0.0003.
 
         Raises:
             FileExistsError: there is an index already.
             ValueError: another storage; whatever `Matcher.from_pretrained` refuses.
         """
-        options = {"dtype": dtype, "image_size": image_size, "heads": heads, "tokenizer": _place(tokenizer)}
+        options = {"dtype": resolve(dtype, chosen_device(device)), "image_size": image_size, "heads": heads,
+                   "tokenizer": _place(tokenizer)}
         matcher = Matcher.from_pretrained(model, device=device, threads=threads, **options)
         facts = {"model": _place(model), "options": options, "fingerprint": fingerprint(matcher.model)}
         store = Store.create(directory, matcher.model.config.embed_dim, storage, facts)

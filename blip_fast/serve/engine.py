@@ -14,6 +14,7 @@ from PIL import Image
 
 from blip_fast.generate import GenerationConfig
 from blip_fast.images import ImageError
+from blip_fast.precision import explained
 from blip_fast.report.heat import overlay, word_sheet
 from blip_fast.search import Index
 from blip_fast.search.store import file_of, is_member, printable
@@ -22,7 +23,7 @@ from blip_fast.serve.refusals import Refused, bad_value
 from blip_fast.tasks.answer import Answerer
 from blip_fast.tasks.caption import CaptionBatch, Captioned, Captioner
 from blip_fast.tasks.explain import Explainer
-from blip_fast.tasks.loading import load_for_task, pixel_batches
+from blip_fast.tasks.loading import chosen_device, load_for_task, pixel_batches
 from blip_fast.tasks.match import Matcher, image_of_each
 
 if TYPE_CHECKING:
@@ -98,6 +99,12 @@ class Engine:
     def _batch(self, captioner: Captioner) -> CaptionBatch:
         captioner.checked_prompt(self.options.prompt, self.generation)
         return CaptionBatch(captioner, self.generation, self.options.batch_size, self.options.strip_prompt)
+
+    @property
+    def precision(self) -> str:
+        """A line that says what the worker's device computes in."""
+        loading = self.options.loading
+        return explained(loading["dtype"], chosen_device(loading["device"]))
 
     @cached_property
     def about(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from itertools import islice
 
+from blip_fast.precision import say
 from blip_fast.serve.engine import Engine, Result, WorkerOptions
 from blip_fast.serve.messages import Message, receive, send
 from blip_fast.serve.processes import ends_with_the_server
@@ -30,6 +31,7 @@ def main(sock: socket.socket, options: WorkerOptions) -> None:
     except (ValueError, OSError, ModuleNotFoundError) as error:
         send(sock, {"failed": " ".join(str(error).split())})
         return
+    say(engine.precision)
     send(sock, {"ready": engine.about})
     Worker(sock, engine).run()
 

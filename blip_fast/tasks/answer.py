@@ -17,7 +17,7 @@ from blip_fast.model import BlipModel
 from blip_fast.packing import PackedTexts
 from blip_fast.tasks.answer_list import AnswerList, rank_answers
 from blip_fast.tasks.loading import PretrainedTask, as_sources, pixel_batches
-from blip_fast.text import ImageKV
+from blip_fast.text import ImageStates
 from blip_fast.tokenizer import Tokenizer, clean_question
 
 MAX_TOKENS = 35  # of a question, as published
@@ -126,12 +126,12 @@ class Answerer(PretrainedTask):
         """Write answers about one batch of images, float [images, 3, image_size, image_size] after the evaluation
         transform. `images` (int64 [questions], never falling) names the image that each question is about; question i
         is about image i unless given."""
-        def answer(question_kv: ImageKV) -> list[Answer]:
-            count = len(question_kv.offsets) - 1
-            texts = generate(self.model, question_kv, [[self.model.config.tokens.bos]] * count, generation)
+        def answer(states: ImageStates) -> list[Answer]:
+            count = len(states.offsets) - 1
+            texts = generate(self.model, states, [[self.model.config.tokens.bos]] * count, generation)
             return [Answer(self.tokenizer.decode(text.token_ids), text.token_ids, text.score) for text in texts]
 
-        return [found for kv in self._question_kvs(pixels, questions, images) for found in answer(kv)]
+        return [found for states in self._question_states(pixels, questions, images) for found in answer(states)]
 
     def rank_pixels(self, pixels: Tensor, questions: PackedTexts, answers: AnswerList, images: Tensor | None = None, *,
                     top_k: int = SHORTLIST, n_best: int = 1) -> list[list[Answer]]:
@@ -140,23 +140,27 @@ class Answerer(PretrainedTask):
             if value < 1:
                 raise ValueError(f"{name} is {value}: give the number of answers, 1 at least")
         ranked = []
-        for question_kv in self._question_kvs(pixels, questions, images):
+        decoder = self.model.stack("decoder")
+        for states in self._question_states(pixels, questions, images):
+            question_kv = decoder.states_kv(states.rows, offsets=states.offsets)
             chosen, scores = rank_answers(self.model, question_kv, answers, top_k)
             for places, values in zip(chosen[:, :n_best].tolist(), scores[:, :n_best].tolist(), strict=True):
                 ranked.append([Answer(answers.texts[int(place)], answers.token_ids(place), score)
                                for place, score in zip(places, values, strict=True)])
         return ranked
 
-    def _question_kvs(self, pixels: Tensor, questions: PackedTexts, images: Tensor | None) -> Iterator[ImageKV]:
-        """Keys and values of the questions in order, a few at a time; an image is encoded once for all of its own."""
+    def _question_states(self, pixels: Tensor, questions: PackedTexts,
+                         images: Tensor | None) -> Iterator[ImageStates]:
+        """States of the questions in order, a few at a time; an image is encoded once for all of its own."""
         with evaluating(self.model):
             for embeds in encode_images(self.model, [pixels]):
                 questions = questions.to(embeds.device)
                 about = torch.arange(len(questions)) if images is None else images
                 for some in torch.arange(len(questions)).split(QUESTIONS):
                     first, last = int(about[some[0]]), int(about[some[-1]])
-                    yield self.model.question_kv(embeds[first : last + 1], questions.select(some.to(embeds.device)),
-                                                 (about[some] - first).to(embeds.device))
+                    yield self.model.question_states(embeds[first : last + 1],
+                                                     questions.select(some.to(embeds.device)),
+                                                     (about[some] - first).to(embeds.device))
 
     def _answers(self, images: ImageSource | Sequence[ImageSource], questions: str | Sequence[str], first_token: str,
                  batch_size: int, answer: Callable[[Tensor, PackedTexts, Tensor], list[Result]]) -> Iterator[Result]:

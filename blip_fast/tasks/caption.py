@@ -13,10 +13,11 @@ from torch import Tensor
 
 from blip_fast.generate import Generated, Generation, GenerationConfig, Request
 from blip_fast.images import ImageError, ImageSource, name_of, unless_error
-from blip_fast.inference import PACKED_TOGETHER, encode_images, evaluated
+from blip_fast.inference import encode_images, evaluated, images_together
 from blip_fast.model import BlipModel
 from blip_fast.stream import in_order, read_ahead
 from blip_fast.tasks.loading import PretrainedTask, as_sources, pixels_or_error
+from blip_fast.text import image_states
 from blip_fast.tokenizer import Tokenizer
 
 PROMPT = "a picture of"
@@ -201,8 +202,7 @@ class CaptionBatch:
     def __init__(self, captioner: Captioner, generation: GenerationConfig, batch_size: int,
                  strip_prompt: bool = False) -> None:
         """`batch_size` images at a time. Raises ValueError for options that do not fit."""
-        on_cpu = captioner.model.vision.cls_token.device.type == "cpu"
-        self.together = min(PACKED_TOGETHER, batch_size) if on_cpu else batch_size  # images best encoded at a time
+        self.together = images_together(captioner.model, batch_size)
         self._captioner, self._strip_prompt = captioner, strip_prompt
         self._generation = Generation(captioner.model, generation, batch_size)
         self._encoded: deque[tuple[int, Request]] = deque()  # wait for a slot
@@ -229,10 +229,9 @@ class CaptionBatch:
         readable = [(read, read.pixels) for read in reads if isinstance(read.pixels, Tensor)]
         pixels = [torch.stack([pixels for _, pixels in readable])] if readable else []
         for image_embeds in encode_images(captioner.model, pixels):
-            image_kvs = captioner.model.stack("decoder").image_kv(image_embeds).split()
-            for (read, pixels), image_kv in zip(readable, image_kvs, strict=True):
+            for (read, pixels), states in zip(readable, image_states(image_embeds).split(), strict=True):
                 self._running[read.place] = read
-                self._encoded.append((read.place, Request(image_kv, read.prompt_ids, _seed(pixels, config))))
+                self._encoded.append((read.place, Request(states, read.prompt_ids, _seed(pixels, config))))
         return [read.with_result(read.pixels) for read in reads if isinstance(read.pixels, ImageError)]
 
     def leave(self, place: int) -> None:

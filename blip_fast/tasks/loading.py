@@ -16,14 +16,12 @@ from blip_fast.images import ImageError, ImageSource, StoredImage, image_pixels
 from blip_fast.int8 import quantise_linear_layers, require_torchao
 from blip_fast.model import BlipModel
 from blip_fast.packed import pack_linear_layers
+from blip_fast.precision import advice, check, parameter_type, resolve, say
 from blip_fast.stream import read_ahead
 from blip_fast.tokenizer import Tokenizer
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
-          "int8": torch.bfloat16}  # of what is no int8 weight
 
-
-def load_for_task(source: str | Path, *, dtype: str = "float32", device: str | None = None,
+def load_for_task(source: str | Path, *, dtype: str = "auto", device: str | None = None,
                   image_size: int | None = None, heads: int | None = None,
                   tokenizer: str | Path | None = None, threads: int | None = None,
                   differentiable: bool = False) -> tuple[BlipModel, Tokenizer]:
@@ -31,8 +29,10 @@ def load_for_task(source: str | Path, *, dtype: str = "float32", device: str | N
 
     Args:
         source: a checkpoint directory, a Hub model or a published `.pth`, as for `load_model`.
-        dtype: `float32`, `bfloat16`, `float16` (on a GPU, or a CPU with products of it), or `int8`: the weights of the
-            blocks in 8 bits and the rest in bfloat16, which takes less memory and more time than bfloat16.
+        dtype: `auto` (what the device multiplies best: see `precision.resolve`), `float32`, `bfloat16`, `float16` (on
+            a GPU, or a CPU with products of it), or `int8`: the weights of the blocks in 8 bits and the rest in
+            bfloat16, or in float32 where the processor has no products of that. A named one that is slow here is used,
+            and said to be slow on the error stream.
         device: `cuda` where there is one, else `cpu`, unless given.
         image_size: resize the position embeddings for images of this size.
         heads: attention heads of a `.pth` whose heads are not 64 wide.
@@ -40,40 +40,42 @@ def load_for_task(source: str | Path, *, dtype: str = "float32", device: str | N
             checkpoint brings none.
         threads: of every product on a CPU, in this whole process; as torch finds best (a thread for each physical
             core, or OMP_NUM_THREADS) unless given.
-        differentiable: leave the linear layers as they are, so that gradients pass them.
+        differentiable: leave the linear layers as they are, so that gradients pass them; `auto` is float32.
 
     Raises:
         FileNotFoundError, ValueError: as `load_model`; a dtype that is unknown or cannot be used here; a device that is
             not there; fewer than 1 thread; no tokenizer, or one with more tokens than the model has embeddings.
     """
     target = chosen_device(device)
-    _check_dtype(dtype, target, differentiable)
+    precision = _precision(dtype, target, differentiable)
     if threads is not None:
         if threads < 1:
             raise ValueError(f"threads is {threads}: products need 1 thread at least")
         torch.set_num_threads(threads)
     given = None if tokenizer is None else Tokenizer.from_pretrained(tokenizer)
-    model, fitting = load_model(source, tokenizer=given, image_size=image_size, heads=heads, dtype=DTYPES[dtype])
+    model, fitting = load_model(source, tokenizer=given, image_size=image_size, heads=heads,
+                                dtype=parameter_type(precision, target))
     if fitting is None:
         raise ValueError(f"{source} brings no tokenizer: name a directory with vocab.txt (--tokenizer)")
     model = model.to(target)
-    if dtype == "int8":
+    if precision == "int8":
         quantise_linear_layers(model)
     elif not differentiable:
         pack_linear_layers(model)
     return model, fitting
 
 
-def _check_dtype(dtype: str, device: torch.device, differentiable: bool) -> None:
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if dtype == "int8" and differentiable:
-        raise ValueError("dtype int8 is for inference alone, and this needs gradients: choose float32 or bfloat16")
-    if dtype == "int8":
-        require_torchao()
-    if dtype == "float16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
-        raise ValueError("dtype float16 is slower than float32 on this CPU, which has no products of it: choose "
-                         "bfloat16 or float32")
+def _precision(name: str, device: torch.device, differentiable: bool) -> str:
+    """The named precision resolved. Raises ValueError where it cannot be used."""
+    precision = resolve(name, device, differentiable)
+    if precision == "int8" and differentiable:
+        raise ValueError("dtype int8 is for inference alone, and this needs gradients: choose float32 or auto")
+    if precision == "int8":
+        require_torchao(device)
+    check(precision, device)
+    if (line := advice(name, device)) is not None:
+        say(line)
+    return precision
 
 
 class PretrainedTask:
@@ -85,7 +87,7 @@ class PretrainedTask:
         self.model, self.tokenizer = model, tokenizer
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, *, dtype: str = "float32", device: str | None = None,
+    def from_pretrained(cls, source: str | Path, *, dtype: str = "auto", device: str | None = None,
                         image_size: int | None = None, heads: int | None = None,
                         tokenizer: str | Path | None = None, threads: int | None = None) -> Self:
         """Load a checkpoint directory, a Hub model or a published `.pth`; the options are `load_for_task`'s."""

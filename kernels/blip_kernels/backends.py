@@ -13,6 +13,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from blip_kernels import processor
+from blip_kernels.products import has_products
+
 ATTENTION_BACKENDS = ("auto", "triton", "sdpa", "sliced", "flash_attn", "xformers", "reference")
 ATTENTION_VARIABLE = "BLIP_FAST_ATTENTION"
 HEAD_WIDTHS = (32, 64, 128)  # of Triton's attention
@@ -22,8 +25,9 @@ HALF = (torch.float16, torch.bfloat16)
 def attention_backend(q: Tensor, requested: str | None = None) -> str:
     """Resolve the attention implementation for a call.
 
-    `auto` is Triton's on an NVIDIA GPU where heads are 32, 64 or 128 wide. On a CPU it is `sliced` for 16-bit types,
-    where PyTorch's fused attention is several times slower. Elsewhere it is `sdpa`. While `torch.compile` traces it is
+    `auto` is Triton's on an NVIDIA GPU where heads are 32, 64 or 128 wide. On a CPU it is `sliced` for 16-bit types
+    that the processor multiplies, where PyTorch's fused attention is several times slower; with AMX its forward is
+    faster, and `sliced` is for calls that need gradients. Elsewhere it is `sdpa`. While `torch.compile` traces it is
     Triton's or the reference, each one node of the graph: the others read lengths on the host, which breaks it.
 
     Args:
@@ -44,7 +48,8 @@ def attention_backend(q: Tensor, requested: str | None = None) -> str:
         if torch.compiler.is_compiling():
             return "triton" if q.device.type == "cuda" and not attention_cannot("triton", q) else "reference"
         if q.device.type == "cpu":
-            return "sliced" if q.dtype in HALF else "sdpa"
+            fused = processor.has_amx() and not (torch.is_grad_enabled() and q.requires_grad)
+            return "sliced" if q.dtype in HALF and has_products(q.dtype) and not fused else "sdpa"
         return "sdpa" if attention_cannot("triton", q) else "triton"
     if reason := attention_cannot(name, q):
         able = [other for other in ATTENTION_BACKENDS[1:] if not attention_cannot(other, q)]

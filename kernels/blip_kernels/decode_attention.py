@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from blip_kernels.backends import op_backend
+from blip_kernels.products import matmul
 
 HEAD_DIMS = (32, 64, 128)  # of the kernels; the twins take any
 MOST_ROWS = 64  # query rows of a segment: one tile holds them
@@ -71,8 +72,8 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -> T
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """Batched product over two leading dimensions, in the order in which `b` has them in memory."""
     if b.stride(0) < b.stride(1):
-        return (a.transpose(0, 1) @ b.transpose(0, 1)).transpose(0, 1)
-    return a @ b
+        return matmul(a.transpose(0, 1), b.transpose(0, 1)).transpose(0, 1)
+    return matmul(a, b)
 
 
 # ------------------------------------------------------------------------------------------------------ registration

@@ -1,9 +1,8 @@
-"""A linear layer that keeps as little as it can for its backward; on a CPU its products are oneDNN's.
+"""A linear layer that keeps as little as it can for its backward.
 
     y = x wᵀ + b,    dx = dy w,    dw = dyᵀ x,    db = Σ dy
 
-`F.linear` on a CPU goes to MKL in float32, which on some processors reaches half of oneDNN's speed; in bfloat16 it
-copies the bias into the output first, and reorders the weight in pieces where packing it whole once is faster.
+`blip_kernels.products` says which library multiplies on a CPU.
 
 Kept are the weight as it is, where `F.linear` under autocast keeps a cast copy, and x; where x = cheap(source), by a
 norm or GELU, not x but its source, which the cheap operation's own backward keeps anyway.
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PACKED_FROM = 1024  # rows of x from which packing the weight pays (768 × 3072 in bfloat16: 0.35 ms)
+from blip_kernels.products import linear_product
 
 
 @torch.library.custom_op("blip_kernels::product", mutates_args=())
@@ -28,13 +27,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @_product.register_kernel("cpu")
 def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    slow = x.dtype == torch.bfloat16 and not x.is_contiguous()  # dyᵀ x
-    if (slow or x.dtype not in (torch.float32, torch.bfloat16) or x.numel() == 0
-            or not torch.backends.mkldnn.is_available()):
-        return F.linear(x, weight, bias)
-    if len(x) >= PACKED_FROM and weight.is_contiguous():
-        weight = torch.ops.mkldnn._reorder_linear_weight(weight, len(x))
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return linear_product(x, weight, bias)
 
 
 @_product.register_fake
@@ -92,5 +85,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *,
         if weight.dtype != dtype:
             raise ValueError(f"weight is {weight.dtype}, x {dtype}: cast one of them, or use autocast")
     cheap, source = made_by or (None, None)
-    out = _Linear.apply(x.reshape(-1, x.shape[-1]).to(dtype), weight, bias, source, cheap)
+    rows = x.reshape(-1, x.shape[-1]).to(dtype)
+    if rows.device.type == "cpu" and torch.is_inference_mode_enabled():
+        out = linear_product(rows, weight.to(dtype), None if bias is None else bias.to(dtype), rows_alike=True)
+    else:
+        out = _Linear.apply(rows, weight, bias, source, cheap)
     return out.view(*x.shape[:-1], len(weight))

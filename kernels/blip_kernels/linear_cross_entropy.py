@@ -30,6 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blip_kernels.backends import op_backend
+from blip_kernels.linear import linear
+from blip_kernels.products import matmul
 
 # The twin's sizes, elements of float32. A tile is computed, summed up and turned into gradients while it is in a cache.
 ROWS = 2048  # rows of a tile, at most
@@ -127,7 +129,7 @@ def _backward_reference(d_losses: Tensor, hidden: Tensor, weight: Tensor, bias: 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, c0: int, c1: int) -> Tensor:
     """Logits of a tile in float32 at least, computed in `hidden`'s dtype."""
-    part = F.linear(hidden, weight[c0:c1].to(hidden.dtype), None if bias is None else bias[c0:c1].to(hidden.dtype))
+    part = linear(hidden, weight[c0:c1].to(hidden.dtype), None if bias is None else bias[c0:c1].to(hidden.dtype))
     return part.to(torch.promote_types(hidden.dtype, torch.float32))
 
 
@@ -148,7 +150,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     else:
-        total += a @ b
+        total += matmul(a, b)
 
 
 def upstream(d_losses: Tensor, targets: Tensor, ignore_index: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -291,7 +293,7 @@ def _small(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
     """The plain form, for few logits: nothing to chunk, and PyTorch's own backward costs the least."""
     if not torch.compiler.is_compiling():
         _check_targets(targets, len(weight), ignore_index)
-    logits = F.linear(hidden, weight, bias)
+    logits = linear(hidden, weight, bias)
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets,
                            ignore_index=ignore_index, reduction=reduction, label_smoothing=smoothing)
 

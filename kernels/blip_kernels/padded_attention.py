@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from blip_kernels.products import is_slow
 from blip_kernels.sliced_attention import SlicedAttention
 
 # (q, k, v [segments, heads, tokens, head_dim], mask or None, causal, dropout, scale) → as q
@@ -102,7 +103,11 @@ class _Unpad(torch.autograd.Function):
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float, scale: float) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=causal, scale=scale)
+    dtype = q.dtype
+    if q.device.type == "cpu":  # rows of a head that lie apart take it a quarter longer than the copies do
+        wide = torch.float32 if is_slow(q) else dtype
+        q, k, v = (x.to(wide).contiguous() for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=causal, scale=scale).to(dtype)
 
 
 def sliced(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float, scale: float) -> Tensor:

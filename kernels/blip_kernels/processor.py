@@ -1,13 +1,14 @@
 """What this machine's processor multiplies in hardware, as far as oneDNN may use it.
 
-`ONEDNN_MAX_CPU_ISA` lowers what oneDNN uses: a better processor then stands for a lesser one, and is taken for one here.
+`ONEDNN_MAX_CPU_ISA` lowers what oneDNN uses: a better processor then counts as the lesser one here. oneDNN
+reads it once, and so does this module.
 """
 
 from __future__ import annotations
 
 import os
 import platform
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ _NO_FLOAT16 = _NO_BFLOAT16 | {"AVX512_CORE_BF16"}
 _NO_INT8 = frozenset({"SSE41", "AVX", "AVX2", "AVX512_CORE"})
 
 
+@cache
 def has_bfloat16() -> bool:
     """Whether the CPU multiplies bfloat16 (AVX-512 BF16, AMX, AVX-NE-CONVERT, ARM BF16) faster than float32.
 
@@ -32,6 +34,7 @@ def has_bfloat16() -> bool:
     return _allowed(_NO_BFLOAT16) and any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "avx_ne_convert"))
 
 
+@cache
 def has_float16() -> bool:
     """Whether the CPU multiplies float16 (AVX-512 FP16, AMX FP16)."""
     if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_fp16_supported():
@@ -39,6 +42,7 @@ def has_float16() -> bool:
     return _allowed(_NO_FLOAT16)
 
 
+@cache
 def has_int8() -> bool:
     """Whether the CPU multiplies 8-bit integers into 32-bit sums (VNNI, AMX)."""
     known = capabilities()
@@ -46,11 +50,13 @@ def has_int8() -> bool:
             and any(known.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8")))
 
 
+@cache
 def has_amx() -> bool:
     """Whether oneDNN multiplies 16-bit types by AMX tiles, whose sums depend on how many rows are multiplied."""
     return has_bfloat16() and bool(capabilities().get("amx_bf16")) and _allowed(_NO_FLOAT16 | {"AVX512_CORE_FP16"})
 
 
+@cache
 def has_avx512() -> bool:
     """Whether float32 products may use AVX-512."""
     known = capabilities()
@@ -58,7 +64,7 @@ def has_avx512() -> bool:
         "SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2")
 
 
-@lru_cache
+@cache
 def is_intel() -> bool:
     """Whether Intel made the processor; MKL takes its AVX-512 kernels on those alone."""
     return "GenuineIntel" in _cpu_info() or "GenuineIntel" in platform.processor()
@@ -74,7 +80,7 @@ def instruction_set() -> str:
     return base + (" with " + ", ".join(more) if more else "")
 
 
-@lru_cache
+@cache
 def capabilities() -> dict[str, Any]:
     """The processor's own features, by PyTorch's names for them; empty where PyTorch cannot tell."""
     return dict(torch.cpu.get_capabilities()) if hasattr(torch.cpu, "get_capabilities") else _from_cpu_info()
@@ -85,7 +91,7 @@ def _from_cpu_info() -> dict[str, bool]:
     return {flag.replace("avx512f", "avx512_f"): True for flag in flags}
 
 
-@lru_cache
+@cache
 def _cpu_info() -> str:
     try:
         return Path("/proc/cpuinfo").read_text()

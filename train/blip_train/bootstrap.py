@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,9 @@ from blip_fast.data.scenes import scene_from_slots, score_caption, write_scenes
 from blip_fast.data.shards import INDEX, iterate, replace_file
 from blip_fast.evaluation import evaluate_captions, evaluate_retrieval
 from blip_fast.generate import GenerationConfig
+from blip_fast.precision import resolve
 from blip_fast.tasks.caption import Captioner
+from blip_fast.tasks.loading import chosen_device
 from blip_fast.tasks.match import Matcher
 from blip_train.bootstrap_recipe import (
     ANEW,
@@ -80,12 +82,22 @@ def bootstrap(recipe: BootstrapRecipe, resume: bool = False) -> dict[int, Figure
             recipe is another one; before anything starts.
         SystemExit: a stage failed, as it has said itself, or was stopped by a signal.
     """
+    recipe = _settled(recipe, resume)
     loops = plan(recipe)
     for loop in loops:
         _check_begun(loop, resume)
     recipe.directory.mkdir(parents=True, exist_ok=True)
     replace_file(recipe.directory / RECIPE, yaml.safe_dump(asdict(recipe), sort_keys=False).encode())
     return {loop.seed: _carry_out(loop) for loop in loops}
+
+
+def _settled(recipe: BootstrapRecipe, resume: bool) -> BootstrapRecipe:
+    """The recipe with the precision that the loop began with, or that `auto` means on this machine."""
+    saved = recipe.directory / RECIPE
+    if recipe.precision == "auto" and resume and saved.is_file():
+        precision = yaml.safe_load(saved.read_text()).get("precision", "auto")
+        recipe = replace(recipe, precision=precision)
+    return replace(recipe, precision=resolve(recipe.precision, chosen_device(None)))
 
 
 def _check_begun(loop: Loop, resume: bool) -> None:
@@ -245,10 +257,10 @@ def _cleaning(loop: Loop) -> Figures:
 
 
 def _model(loop: Loop, stage: Recipe) -> Figures:
-    """A pre-trained model on the held-out images, as the stage's `evaluation` says (`rerank`, `beams`)."""
+    """A pre-trained model on the held-out images, in float32, as the stage's `evaluation` says (`rerank`, `beams`)."""
     assert loop.recipe.test is not None
     images = annotated_images(loop.located(loop.recipe.test), loop.recipe.test_split)
-    captioner = Captioner.from_pretrained(stage.directory / EXPORT)
+    captioner = Captioner.from_pretrained(stage.directory / EXPORT, dtype="float32")
     result, image_of_text = evaluate_retrieval(captioner.model, captioner.tokenizer, images,
                                                top_k=stage.evaluation.rerank)
     recalls, chances = result.recalls(image_of_text), result.chances(image_of_text)

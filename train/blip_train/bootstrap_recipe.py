@@ -10,7 +10,7 @@ from collections.abc import Set
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -78,6 +78,8 @@ class BootstrapRecipe:
     recipe with what CapFilt kept in their place. `capfilt` are options of `blip-fast capfilt`; without `calibration`
     its `threshold` decides. Both pre-trained models are measured on the annotated images of `test` (of `test_split`;
     null: not at all). Each of `seeds` is a whole loop in `runs/NAME/seed-N`; it replaces the stages' own seeds.
+    `precision` is that of stages, and of CapFilt's models, that leave it open; what `auto` means on the machine that
+    begins the loop holds to its end.
     """
 
     pretrain: StageRecipe
@@ -90,6 +92,7 @@ class BootstrapRecipe:
     test: str | None = None
     test_split: str | None = "test"
     seeds: list[int] = field(default_factory=lambda: [0])
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     name: str = "bootstrap"
     runs: str = "runs"
 
@@ -155,6 +158,7 @@ def _loop(recipe: BootstrapRecipe, seed: int) -> Loop:
               CAPTIONER: _stage(CAPTIONER, recipe.captioner, seed, directory, start),
               FILTER: _stage(FILTER, recipe.filter, seed, directory, start),
               ANEW: dataclasses.replace(pretrain, name=ANEW, data=dataclasses.replace(pretrain.data, sources=mixed))}
+    stages = {name: _in_precision(stage, recipe.precision) for name, stage in stages.items()}
     for stage, losses in LOSSES.items():
         if lacking := losses - set(stages[stage].objective.losses):
             raise ValueError(f"{stage}: objective.losses lacks {', '.join(sorted(lacking))}, which this stage needs")
@@ -182,6 +186,13 @@ def _stage(stage: str, given: StageRecipe, seed: int, directory: Path, start: di
         raise ValueError(f"{stage}: {error}") from error
 
 
+def _in_precision(stage: Recipe, precision: str) -> Recipe:
+    """The stage's recipe with the loop's precision where it leaves its own open."""
+    if stage.runtime.precision != "auto":
+        return stage
+    return dataclasses.replace(stage, runtime=dataclasses.replace(stage.runtime, precision=precision))
+
+
 def _capfilt(loop: Loop, name: str, root: str) -> list[str]:
     """The arguments of `blip-fast capfilt` for one source, checked."""
     own = {**{task: loop.stages[task].directory / EXPORT for task in (CAPTIONER, FILTER)},
@@ -189,7 +200,8 @@ def _capfilt(loop: Loop, name: str, root: str) -> list[str]:
            "output": loop.directory / CLEANED / name}
     given = loop.recipe.capfilt
     _refuse("capfilt", given.keys() & {*own, "shards", "resume", "shard", "json"})
-    arguments = [root, "--resume", *(f"--{key}={value}" for key, value in (given | own).items())]
+    options = {"dtype": loop.recipe.precision} | given | own
+    arguments = [root, "--resume", *(f"--{key}={value}" for key, value in options.items())]
     try:
         parsed = capfilt_options(arguments)
         capfilt.filter_config(parsed)

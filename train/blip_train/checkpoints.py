@@ -22,6 +22,7 @@ import torch
 
 from blip_fast.data.pipeline import TrainInput
 from blip_train import collectives
+from blip_train.recipe import RuntimeRecipe
 from blip_train.reshard import load_resharded
 from blip_train.streams import Streams
 from blip_train.writer import Writer
@@ -34,7 +35,7 @@ RUN = "run.json"
 class Written:
     """How a checkpoint was written: `step` steps done, of which `updates` changed the weights, by `ranks` ranks with
     this `zero_stage` and `optimizer`, on batches from these `streams` and `slots`, by this `version` of blip_fast;
-    `model`, the model's configuration."""
+    `model`, the model's configuration; the run's `precision`, None where an earlier version wrote it."""
 
     step: int
     updates: int
@@ -45,16 +46,18 @@ class Written:
     slots: int
     version: str
     model: dict[str, Any]
+    precision: str | None = None
 
 
-def save(engine: Any, directory: Path, step: int, streams: Streams, input_states: dict[int, Any], keep: int,
-         writer: Writer) -> None:
-    """Write `step-N`, make it the latest, and remove all but the last `keep`; behind what is still being written.
+def save(engine: Any, directory: Path, step: int, streams: Streams, input_states: dict[int, Any],
+         runtime: RuntimeRecipe, writer: Writer) -> None:
+    """Write `step-N`, make it the latest, and remove all but the last ones; after what is still being written.
 
     Args:
         engine: DeepSpeed's engine.
         directory: the run's `checkpoints` directory.
         input_states: the position of each stream that this rank reads.
+        runtime: how many to keep, and the precision, which is resolved.
         writer: whether in the background; what fails there is raised by it later.
 
     Raises:
@@ -70,9 +73,10 @@ def save(engine: Any, directory: Path, step: int, streams: Streams, input_states
             writer.put(state, directory / name / f"stream-{stream}.pt")
         if collectives.world()[0] == 0:
             written = Written(step, engine.global_steps - engine.skipped_steps, *_carried_by(engine), streams.streams,
-                              streams.slots, version("blip-fast"), engine.module.model.config.to_dict())
+                              streams.slots, version("blip-fast"), engine.module.model.config.to_dict(),
+                              runtime.precision)
             (directory / name / RUN).write_text(json.dumps(asdict(written)))
-    writer.finish(saying, partial(_make_latest, directory, name, keep))
+    writer.finish(saying, partial(_make_latest, directory, name, runtime.keep_checkpoints))
 
 
 def _make_latest(directory: Path, name: str, keep: int) -> None:

@@ -131,9 +131,11 @@ def _measure(recipes: dict[str, Recipe]) -> dict:
     """Captions and retrieval before and after fine-tuning on held-out scenes, then CapFilt on noisy pairs."""
     pretrain, models = recipes["pretrain"], {stage: recipes[stage].directory / "model" for stage in STAGES}
     test = annotated_images(source_folder(pretrain, "test"), None)
-    before, captioner = (Captioner.from_pretrained(models[stage]) for stage in ("pretrain", "captioner"))
+    # Figures are float32's on any machine, which the last captions are held against.
+    before, captioner = (Captioner.from_pretrained(models[stage], dtype="float32")
+                         for stage in ("pretrain", "captioner"))
     in_bfloat16 = Captioner.from_pretrained(models["captioner"], dtype="bfloat16")
-    matcher = Matcher.from_pretrained(models["filter"])
+    matcher = Matcher.from_pretrained(models["filter"], dtype="float32")
     prompt, rerank = recipes["captioner"].data.prompt.strip(), recipes["filter"].evaluation.rerank
     retrieval_before, image_of_text = evaluate_retrieval(before.model, before.tokenizer, test, top_k=rerank)
     retrieval, _ = evaluate_retrieval(matcher.model, matcher.tokenizer, test, top_k=rerank)

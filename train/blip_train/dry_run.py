@@ -76,7 +76,7 @@ def print_table(chosen: Iterator[Plan]) -> None:
     console = Console()
     console.print(f"[bold]{first.recipe.name}[/bold]: {sum(first.trained):,} trained parameters, "
                   f"{sum(first.momentum):,} in the momentum copy; {runtime.batch_size} pairs × {runtime.accumulation} "
-                  f"a GPU and step, {runtime.precision}, "
+                  f"a GPU and step, {first.precision}, "
                   f"{(work.forward + work.backward) / runtime.batch_size / 1e9:.1f} GFLOP a pair")
     console.print(_table("memory of a GPU, GB (10⁹ bytes)", _memory_columns, rows))
     console.print(_table("sent by a GPU a step, and pairs/s of a GPU as a roofline expects them (published: "

@@ -68,10 +68,15 @@ class Plan:
         return (self.ranks - 1) * pairs * (1 - missed)
 
     @property
+    def precision(self) -> str:
+        """The recipe's; every GPU whose data sheet is here (`GPUS`) multiplies bfloat16, which `auto` takes there."""
+        named = self.recipe.runtime.precision
+        return "bfloat16" if named == "auto" else named
+
+    @property
     def batch(self) -> Batch:
-        runtime = self.recipe.runtime
-        return Batch(runtime.batch_size, runtime.batch_size * self.caption_tokens, BYTES[runtime.precision],
-                     self.fetched)
+        pairs = self.recipe.runtime.batch_size
+        return Batch(pairs, pairs * self.caption_tokens, BYTES[self.precision], self.fetched)
 
     @property
     def work(self) -> Work:
@@ -251,7 +256,7 @@ def forecast(plan: Plan, gpu: Gpu) -> Forecast:
     # the bucket and read; casts read 4 and write 2 bytes.
     update = (28 * trained / (1 if plan.stage == 0 else plan.ranks) + 16 * trained
               + 12 * momentum / (plan.ranks if plan.stage == 3 else 1) + 6 * (trained + momentum))
-    seconds = (batches * (work.forward + work.backward) / gpu.peak(runtime.precision),
+    seconds = (batches * (work.forward + work.backward) / gpu.peak(plan.precision),
                (batches * (MOVED * work.saved + MOVED_FORWARD * copies) + update) / gpu.bandwidth,
                sum(traffic(plan).values()) / gpu.link(plan.ranks))
     shares = tuple(s / share for s, share in zip(seconds, (PRODUCTS, MEMORY, LINKS), strict=True))

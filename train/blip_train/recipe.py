@@ -138,7 +138,8 @@ class RuntimeRecipe:
     ZeRO 3). `offload` keeps optimiser state, and updates weights, in host memory (ZeRO 1 to 3). `adamw` names the
     optimiser's implementation (see adamw.py). `patience` batches in a row may be left out because a loss is
     not finite. Each phase of a step, and saving, may take `timeout` seconds; a rank that stands still longer ends the
-    run. With `background_saves` steps go on while a copy of the checkpoint, in host memory, is written.
+    run. `precision` `auto` is what the first rank's device multiplies best; a run keeps what it began with. With
+    `background_saves` steps go on while a copy of the checkpoint, in host memory, is written.
     """
 
     ranks: int = 1
@@ -152,7 +153,7 @@ class RuntimeRecipe:
     patience: int = 10
     timeout: float = 600.0
     zero_stage: Literal[0, 1, 2, 3] = 1
-    precision: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     log_every: int = 10
     save_every: int = 1000
     keep_checkpoints: int = 2

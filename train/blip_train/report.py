@@ -45,7 +45,7 @@ def write_run_report(recipe: Recipe, model: Path) -> dict[str, float]:
     report.section("Losses").plots(loss_plots(recipe.directory / "log.jsonl"))
     metrics: dict[str, float] = {}
     if recipe.evaluation.images:
-        loaded, tokenizer = load_for_task(model)
+        loaded, tokenizer = load_for_task(model, dtype="float32")
         images = test_images(recipe)
         if loaded.config.has_encoder and loaded.config.matching:
             metrics |= _retrieval(report, recipe, loaded, tokenizer, images)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from blip_fast.checkpoint import save_native
 from blip_fast.data.pipeline import InputConfig, TrainInput
 from blip_fast.data.sources import Source
+from blip_fast.precision import explained, resolve, say
 from blip_fast.tokenizer import Tokenizer
 from blip_train import checkpoints, collectives
 from blip_train.adapters import merged, save_adapters
@@ -55,6 +57,7 @@ def train(recipe: Recipe, resume: bool = False, profile: int = 0) -> Path:
     directory = recipe.directory
     device = start_rank()
     rank, _ = collectives.world()
+    recipe = _settled(recipe, resume, device)
     streams = _streams(recipe)
     shards, tokenizer = _prepare(recipe)
     torch.manual_seed(recipe.seed)  # every rank builds the same weights
@@ -77,6 +80,21 @@ def train(recipe: Recipe, resume: bool = False, profile: int = 0) -> Path:
         write_run_report(recipe, directory / EXPORT)
     dist.barrier()
     return directory / EXPORT
+
+
+def _settled(recipe: Recipe, resume: bool, device: torch.device) -> Recipe:
+    """The recipe with the precision that the whole run computes in: of `auto` that of the checkpoint which it goes on
+    from, else what rank 0's device multiplies best. Says it in one line."""
+    name = recipe.runtime.precision
+    folders = checkpoints.whole(recipe.directory / "checkpoints") if resume and name == "auto" else []
+    begun = checkpoints.read_written(folders[-1]).precision if folders else None
+    chosen = [resolve(begun or name, device)]
+    rank, ranks = collectives.world()
+    if ranks > 1:
+        dist.broadcast_object_list(chosen, device=device)
+    if rank == 0:
+        say(explained(begun or name, device))
+    return dataclasses.replace(recipe, runtime=dataclasses.replace(recipe.runtime, precision=chosen[0]))
 
 
 def _streams(recipe: Recipe) -> Streams:
@@ -141,7 +159,7 @@ def _steps(recipe: Recipe, engine: TrainingEngine, sources: dict[int, TrainInput
         if step % runtime.save_every == 0 or step == total or engine.guard.stopping:
             engine.watchdog.enter("save")
             states = {stream: each.state for stream, each in batches.items()}
-            checkpoints.save(engine.engine, folder, step, streams, states, runtime.keep_checkpoints, writer)
+            checkpoints.save(engine.engine, folder, step, streams, states, runtime, writer)
         writer.check()
         if engine.guard.stopping:
             break

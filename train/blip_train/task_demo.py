@@ -88,7 +88,7 @@ def task_demo(directory: Path, model: Path | None = None, pictures: Mapping[str,
         started = time.perf_counter()
         model = carry_out(_pretraining(directory, options))
         result.seconds[PRETRAINING] = time.perf_counter() - started
-    size = load_for_task(model)[0].config.vision.image_size
+    size = load_for_task(model, dtype="float32")[0].config.vision.image_size
     for task, name in RECIPES.items():
         started = time.perf_counter()
         train, held_out = (directory / "data" / task / split for split in SPLITS)
@@ -110,7 +110,7 @@ def task_demo(directory: Path, model: Path | None = None, pictures: Mapping[str,
 
 def _check(model: Path) -> None:
     """Raise ValueError where a model cannot read the tasks' texts."""
-    loaded, tokenizer = load_for_task(model)
+    loaded, tokenizer = load_for_task(model, dtype="float32")
     pieces = {word: tokenizer.encode(word)[1:-1] for word in WORDS}
     if lacking := [word for word, ids in pieces.items() if len(ids) > 1 or tokenizer.unk_id in ids]:
         raise ValueError(f"{model} lacks the words {', '.join(lacking)}: leave --model out, and one that has them is "
@@ -145,18 +145,18 @@ def _recipe(name: str, *options: str) -> Recipe:
 
 
 def _measure(task: str, result: TaskDemoResult) -> None:
-    """The figures that `blip-fast evaluate` prints, and of questions the answers."""
+    """The figures that `blip-fast evaluate --dtype float32` prints, and of questions the answers."""
     model, images = result.recipes[task].directory / EXPORT, result.test[task]
     if task == "questions":
-        found = evaluate_answers(Answerer.from_pretrained(model), images)
+        found = evaluate_answers(Answerer.from_pretrained(model, dtype="float32"), images)
         assert found.vqa_accuracy is not None  # ten people answered each question
         by_type = {f"vqa_accuracy_{kind}": value for kind, value in sorted(found.by_type.items())}
         result.figures[task], result.answers[task] = {"vqa_accuracy": found.vqa_accuracy, **by_type}, found.answers
     elif task == "pairs":
-        judged = evaluate_pairs(Reasoner.from_pretrained(model), images)
+        judged = evaluate_pairs(Reasoner.from_pretrained(model, dtype="float32"), images)
         result.figures[task] = {"accuracy": judged.accuracy, "consistency": judged.consistency}
     else:
-        figures = evaluate_dialogues(DialogRanker.from_pretrained(model), images)
+        figures = evaluate_dialogues(DialogRanker.from_pretrained(model, dtype="float32"), images)
         result.figures[task] = {name: figures[name] for name in ("mrr", "r1", "r5", "r10", "mean_rank")}
 
 
@@ -164,11 +164,11 @@ def _measure_clips(model: Path, data: Path, count: int, size: int, result: TaskD
     """Draw clips, find them by the pre-trained model, and ask the one that learnt to answer questions."""
     folder = data / CLIPS / "test"
     write_clips(folder, count, "test", SEED, size)
-    found, video_of_text = evaluate_retrieval(
-        *load_for_task(model), as_videos(annotated_images(folder, None), RETRIEVAL_FRAMES), top_k=RERANKED)
+    videos = as_videos(annotated_images(folder, None), RETRIEVAL_FRAMES)
+    found, video_of_text = evaluate_retrieval(*load_for_task(model, dtype="float32"), videos, top_k=RERANKED)
     result.test[CLIPS] = as_videos(annotated_images(folder / QUESTIONS, None), ANSWERING_FRAMES)
-    answered = evaluate_answers(Answerer.from_pretrained(result.recipes["questions"].directory / EXPORT),
-                                result.test[CLIPS])
+    answerer = Answerer.from_pretrained(result.recipes["questions"].directory / EXPORT, dtype="float32")
+    answered = evaluate_answers(answerer, result.test[CLIPS])
     asked = [image.row for image in result.test[CLIPS]]
     blind = blind_answers(read_annotations(data / "questions" / "train" / ANNOTATIONS), asked)
     result.answers[CLIPS] = answered.answers

@@ -85,7 +85,7 @@ def _answered(asked: Sequence[AnnotatedImage], answers: Sequence[str], shown: Se
 
 def _pairs(report: Report, result: TaskDemoResult) -> None:
     images = result.test["pairs"][:SHOWN]
-    reasoner = Reasoner.from_pretrained(result.recipes["pairs"].directory / EXPORT)
+    reasoner = Reasoner.from_pretrained(result.recipes["pairs"].directory / EXPORT, dtype="float32")
     pairs = [(image.load(), image.second.load()) for image in images if image.second is not None]
     judged = reasoner(pairs, [image.captions[0] for image in images]).tolist()
     report.section("Pairs", "Each statement is true of one pair and false of one that differs from it in one slot.")
@@ -95,7 +95,7 @@ def _pairs(report: Report, result: TaskDemoResult) -> None:
 
 
 def _dialogues(report: Report, result: TaskDemoResult) -> None:
-    ranker = DialogRanker.from_pretrained(result.recipes["dialogues"].directory / EXPORT)
+    ranker = DialogRanker.from_pretrained(result.recipes["dialogues"].directory / EXPORT, dtype="float32")
     report.section("Dialogues", "The best of the candidate answers of every round, which is read together with the "
                    "caption and the rounds before.")
     report.cards([_dialogue_card(ranker, image) for image in result.test["dialogues"][:SHOWN]])
