@@ -57,8 +57,8 @@ class PackedWeight:
 
 @contextmanager
 def row_blocks(rows: int, one_input: bool = False) -> Iterator[None]:
-    """Inside, rows come in blocks of this many: AMX multiplies a block at a time, and one whole block is multiplied as
-    it is by every library. `one_input`: a block is an input by itself, an image; rows may depend on all of their block.
+    """Inside, rows come in blocks of this many: AMX multiplies a block at a time. `one_input`: rows always come as one
+    whole block, which is an input by itself, an image: nothing has to be filled up, and rows may depend on all of it.
     """
     before = _block.set((rows, one_input))
     try:
@@ -141,11 +141,11 @@ def _parts(rows: Tensor) -> Sequence[Tensor]:
 
 def _fill(rows: Tensor, library: str) -> Tensor:
     """Rows whose number gives each the bits that it always has: copies of the last one stand after the others."""
-    number, (block, _) = len(rows), _block.get()
-    if number in (0, block):
+    number = len(rows)
+    if number == 0 or is_one_input(rows):
         return rows
     if sums_depend_on_rows(rows.dtype):
-        lacking = block - number
+        lacking = _block.get()[0] - number
     elif library == "mkl":
         lacking = -number % MKL_ROWS_TOGETHER
     else:
