@@ -12,7 +12,6 @@ from blip_kernels import absorbed_attention, cached_attention, decode_attention,
 from torch import Tensor, nn
 
 from blip_fast.config import TextConfig
-from blip_fast.linear import dense_bias, dense_weight
 
 # Up to this many times head_dim tokens of an image's texts, its keys and values are not computed (docs/decisions.md).
 ABSORBED_TOKENS = 1.5
@@ -87,7 +86,8 @@ def _by_layer(projection: nn.Module, config: TextConfig) -> tuple[Tensor, Tensor
     [layers, heads, vision width, head_dim], biases of values [layers, heads, head_dim]."""
     if projection in _BY_LAYER:
         return _BY_LAYER[projection]
-    weight, bias = dense_weight(projection), dense_bias(projection)
+    dense = projection.state_dict()  # of a packed layer the weight as it was
+    weight, bias = dense["weight"], dense["bias"]
     parts = weight.view(config.layers, 2, config.heads, -1, weight.shape[1])
     found = (parts[:, 0].contiguous(), parts[:, 1].transpose(2, 3).contiguous(),
              bias.view(config.layers, 2, config.heads, -1)[:, 1])

@@ -22,13 +22,3 @@ def behind(cheap: Callable[[Tensor], Tensor], layer: nn.Module, x: Tensor) -> Te
     The backward keeps x alone and computes cheap(x) again: for a vision block that is two fifths less to keep.
     """
     return layer(cheap(x), made_by=(cheap, x)) if torch.is_grad_enabled() else layer(cheap(x))
-
-
-def dense_weight(layer: nn.Module) -> Tensor:
-    """The weight [out, in] of a linear layer, packed or not."""
-    return layer.state_dict()["weight"].detach()
-
-
-def dense_bias(layer: nn.Module) -> Tensor:
-    """The bias [out] of a linear layer, packed or not."""
-    return layer.get_parameter("bias").detach()

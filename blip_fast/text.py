@@ -273,6 +273,7 @@ class TextStack(nn.Module):
                    for project, rows in zip(self.image_to_kv, states, strict=True))
         return ImageKV(kv, offsets)
 
+    @row_blocks(DECODED_ROWS)
     def decode(self, token_ids: Tensor, positions: Tensor, cache: SelfCache, images: ImagePool) -> Tensor:
         """One step of generation: a token of each row, with the decoder's self-attention over a cache. Without
         gradients.
@@ -287,10 +288,6 @@ class TextStack(nn.Module):
         Returns:
             [rows, width], and behind them what fills their number up to a multiple of `ROWS_TOGETHER`.
         """
-        with row_blocks(DECODED_ROWS):
-            return self._decode(token_ids, positions, cache, images)
-
-    def _decode(self, token_ids: Tensor, positions: Tensor, cache: SelfCache, images: ImagePool) -> Tensor:
         rows, fill = len(token_ids), -len(token_ids) % ROWS_TOGETHER
         cache.place(positions)
         x = self._embed(F.pad(token_ids, (0, fill)), F.pad(positions, (0, fill)))

@@ -12,7 +12,7 @@ from blip_kernels.processor import instruction_set
 
 
 def machine() -> dict[str, Any]:
-    """Processor, what it multiplies in hardware, cores, threads and versions: what every figure stands beside."""
+    """Processor, what it multiplies in hardware, cores, threads and versions: what every figure is shown with."""
     return {"cpu": _cpu_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
             "instructions": instruction_set(), "capability": torch.backends.cpu.get_cpu_capability(),
             "torch": torch.__version__, "python": platform.python_version(), "system": platform.system()}

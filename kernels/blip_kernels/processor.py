@@ -17,6 +17,7 @@ import torch
 # Values of ONEDNN_MAX_CPU_ISA under which a type has no products.
 _NO_BFLOAT16 = frozenset({"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI"})
 _NO_FLOAT16 = _NO_BFLOAT16 | {"AVX512_CORE_BF16"}
+_NO_AVX512 = frozenset({"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2"})
 _NO_INT8 = frozenset({"SSE41", "AVX", "AVX2", "AVX512_CORE"})
 
 
@@ -59,9 +60,7 @@ def has_amx() -> bool:
 @cache
 def has_avx512() -> bool:
     """Whether float32 products may use AVX-512."""
-    known = capabilities()
-    return bool(known.get("avx512_f")) and os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper() not in (
-        "SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2")
+    return bool(capabilities().get("avx512_f")) and _allowed(_NO_AVX512)
 
 
 @cache

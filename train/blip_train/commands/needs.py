@@ -1,4 +1,4 @@
-"""What training needs beside an installation that runs models."""
+"""What training needs on top of an installation that runs models."""
 
 from __future__ import annotations
 
