@@ -121,7 +121,7 @@ class SelfCache:
 
     def __init__(self, config: TextConfig, slots: int, each: int, max_tokens: int, like: Tensor) -> None:
         entries = slots * each * max_tokens
-        shape = (config.layers, 2, config.heads, entries, config.width // config.heads)  # as `KeyValuePool`
+        shape = (config.layers, 2, entries, config.heads, config.width // config.heads)
         self.kv = torch.zeros(shape, dtype=like.dtype, device=like.device)
         self.own = torch.arange(entries, device=like.device).view(slots, each, max_tokens)
         self.table = self.own.flatten(0, 1).clone()
@@ -140,11 +140,11 @@ class SelfCache:
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Store k, v [rows, heads, head_dim]."""
         for cache, new in zip(self.kv[layer], (k, v), strict=True):
-            cache.index_copy_(1, self._written, new.transpose(0, 1))
+            cache.index_copy_(0, self._written, new)
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
         """q [rows, heads, head_dim], one token a row, over the row's tokens up to it, read where they lie."""
-        keys, values = self.kv[layer].transpose(1, 2)
+        keys, values = self.kv[layer]
         return cached_attention(q, keys, values, self.table, self._lengths)
 
     def select(self, parents: Tensor, lengths: Tensor) -> None:
@@ -163,13 +163,13 @@ class SelfCache:
         self.own = self.own[: len(slots)]
         shift = self.own[:, 0, 0] - entries.view(self.own.shape)[:, 0, 0]
         self.table = (table + shift[:, None, None]).flatten(0, 1)
-        self.kv = self.kv.index_select(3, entries)
+        self.kv = self.kv.index_select(2, entries)
 
     def add(self, slots: int) -> None:
         """So many empty slots more, behind the others, whose entries stay where they are."""
         before, each, max_tokens = self.own.shape
         entries = slots * each * max_tokens
-        layers, parts, heads, _, head_dim = self.kv.shape
-        self.kv = torch.cat([self.kv, self.kv.new_zeros(layers, parts, heads, entries, head_dim)], dim=3)
-        self.own = torch.arange(self.kv.shape[3], device=self.own.device).view(before + slots, each, max_tokens)
+        layers, parts, _, *rest = self.kv.shape
+        self.kv = torch.cat([self.kv, self.kv.new_zeros(layers, parts, entries, *rest)], dim=2)
+        self.own = torch.arange(self.kv.shape[2], device=self.own.device).view(before + slots, each, max_tokens)
         self.table = torch.cat([self.table, self.own[before:].flatten(0, 1)])

@@ -41,15 +41,15 @@ def check(precision: str, device: torch.device) -> None:
 
 
 def advice(name: str, device: torch.device) -> str | None:
-    """One line where a named precision has no products on a device, with the better choice; None where it has."""
+    """One line where a named precision is no gain on a device, with the better choice; None where it is one."""
     here, best = _kind(device), _best(device)
     if (name == "bfloat16" and best != name) or (name == "float16" and device.type == "cpu"
                                                  and not processor.has_float16()):
         return (f"precision: {name} (right, but slower than {best} on this {here}, which has no products of it: "
                 f"{best} or auto is the better choice)")
-    if name == "int8" and device.type == "cpu" and not processor.has_int8():
-        return (f"precision: int8 (saves memory, not time, on this {here}, which has no products of 8-bit integers; "
-                f"all else in {best})")
+    if name == "int8" and device.type == "cpu" and (not processor.has_int8() or processor.has_amx()):
+        why = "multiplies bfloat16 as fast" if processor.has_amx() else "has no products of 8-bit integers"
+        return f"precision: int8 (saves memory, not time, on this {here}, which {why}; all else in {best})"
     return None
 
 

@@ -20,7 +20,7 @@ from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
-from blip_kernels import attention, cached_attention, linear, row_blocks
+from blip_kernels import attention, cached_attention, linear, row_blocks, sums_depend_on_rows
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -288,7 +288,8 @@ class TextStack(nn.Module):
         Returns:
             [rows, width], and behind them what fills their number up to a multiple of `ROWS_TOGETHER`.
         """
-        rows, fill = len(token_ids), -len(token_ids) % ROWS_TOGETHER
+        rows, dtype = len(token_ids), self.word_embeds.weight.dtype
+        fill = -rows % (DECODED_ROWS if sums_depend_on_rows(dtype) else ROWS_TOGETHER)
         cache.place(positions)
         x = self._embed(F.pad(token_ids, (0, fill)), F.pad(positions, (0, fill)))
 
@@ -306,7 +307,7 @@ class TextStack(nn.Module):
             q = cross_attention.query[0](x).view(len(x), cross_attention.heads, -1)[:rows]
             x = cross_attention.finish(x, cross_attention.out[0](filled(images.attend(index, q))))
             x = layer.feed_forward(x)
-        return x
+        return x[: rows + -rows % ROWS_TOGETHER]
 
     def decode_tree(self, token_ids: Tensor, paths: Tensor, depths: Tensor, images: Tensor,
                     image_kv: ImageKV) -> Tensor:

@@ -46,7 +46,7 @@ COMMANDS = {
 def machine(monkeypatch):
     """A processor or GPU that multiplies the types named."""
     def has(*types: str) -> None:
-        for name in ("bfloat16", "float16", "int8"):
+        for name in ("bfloat16", "float16", "int8", "amx"):
             monkeypatch.setattr(processor, f"has_{name}", lambda name=name: name in types)
         monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
         monkeypatch.setattr(torch.cuda, "is_bf16_supported",
@@ -104,8 +104,10 @@ def test_auto(machine, device, types, auto):
                                     "bfloat16 or auto is the better choice"),
     ("int8", CPU, (), "saves memory, not time, on this processor, which has no products of 8-bit integers; all else in "
                       "float32"),
+    ("int8", CPU, ("bfloat16", "int8", "amx"), "saves memory, not time, on this processor, which multiplies bfloat16 as "
+                                               "fast; all else in bfloat16"),
 ])
-def test_a_named_precision_without_products_is_advised_against(machine, name, device, types, said):
+def test_a_named_precision_without_gain_is_advised_against(machine, name, device, types, said):
     machine(*types)
     assert advice(name, device) == explained(name, device, hint=HINT) == f"precision: {name} ({said})"
 

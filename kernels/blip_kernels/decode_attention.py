@@ -21,13 +21,15 @@ are split over programs, whose partial sums a second kernel merges:
 The second form reads through the table, so reordering beams moves indices, not caches, and beams with a common history
 meet its entries in the cache of the GPU.
 
-On a CPU both are two batched products over heads. They read keys in place where a head's keys lie together ([segments,
-heads, keys, head_dim] in memory): otherwise PyTorch copies them first, which takes many times as long.
+On a CPU the first is two batched products over heads. They read keys in place where a head's keys lie together
+([segments, heads, keys, head_dim] in memory): otherwise PyTorch copies them first, which takes many times as long. The
+second gathers its entries, which it does fastest where an entry's heads lie together.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from blip_kernels.backends import op_backend
@@ -49,12 +51,12 @@ def _decode_reference(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: f
 
 
 def _cached_reference(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, lengths: Tensor, scale: float) -> Tensor:
-    """The entries gathered, heads first, then two products a row and head."""
+    """The entries gathered, then PyTorch's attention of each row by itself."""
     if q.numel() == 0:
         return torch.empty_like(q, memory_format=torch.contiguous_format)
-    keys, values = (x.transpose(0, 1).index_select(1, slots.flatten()).unflatten(1, slots.shape).transpose(0, 1)
-                    for x in (k, v))  # [rows, heads, length, head_dim], heads first in memory
-    return _masked(q[:, :, None], keys, values, lengths, scale).squeeze(2)
+    keys, values = (x.index_select(0, slots.flatten()).unflatten(0, slots.shape).transpose(1, 2) for x in (k, v))
+    seen = (torch.arange(slots.shape[1], device=q.device) < lengths[:, None])[:, None, None]
+    return F.scaled_dot_product_attention(q[:, :, None], keys, values, seen, scale=scale).squeeze(2)
 
 
 def _masked(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -> Tensor:

@@ -136,7 +136,8 @@ def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, *
 
 
 def _parts(rows: Tensor) -> Sequence[Tensor]:
-    return rows.split(_block.get()[0]) if sums_depend_on_rows(rows.dtype) else [rows]
+    size = _block.get()[0]
+    return rows.split(size) if len(rows) > size and sums_depend_on_rows(rows.dtype) else [rows]
 
 
 def _fill(rows: Tensor, library: str) -> Tensor:
