@@ -32,6 +32,7 @@ def test_equals_float64(rows, width, out, dtype):
         torch.testing.assert_close(found.double(), wanted, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.processor
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(("width", "out"), [(768, 3072), (3072, 768), (48, 144), (128, 512), (100, 48), (64, 30)])

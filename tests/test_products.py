@@ -17,14 +17,15 @@ def draw(*shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).bfloat16()
 
 
-@pytest.mark.parametrize(("mkl", "intel", "avx512", "wanted"), [
-    (True, True, True, True), (True, True, False, True), (True, False, False, True), (True, False, True, False),
-    (False, True, False, False)])
-def test_who_multiplies_float32(monkeypatch, mkl, intel, avx512, wanted):
-    """MKL, but for AMD with AVX-512, and where PyTorch has none."""
+@pytest.mark.parametrize(("mkl", "intel", "vectors", "wanted"), [
+    (True, True, "avx512", True), (True, True, "avx2", True), (True, True, "sse", False), (True, False, "avx2", True),
+    (True, False, "avx512", False), (False, True, "avx2", False)])
+def test_who_multiplies_float32(monkeypatch, mkl, intel, vectors, wanted):
+    """MKL, but for AMD with AVX-512, below AVX2, and where PyTorch has none."""
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
     monkeypatch.setattr(processor, "is_intel", lambda: intel)
-    monkeypatch.setattr(processor, "has_avx512", lambda: avx512)
+    monkeypatch.setattr(processor, "has_avx512", lambda: vectors == "avx512")
+    monkeypatch.setattr(processor, "has_avx2", lambda: vectors != "sse")
     assert products.prefers_mkl() is wanted
 
 

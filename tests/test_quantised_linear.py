@@ -55,3 +55,13 @@ class TestWithProducts:
         _, weight, bias = layer(3, 16, 32, torch.float32)
         torch.testing.assert_close(quantised_linear(torch.zeros(3, 16), quantise_weight(weight), bias),
                                    bias.expand(3, -1))
+
+    @pytest.mark.parametrize(("x", "bias", "message"), [
+        (torch.zeros(3, 15), None, r"x must be torch.float32 \[..., 16\]"),
+        (torch.zeros(3, 16, dtype=torch.bfloat16), None, "x must be torch.float32"),
+        (torch.zeros(3, 16), torch.zeros(31), r"bias must be torch.float32 \[32\]"),
+        (torch.zeros(3, 16, requires_grad=True), None, "no gradient"),
+    ])
+    def test_what_does_not_fit_is_refused(self, x, bias, message):
+        with pytest.raises(ValueError, match=message):
+            quantised_linear(x, quantise_weight(torch.ones(32, 16)), bias)

@@ -126,7 +126,9 @@ def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, *
         ValueError: shapes or dtypes do not fit, or an argument requires grad while gradients are recorded: use
             `F.linear`, or `torch.no_grad()`.
     """
-    _check(x, packed, bias)
+    if not isinstance(packed, PackedWeight):
+        raise ValueError("packed must come from pack_weight, got a plain tensor: use F.linear")
+    check_operands(x, bias, packed.shape, packed.dtype)
     rows = x.reshape(-1, x.shape[-1])
     if products.is_slow(rows):
         rows, bias = rows.float(), None if bias is None else bias.float()
@@ -171,15 +173,12 @@ def _mkl(rows: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
     return torch.ops.mkl._mkl_linear(rows.contiguous(), packed.tensor, shape_alone, bias, len(rows))
 
 
-def _check(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> None:
-    if not isinstance(packed, PackedWeight):
-        raise ValueError("packed must come from pack_weight, got a plain tensor: use F.linear")
-    if x.shape[-1:] != packed.shape[1:] or x.dtype != packed.dtype:
-        raise ValueError(f"x must be {packed.dtype} [..., {packed.shape[1]}] as the weight, got {x.dtype} "
-                         f"{tuple(x.shape)}")
-    if bias is not None and (bias.shape != packed.shape[:1] or bias.dtype != packed.dtype):
-        raise ValueError(f"bias must be {packed.dtype} [{packed.shape[0]}] as the weight, got {bias.dtype} "
-                         f"{tuple(bias.shape)}")
+def check_operands(x: Tensor, bias: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> None:
+    """Raises ValueError as `packed_linear`, for a weight of this shape and dtype."""
+    if x.shape[-1:] != shape[1:] or x.dtype != dtype:
+        raise ValueError(f"x must be {dtype} [..., {shape[1]}] as the weight, got {x.dtype} {tuple(x.shape)}")
+    if bias is not None and (bias.shape != shape[:1] or bias.dtype != dtype):
+        raise ValueError(f"bias must be {dtype} [{shape[0]}] as the weight, got {bias.dtype} {tuple(bias.shape)}")
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         raise ValueError("x or bias requires grad, but a packed layer has no gradient: call it under torch.no_grad(), "
                          "or take F.linear")

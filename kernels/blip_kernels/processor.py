@@ -18,6 +18,7 @@ import torch
 _NO_BFLOAT16 = frozenset({"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI"})
 _NO_FLOAT16 = _NO_BFLOAT16 | {"AVX512_CORE_BF16"}
 _NO_AVX512 = frozenset({"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2"})
+_NO_AVX2 = frozenset({"SSE41", "AVX"})
 _NO_INT8 = frozenset({"SSE41", "AVX", "AVX2", "AVX512_CORE"})
 
 
@@ -64,6 +65,12 @@ def has_avx512() -> bool:
 
 
 @cache
+def has_avx2() -> bool:
+    """Whether float32 products may use AVX2."""
+    return bool(capabilities().get("avx2")) and _allowed(_NO_AVX2)
+
+
+@cache
 def is_intel() -> bool:
     """Whether Intel made the processor; MKL takes its AVX-512 kernels on those alone."""
     return "GenuineIntel" in _cpu_info() or "GenuineIntel" in platform.processor()
@@ -73,7 +80,7 @@ def instruction_set() -> str:
     """What products run on here, for people: "AVX2", "AVX-512 with bfloat16, int8 and AMX"."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return platform.machine() + (" with bfloat16" if has_bfloat16() else "")
-    base = "AVX-512" if has_avx512() else "AVX2" if capabilities().get("avx2") else "SSE"
+    base = "AVX-512" if has_avx512() else "AVX2" if has_avx2() else "SSE"
     more = [name for name, there in (("bfloat16", has_bfloat16()), ("float16", has_float16()), ("int8", has_int8()),
                                      ("AMX", has_amx())) if there]
     return base + (" with " + ", ".join(more) if more else "")

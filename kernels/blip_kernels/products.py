@@ -1,13 +1,14 @@
 """Which library multiplies matrices on a CPU: the one place that decides, for training and for inference.
 
-| processor                 | float32             | bfloat16              | 16-bit types without products |
-|---------------------------|---------------------|-----------------------|-------------------------------|
-| Intel, or without AVX-512 | MKL                 | oneDNN                | float32's, rounded once       |
-| AMD with AVX-512          | oneDNN              | oneDNN                | float32's, rounded once       |
-| PyTorch without MKL       | oneDNN, or PyTorch  | oneDNN, where allowed | float32's, rounded once       |
+| processor                        | float32             | bfloat16              | 16-bit types without products |
+|----------------------------------|---------------------|-----------------------|-------------------------------|
+| Intel from AVX2 on, AMD's AVX2   | MKL                 | oneDNN                | float32's, rounded once       |
+| AMD with AVX-512, and below AVX2 | oneDNN              | oneDNN                | float32's, rounded once       |
+| PyTorch without MKL              | oneDNN, or PyTorch  | oneDNN, where allowed | float32's, rounded once       |
 
 MKL takes its AVX-512 kernels on Intel's processors alone. On AMD's with AVX-512 it reaches half of oneDNN's speed.
-Where neither has AVX-512, MKL is ahead. Measurements: docs/decisions.md, "Products by what the processor is good at".
+Where neither has AVX-512, MKL is ahead. Below AVX2 its rows depend on their number.
+Measurements: docs/decisions.md, "Products by what the processor is good at".
 
 A 16-bit product of float32 operands that hold 16-bit values, rounded once at its end, is what hardware with 16-bit
 products computes. PyTorch's own kernels without such hardware are up to 20 times slower than float32.
@@ -25,8 +26,9 @@ PACKED_FROM = 1024  # rows from which packing a weight for one product pays (768
 
 
 def prefers_mkl() -> bool:
-    """Whether MKL multiplies float32 faster than oneDNN here."""
-    return torch.backends.mkl.is_available() and (processor.is_intel() or not processor.has_avx512())
+    """Whether MKL multiplies float32 here: where it is faster than oneDNN and holds what is promised about rows."""
+    return torch.backends.mkl.is_available() and processor.has_avx2() and (
+        processor.is_intel() or not processor.has_avx512())
 
 
 def has_products(dtype: torch.dtype) -> bool:

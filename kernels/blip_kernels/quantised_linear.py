@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blip_kernels import processor
-from blip_kernels.packed_linear import is_one_input
+from blip_kernels.packed_linear import check_operands, is_one_input
 
 ZERO = 128  # of unsigned activations
 TINY = torch.finfo(torch.float32).tiny  # scale of what is all zeros
@@ -49,7 +49,11 @@ def quantise_weight(weight: Tensor) -> QuantisedWeight:
 
 
 def quantised_linear(x: Tensor, weight: QuantisedWeight, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
-    """x [..., in] → [..., out] in x's dtype, with GELU where asked for. bias: [out], any floating dtype."""
+    """x [..., in] → [..., out] in x's dtype, with GELU where asked for. bias: [out], same dtype.
+
+    Raises ValueError as `packed_linear`.
+    """
+    check_operands(x, bias, weight.shape, weight.dtype)
     rows, bias = x.reshape(-1, x.shape[-1]), None if bias is None else bias.float()
     if is_one_input(rows):
         low, high = rows.aminmax()
