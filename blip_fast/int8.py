@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import torch
 from blip_kernels import processor
-from torch import nn
+from torch import Tensor, nn
 
 from blip_fast.linear import Linear
 from blip_fast.model import BlipModel
@@ -26,6 +26,11 @@ def require_torchao(device: torch.device) -> None:
         raise ValueError("dtype int8 needs torchao, which is not installed: pip install 'blip-fast[int8]'")
 
 
+def dense(tensor: Tensor) -> Tensor:
+    """A tensor of a model's `state_dict`: where torchao holds it in 8 bits, what it stands for."""
+    return tensor if type(tensor) is Tensor else tensor.dequantize()
+
+
 def quantise_linear_layers(model: BlipModel) -> None:
     """Hold the weights of all blocks in int8, in place, with a scale for each output. Embeddings and heads are left as
     they are. On a CPU that multiplies 8 bits the layers compute in them, elsewhere in the model's dtype."""
@@ -33,7 +38,8 @@ def quantise_linear_layers(model: BlipModel) -> None:
         pack_linear_layers(model, int8=True)
         return
     require_torchao(model.vision.cls_token.device)
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of libraries for GPUs that are not here
+    for name in ("torchao", "torch.utils._pytree"):  # of libraries for GPUs that are not here, and of its own enums
+        logging.getLogger(name).setLevel(logging.ERROR)
     from torchao.quantization import Int8WeightOnlyConfig, quantize_  # pyright: ignore[reportMissingImports]
 
     for part in (model.vision.blocks, *(stack.get_submodule("layers") for stack in model.text.values())):

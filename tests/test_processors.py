@@ -119,6 +119,25 @@ def test_scores_in_every_precision(model, pictures, in_float32, capsys, dtype):
     torch.testing.assert_close(scores(dtype), scores("float32"), rtol=0, atol=0.03)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "auto", "int8"])
+def test_an_index_in_every_precision(model, pictures, in_float32, tmp_path, capsys, dtype):
+    """Found are the same pictures with the same figures as in float32, and the index is not taken for another's."""
+    def found(dtype: str) -> dict[str, list[float]]:
+        index = str(tmp_path / dtype)
+        for _ in range(2):  # the second time nothing is new
+            assert main(["search", "index", "--index", index, "--model", str(model), "--dtype", dtype,
+                         *map(str, pictures)]) == 0
+        capsys.readouterr()
+        assert main(["search", "query", "--index", index, "--text", in_float32[0], "--json"]) == 0
+        rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        return {row["image"]: [row["itm"], row["itc"]] for row in rows}
+
+    in_dtype, wanted = found(dtype), found("float32")
+    assert in_dtype.keys() == wanted.keys() and len(wanted) == len(pictures)
+    for image, figures in wanted.items():
+        assert in_dtype[image] == pytest.approx(figures, abs=0.03)
+
+
 def test_a_served_request(model, pictures, in_float32):
     """With the server's own choice of a precision."""
     with served("--model", model, "--decoders", 1) as server:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from blip_fast.images import ImageError, StoredImage
 from blip_fast.inference import encode_images, evaluating
+from blip_fast.int8 import dense
 from blip_fast.model import BlipModel
 from blip_fast.packing import PackedTexts
 from blip_fast.tasks.loading import read_pixels
@@ -24,7 +25,8 @@ MAX_IMAGES = 16  # on a GPU, whose keys and values exist at a time
 def fingerprint(model: BlipModel) -> str:
     """SHA-256 of a model's sizes and weights, in the dtype in which it computes."""
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
-    for name, tensor in model.state_dict().items():
+    for name, held in model.state_dict().items():
+        tensor = dense(held)
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
