@@ -104,8 +104,8 @@ def test_auto(machine, device, types, auto):
                                     "bfloat16 or auto is the better choice"),
     ("int8", CPU, (), "saves memory, not time, on this processor, which has no products of 8-bit integers; all else in "
                       "float32"),
-    ("int8", CPU, ("bfloat16", "int8", "amx"), "saves memory, not time, on this processor, which multiplies bfloat16 as "
-                                               "fast; all else in bfloat16"),
+    ("int8", CPU, ("bfloat16", "int8", "amx"), "saves memory, not time, on this processor, which multiplies bfloat16 "
+                                               "as fast; all else in bfloat16"),
 ])
 def test_a_named_precision_without_gain_is_advised_against(machine, name, device, types, said):
     machine(*types)

@@ -28,7 +28,7 @@ def fingerprint(model: BlipModel) -> str:
     for name, held in model.state_dict().items():
         tensor = dense(held)
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
