@@ -1,1 +1,33 @@
-"""blip_fast: BLIP (Li et al., ICML 2022) for training and inference at speed."""
+"""blip_fast: BLIP (Li et al., ICML 2022) for training and inference at speed.
+
+    from blip_fast import Answerer, Captioner, Classifier, Explainer, Matcher, Retriever
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from blip_fast.tasks.answer import Answerer
+    from blip_fast.tasks.caption import Captioner
+    from blip_fast.tasks.classify import Classifier
+    from blip_fast.tasks.explain import Explainer
+    from blip_fast.tasks.match import Matcher
+    from blip_fast.tasks.retrieve import Retriever
+
+__all__ = ["Answerer", "Captioner", "Classifier", "Explainer", "Matcher", "Retriever"]
+
+_ROOMS = {"Answerer": "answer", "Captioner": "caption", "Classifier": "classify", "Explainer": "explain",
+          "Matcher": "match", "Retriever": "retrieve"}
+
+
+def __getattr__(name: str) -> object:
+    """A task is imported, and PyTorch with it, when it is first asked for."""
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'blip_fast' has no attribute {name!r}")
+    return getattr(import_module(f"blip_fast.tasks.{_ROOMS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
