@@ -24,8 +24,6 @@ def test_all_names_are_listed():
 
 
 def test_an_unknown_name():
-    with pytest.raises(AttributeError, match="no attribute 'Captioneer'"):
-        blip_fast.Captioneer  # type: ignore[attr-defined]
     with pytest.raises(ImportError, match="Captioneer"):
         exec("from blip_fast import Captioneer")
 

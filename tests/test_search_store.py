@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blip_fast.commands.inputs import expand
 from blip_fast.data.cache import shard_cache
+from blip_fast.data.named_images import expand
 from blip_fast.images import StoredImage
 from blip_fast.search import store as store_module
 from blip_fast.search.approximate import graph_of, nearest_rows

@@ -20,7 +20,7 @@ from blip_fast.commands.sharing import add_sharing_options
 if TYPE_CHECKING:
     from blip_fast.capfilt.clean import CapFiltConfig
     from blip_fast.capfilt.folder import CleanFolder
-    from blip_fast.commands.inputs import Share
+    from blip_fast.data.named_images import Share
     from blip_fast.data.tars import LocalTar, RemoteTar
 
     Tar = LocalTar | RemoteTar
@@ -62,9 +62,9 @@ def _run(args: Namespace) -> int:
     from filelock import FileLock, Timeout
 
     from blip_fast.capfilt.folder import CleanFolder
-    from blip_fast.commands.inputs import Share, tars
     from blip_fast.commands.progress import sigterm_interrupts
     from blip_fast.data.cache import shard_cache
+    from blip_fast.data.named_images import Share, tars
     from blip_fast.precision import say
 
     config, share = filter_config(args), Share.parse(args.shard)
@@ -190,7 +190,7 @@ def _worker(args: Namespace, config: CapFiltConfig,
 
 def _fetched(work: Work) -> str | None:
     """Fetch a tar under a URL; why it cannot be had."""
-    from blip_fast.commands.inputs import fetched
+    from blip_fast.data.named_images import fetched
     from blip_fast.data.tars import RemoteTar
 
     error = fetched(work[1]) if isinstance(work[1], RemoteTar) else None

@@ -18,8 +18,8 @@ from jsonargparse import ArgumentParser, Namespace
 from blip_fast.commands.sharing import add_sharing_options
 
 if TYPE_CHECKING:
-    from blip_fast.commands.inputs import Share
     from blip_fast.commands.jsonl import DoneRows, JsonLines
+    from blip_fast.data.named_images import Share
     from blip_fast.data.shards import Shard
     from blip_fast.images import StoredImage
 
@@ -64,9 +64,9 @@ def run_images(args: Namespace, make_worker: Callable[[], Worker], lines: Callab
     Raises:
         ValueError: no image is named; options that do not fit.
     """
-    from blip_fast.commands.inputs import Share
     from blip_fast.commands.jsonl import JsonLines
     from blip_fast.commands.progress import sigterm_interrupts
+    from blip_fast.data.named_images import Share
 
     share = Share.parse(args.shard)
     if args.batch_size < 1:
@@ -119,8 +119,8 @@ def _run_all(args: Namespace, make_worker: Callable[[], Worker], share: Share, r
 
 def _work(args: Namespace, share: Share, is_done: Callable[[str, Shard], bool]) -> Iterator[Work]:
     """All that the arguments name, in their order."""
-    from blip_fast.commands.inputs import expand, listed, open_list
     from blip_fast.data.cache import shard_cache
+    from blip_fast.data.named_images import expand, listed, open_list
 
     images = expand(args.images, shard_cache(args.cache, args.cache_gb), share, is_done)
     entries = listed(open_list(args.list), share) if args.list else ()

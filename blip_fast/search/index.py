@@ -10,8 +10,8 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from blip_fast.commands.inputs import expand
 from blip_fast.data.cache import CACHE, shard_cache
+from blip_fast.data.named_images import expand
 from blip_fast.data.shards import is_url
 from blip_fast.images import ImageError, ImageSource, StoredImage, local_path
 from blip_fast.packing import PackedTexts
