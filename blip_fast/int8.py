@@ -1,5 +1,5 @@
-"""Linear layers in 8 bits. Processors with products of 8 bits compute in them. Elsewhere weights alone are held so,
-through torchao, for their memory (docs/decisions.md)."""
+"""Linear layers in 8 bits. Processors with products of 8 bits compute images in them. Elsewhere weights alone are held
+so, through torchao, for their memory (docs/decisions.md)."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def dense(tensor: Tensor) -> Tensor:
 
 
 def quantise_linear_layers(model: BlipModel) -> None:
-    """Hold the weights of all blocks in int8, in place, with a scale for each output. Embeddings and heads are left as
-    they are. On a CPU that multiplies 8 bits the layers compute in them, elsewhere in the model's dtype."""
+    """In place: on a CPU that multiplies 8 bits, compute the vision encoder's blocks in them. Elsewhere hold the
+    weights of all blocks so, with a scale for each output, and compute in the model's dtype."""
     if multiplies_int8(model.vision.cls_token.device):
         pack_linear_layers(model, int8=True)
         return

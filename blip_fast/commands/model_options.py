@@ -21,8 +21,8 @@ def add_model_options(parser: ArgumentParser, required: bool = True, models: Seq
                             help="checkpoint directory, Hugging Face Hub name, or a published .pth")
     parser.add_argument("--dtype", default="auto",
                         help="auto: bfloat16 where the device multiplies it, else float32 (on a GPU float16); or "
-                             "float32, as published figures want it, bfloat16, float16, or int8: weights in 8 bits for "
-                             "less memory (needs torchao where the processor has no VNNI)")
+                             "float32, as published figures want it, bfloat16, float16, or int8: images in 8 bits "
+                             "where the processor has VNNI, elsewhere weights for less memory (needs torchao)")
     if several_devices:
         parser.add_argument("--devices", type=str | None, metavar="NAME,NAME",
                             help="cpu, cuda:0,cuda:1 and so on (default: cuda where there is one)")
