@@ -62,20 +62,13 @@ def _cached_reference(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, lengths: T
 def _masked(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -> Tensor:
     """q [batch, heads, rows, head_dim] over the first `lengths` [batch] of keys [batch, heads, keys, head_dim]."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    logits = _product(q, k.transpose(-1, -2)).to(wide) * scale
+    logits = matmul(q, k.transpose(-1, -2)).to(wide) * scale
     shortest = int(lengths.min())
     if shortest < k.shape[2]:
         keys = torch.arange(k.shape[2], device=q.device)
         logits.masked_fill_((keys >= lengths[:, None])[:, None, None], -torch.inf)
-    out = _product(torch.softmax(logits, -1).to(q.dtype), v)
+    out = matmul(torch.softmax(logits, -1).to(q.dtype), v)
     return out if shortest else out.masked_fill_((lengths == 0)[:, None, None, None], 0.0)
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Batched product over two leading dimensions, in the order in which `b` has them in memory."""
-    if b.stride(0) < b.stride(1):
-        return matmul(a.transpose(0, 1), b.transpose(0, 1)).transpose(0, 1)
-    return matmul(a, b)
 
 
 # ------------------------------------------------------------------------------------------------------ registration
