@@ -5,16 +5,51 @@ An image enters a slot when another has left it; nothing is copied per beam or f
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
 from blip_kernels import absorbed_attention, cached_attention, decode_attention, row_blocks
+from blip_kernels.decode_attention import MOST_ROWS
 from torch import Tensor, nn
 
 from blip_fast.config import TextConfig
 
 # Up to this many times head_dim tokens of an image's texts, its keys and values are not computed (docs/decisions.md).
 ABSORBED_TOKENS = 1.5
+
+
+@dataclass(frozen=True)
+class PromptRows:
+    """All tokens of prompts but their last ones: rows that a step computes after one row of each text, so that an image
+    that enters is a step later where its texts begin."""
+
+    token_ids: Tensor  # int64 [rows]
+    positions: Tensor  # int64 [rows], of the tokens in their prompts
+    slots: Tensor  # int64 [rows]
+    pieces: list[tuple[Tensor, int]]  # in the order of the rows: ascending slots int64 [n], and how many rows of each
+
+    @classmethod
+    def of(cls, prompts: Mapping[int, Sequence[int]], device: torch.device) -> PromptRows | None:
+        """Of the prompts of slots; None where none has more than one token."""
+        pieces: dict[range, list[int]] = defaultdict(list)  # slots by positions
+        for slot, prompt in sorted(prompts.items()):
+            for first in range(0, len(prompt) - 1, MOST_ROWS):
+                pieces[range(first, min(first + MOST_ROWS, len(prompt) - 1))].append(slot)
+        rows = [(prompts[slot][position], position, slot)
+                for piece, slots in pieces.items() for slot in slots for position in piece]
+        if not rows:
+            return None
+        token_ids, positions, in_slots = torch.tensor(rows, device=device).unbind(1)
+        return cls(token_ids, positions, in_slots,
+                   [(torch.tensor(slots, device=device), len(piece)) for piece, slots in pieces.items()])
+
+    def split(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """x [rows, ...] in its pieces, each with its slots."""
+        for (slots, _), part in zip(self.pieces, x.split([len(s) * rows for s, rows in self.pieces]), strict=True):
+            yield part, slots
 
 
 class KeyValuePool:
@@ -39,10 +74,11 @@ class KeyValuePool:
         self.kv[:, :, slot, :, len(kv) :] = 0  # read, with a weight of nothing
         self.lengths[slot] = len(kv)
 
-    def attend(self, layer: int, q: Tensor) -> Tensor:
-        """q [rows, heads, head_dim], the same number of consecutive rows a slot, over their slot's image."""
-        keys, values = self.kv[layer].transpose(2, 3)
-        return decode_attention(q, keys, values, self.lengths)
+    def attend(self, layer: int, q: Tensor, slots: Tensor | None = None) -> Tensor:
+        """q [rows, heads, head_dim], the same number of consecutive rows for each slot, or for each of `slots` (int64,
+        ascending), over their slot's image."""
+        keys, values = (_of_slots(x, slots).transpose(1, 2) for x in self.kv[layer])
+        return decode_attention(q, keys, values, _of_slots(self.lengths, slots))
 
     def keep(self, slots: Tensor) -> None:
         """Go on with the given slots alone (int64 [n])."""
@@ -69,9 +105,9 @@ class StatesPool:
         self.states[slot, : len(states)], self.states[slot, len(states) :] = states, 0
         self.lengths[slot] = len(states)
 
-    def attend(self, layer: int, q: Tensor) -> Tensor:
-        return absorbed_attention(q, self.states, self.lengths, self.key_weight[layer], self.value_weight[layer],
-                                  self.value_bias[layer], self.scale)
+    def attend(self, layer: int, q: Tensor, slots: Tensor | None = None) -> Tensor:
+        return absorbed_attention(q, _of_slots(self.states, slots), _of_slots(self.lengths, slots),
+                                  self.key_weight[layer], self.value_weight[layer], self.value_bias[layer], self.scale)
 
     def keep(self, slots: Tensor) -> None:
         self.states, self.lengths = self.states.index_select(0, slots), self.lengths[slots]
@@ -79,6 +115,11 @@ class StatesPool:
     def add(self, slots: int) -> None:
         self.states = torch.cat([self.states, self.states.new_zeros(slots, *self.states.shape[1:])])
         self.lengths = torch.cat([self.lengths, self.lengths.new_ones(slots)])
+
+
+def _of_slots(x: Tensor, slots: Tensor | None) -> Tensor:
+    """x [slots, ...] for the given ones alone: a copy, unless those are all."""
+    return x if slots is None or len(slots) == len(x) else x.index_select(0, slots)
 
 
 def _by_layer(projection: nn.Module, config: TextConfig) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,9 +173,14 @@ class SelfCache:
         rows.copy_(self.own[slot])
         rows[:, :shared] = self.own[slot, 0, :shared]
 
-    def place(self, positions: Tensor) -> None:
-        """The next token of each row stands at `positions` [rows] of its text: `append` stores it, layer by layer."""
-        self._written = self.table.gather(1, positions[:, None]).squeeze(1)
+    def place(self, positions: Tensor, prompts: PromptRows | None = None) -> None:
+        """The next token of each row stands at `positions` [rows] of its text: `append` stores it, layer by layer, and
+        those of `prompts` after them."""
+        self._read = self.table
+        if prompts is not None:
+            positions = torch.cat([positions, prompts.positions])
+            self._read = torch.cat([self.table, self.table[prompts.slots * self.own.shape[1]]])
+        self._written = self._read.gather(1, positions[:, None]).squeeze(1)
         self._lengths = (positions + 1).int()
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
@@ -145,7 +191,7 @@ class SelfCache:
     def attend(self, layer: int, q: Tensor) -> Tensor:
         """q [rows, heads, head_dim], one token a row, over the row's tokens up to it, read where they lie."""
         keys, values = self.kv[layer]
-        return cached_attention(q, keys, values, self.table, self._lengths)
+        return cached_attention(q, keys, values, self._read, self._lengths)
 
     def select(self, parents: Tensor, lengths: Tensor) -> None:
         """Each row goes on from the row `parents` [slots, each] of its slot, of whose tokens there are `lengths`

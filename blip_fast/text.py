@@ -24,7 +24,7 @@ from blip_kernels import attention, cached_attention, linear, row_blocks, sums_d
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from blip_fast.cache import ImagePool, SelfCache
+from blip_fast.cache import ImagePool, PromptRows, SelfCache
 from blip_fast.config import TextConfig
 from blip_fast.linear import Linear, behind
 from blip_fast.packing import PackedTexts
@@ -274,7 +274,8 @@ class TextStack(nn.Module):
         return ImageKV(kv, offsets)
 
     @row_blocks(DECODED_ROWS)
-    def decode(self, token_ids: Tensor, positions: Tensor, cache: SelfCache, images: ImagePool) -> Tensor:
+    def decode(self, token_ids: Tensor, positions: Tensor, cache: SelfCache, images: ImagePool,
+               prompts: PromptRows | None = None) -> Tensor:
         """One step of generation: a token of each row, with the decoder's self-attention over a cache. Without
         gradients.
 
@@ -284,28 +285,37 @@ class TextStack(nn.Module):
             token_ids: int64 [rows], the same number of consecutive rows for each slot of `images` and `cache`.
             positions: int64 [rows], of these tokens in their texts.
             cache: of the tokens before these; these are added.
+            prompts: tokens before these that the cache does not hold yet.
 
         Returns:
             [rows, width], and behind them what fills their number up to a multiple of `ROWS_TOGETHER`.
         """
         rows, dtype = len(token_ids), self.word_embeds.weight.dtype
-        fill = -rows % (DECODED_ROWS if sums_depend_on_rows(dtype) else ROWS_TOGETHER)
-        cache.place(positions)
+        cache.place(positions, prompts)
+        if prompts is not None:
+            token_ids = torch.cat([token_ids, prompts.token_ids])
+            positions = torch.cat([positions, prompts.positions])
+        computed = len(token_ids)
+        fill = -computed % (DECODED_ROWS if sums_depend_on_rows(dtype) else ROWS_TOGETHER)
         x = self._embed(F.pad(token_ids, (0, fill)), F.pad(positions, (0, fill)))
 
-        def filled(attended: Tensor) -> Tensor:
-            return F.pad(attended.flatten(1), (0, 0, 0, fill)) if fill else attended.flatten(1)
+        def filled(*attended: Tensor) -> Tensor:
+            parts = [part.flatten(1) for part in attended]
+            return torch.cat([*parts, parts[0].new_zeros(fill, x.shape[1])]) if fill or len(parts) > 1 else parts[0]
 
         for index, module in enumerate(self.layers):
             layer = cast(TextLayer, module)
             self_attention = cast(SelfAttention, layer.self_attention["decoder"])
             cross_attention = layer.cross_attention
             assert cross_attention is not None
-            q, k, v = (part[:rows] for part in self_attention.project(x))
+            q, k, v = (part[:computed] for part in self_attention.project(x))
             cache.append(index, k, v)
             x = self_attention.finish(x, filled(cache.attend(index, q)))
-            q = cross_attention.query[0](x).view(len(x), cross_attention.heads, -1)[:rows]
-            x = cross_attention.finish(x, cross_attention.out[0](filled(images.attend(index, q))))
+            q = cross_attention.query[0](x).view(len(x), cross_attention.heads, -1)[:computed]
+            seen = [images.attend(index, q[:rows])]
+            if prompts is not None:
+                seen += [images.attend(index, part, slots) for part, slots in prompts.split(q[rows:])]
+            x = cross_attention.finish(x, cross_attention.out[0](filled(*seen)))
             x = layer.feed_forward(x)
         return x[: rows + -rows % ROWS_TOGETHER]
 

@@ -1,5 +1,7 @@
 """Generation over slots: no text depends on its neighbours, not by a bit, and slots are filled as they become free."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from generating import keys_and_values, noise, prompts_of, see, small_models
@@ -8,7 +10,7 @@ from blip_fast.config import BlipConfig, SpecialTokens, TextConfig, VisionConfig
 from blip_fast.generate import Generation, GenerationConfig, Request, generate, generate_stream
 from blip_fast.model import BlipModel
 from blip_fast.packing import PackedTexts
-from blip_fast.text import ImageStates, TextStack
+from blip_fast.text import ImageStates, TextStack, TextStream
 
 SEP = 102
 MODELS = {"narrow": (16, 2, 64, 1), "wide": (96, 3, 200, 2)}  # head_dim, heads, tokens of a text, layers
@@ -96,8 +98,9 @@ def test_slots_are_filled_again(small, monkeypatch):
             taken.append(i)
             yield Request(kv, [model.config.tokens.bos])
 
-    monkeypatch.setattr(TextStack, "decode", lambda self, ids, positions, cache, images: (
-        shapes.append((len(ids), len(images.lengths), len(taken))), decode(self, ids, positions, cache, images))[1])
+    monkeypatch.setattr(TextStack, "decode", lambda self, ids, positions, cache, images, prompts: (
+        shapes.append((len(ids), len(images.lengths), len(taken))),
+        decode(self, ids, positions, cache, images, prompts))[1])
     places, finished = [], 0
     for place, _ in generate_stream(model, requests(), GenerationConfig(beams=4), 6):
         assert len(taken) - finished <= 6
@@ -136,6 +139,27 @@ def test_requests_come_and_go(sizes, config):
         slots.add(0 if generation._batch is None else len(generation._batch.places))
     assert found == {n: alone[n] for n in entered - {5}} and generation.idle and generation.free == 7
     assert {0, 11} < entered and 1 in slots and len(slots) > 2
+
+
+@pytest.mark.parametrize("config", [SEARCHES["greedy"], SEARCHES["beams"]], ids=["greedy", "beams"])
+def test_a_prompt_takes_no_step_of_its_own(config):
+    """However long it is: the first step has written the first token after it, as scoring the whole text says."""
+    model = model_of(*MODELS["wide"])
+    prompts = [[998, *(token % 900 + 10 for token in range(n))] for n in (2, 150, 0, 129, 150)]  # of 64 rows at most
+    states = see(model, torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(3))).split()
+    generation = Generation(model, replace(config, max_length=180, min_length=180), 5)
+    for place, (kv, prompt) in enumerate(zip(states, prompts, strict=True)):
+        assert generation.enter(place, Request(kv, prompt))
+    generation.step()
+    assert generation._batch.texts.lengths.tolist() == [len(prompt) + 1 for prompt in prompts]
+    for slot, (kv, prompt) in enumerate(zip(states, prompts, strict=True)):
+        text = PackedTexts(torch.tensor(prompt), torch.tensor([0, len(prompt)], dtype=torch.int32))
+        stream, stack = TextStream(text, "decoder", torch.tensor([0])), model.stack("decoder")
+        with torch.inference_mode():
+            [hidden] = stack([stream], stack.states_kv(kv.rows, offsets=kv.offsets))
+            logits = model.vocabulary_logits(hidden)[len(prompt) - 1]
+            logits[model.config.tokens.sep] = -torch.inf  # no end before `min_length`
+        assert generation._batch.texts.token_ids[slot, 0, len(prompt)] == logits.argmax()
 
 
 def test_prompts_of_each_image(small):

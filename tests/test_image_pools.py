@@ -73,3 +73,15 @@ def test_weights_that_may_change_are_read_anew(projection):
     projection.requires_grad_(False)
     once = StatesPool(CONFIG, projection, 1, KEYS, states(0)).key_weight
     assert StatesPool(CONFIG, projection, 1, KEYS, states(0)).key_weight is once
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pool", [KeyValuePool, StatesPool])
+def test_rows_of_some_slots_see_what_they_see_among_all(projection, pool):
+    made = pool(CONFIG, projection, 4, KEYS, states(0))
+    for slot in range(4):
+        made.enter(slot, states(slot, KEYS - slot))
+    q = torch.randn(4, 3, CONFIG.heads, CONFIG.width // CONFIG.heads, generator=torch.Generator().manual_seed(9))
+    slots = torch.tensor([1, 3])
+    some, among_all = made.attend(1, q[slots].flatten(0, 1), slots), made.attend(1, q.flatten(0, 1)).view_as(q)
+    torch.testing.assert_close(some.view(2, *q.shape[1:]), among_all[slots], rtol=0, atol=0)

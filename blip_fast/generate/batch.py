@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from blip_fast.cache import SelfCache, image_pool
+from blip_fast.cache import PromptRows, SelfCache, image_pool
 from blip_fast.generate.beam import BeamSearch
 from blip_fast.generate.config import GenerationConfig
 from blip_fast.generate.sample import Sampling
@@ -20,8 +20,8 @@ class ContinuousBatch:
     """An image enters a free slot and leaves it when its texts are finished, whatever the other slots do.
 
     Every step computes one token of each text of each slot, so all shapes stay as they are; what free slots compute is
-    not used. A prompt's last token is the first that all texts of a slot compute; those before it enter the cache
-    earlier, as many at a step as the slot has texts.
+    not used. A prompt's last token is the first that all texts of a slot compute; those before it are computed once, as
+    rows of the same step.
     """
 
     def __init__(self, model: BlipModel, config: GenerationConfig, slots: int, keys: int, like: Tensor) -> None:
@@ -33,7 +33,7 @@ class ContinuousBatch:
         self.texts = self.search.empty(slots, like.device)
         self.images = image_pool(stack.config, stack.image_to_kv[0], slots, keys, self.each * config.max_length, like)
         self.cache = SelfCache(stack.config, slots, self.each, config.max_length, like)
-        self.cached = torch.zeros(slots, dtype=torch.int64, device=like.device)  # how many tokens the cache holds
+        self.prompts: dict[int, Sequence[int]] = {}  # of the requests that have entered since the last step
         self.places: list[int | None] = [None] * slots  # of the request in each slot
 
     @property
@@ -53,27 +53,27 @@ class ContinuousBatch:
         self.places[slot] = place
         self.images.enter(slot, states)
         self.cache.enter(slot, len(prompt) - 1)
-        self.cached[slot] = 0
+        self.prompts[place] = prompt
         self.search.enter(self.texts, slot, prompt, seed)  # type: ignore[arg-type]
 
     def step(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Compute a token of every text. Yields the requests that this finishes: place, token ids, scores (see the
         search's `results`)."""
         texts = self.texts
-        last = (texts.lengths - 1)[:, None]
-        in_prompt = self.cached[:, None] < last
-        ahead = self.cached[:, None] + torch.arange(self.each, device=last.device)
-        positions = torch.where(in_prompt, torch.minimum(ahead, last - 1), last)  # [slots, each]
+        positions = (texts.lengths - 1)[:, None].expand(-1, self.each)  # [slots, each]
         tokens = texts.token_ids.gather(2, positions[..., None])
-        hidden = self.model.stack("decoder").decode(tokens.flatten(), positions.flatten(), self.cache, self.images)
+        prompts = PromptRows.of({self.places.index(place): prompt for place, prompt in self.prompts.items()},
+                                tokens.device)
+        self.prompts.clear()
+        hidden = self.model.stack("decoder").decode(tokens.flatten(), positions.flatten(), self.cache, self.images,
+                                                    prompts)
         logits = self.model.vocabulary_logits(hidden)[: positions.numel()]
         full = texts.token_ids.shape[2]  # what is done may be, and has no room for what it goes on with
         ready = replace(texts, lengths=texts.lengths.clamp(max=full - 1))
         advanced = self.search.advance(ready, logits.view(*positions.shape, -1))  # type: ignore[arg-type]
-        self.texts = only_where(~(in_prompt.squeeze(1) | texts.done), advanced, texts)
-        self.cached = positions[:, -1] + 1
+        self.texts = only_where(~texts.done, advanced, texts)
         if isinstance(self.search, BeamSearch):
-            self.cache.select(self.texts.parents, torch.maximum(self.cached, texts.prompt_lengths - 1))
+            self.cache.select(self.texts.parents, texts.lengths)
         for slot, done in enumerate(self.texts.done.tolist()):
             place = self.places[slot]
             if done and place is not None:
@@ -84,14 +84,15 @@ class ContinuousBatch:
         """Stop working on a request; nothing happens where it is done."""
         if place in self.places:
             self.places[self.places.index(place)] = None
+            self.prompts.pop(place, None)
 
     def shrink(self) -> None:
         """Drop free slots once they are half of those that there are, or more: it costs a copy of the others. They
         come back when images enter."""
         taken = [slot for slot, place in enumerate(self.places) if place is not None]
         if 2 * len(taken) <= len(self.places):
-            slots = torch.tensor(taken, device=self.cached.device)
-            self.texts, self.cached = narrow(self.texts, slots), self.cached[slots]
+            slots = torch.tensor(taken, device=self.texts.lengths.device)
+            self.texts = narrow(self.texts, slots)
             self.images.keep(slots)
             self.cache.keep(slots)
             self.places = [self.places[slot] for slot in taken]
@@ -99,8 +100,7 @@ class ContinuousBatch:
     def _grow(self) -> None:
         """Twice the slots, as many as were asked for at most: a copy of those that there are."""
         more = min(self.slots, 2 * len(self.places)) - len(self.places)
-        self.texts = extend(self.texts, self.search.empty(more, self.cached.device))  # type: ignore[arg-type]
-        self.cached = torch.cat([self.cached, self.cached.new_zeros(more)])
+        self.texts = extend(self.texts, self.search.empty(more, self.texts.lengths.device))  # type: ignore[arg-type]
         self.images.add(more)
         self.cache.add(more)
         self.places += [None] * more
