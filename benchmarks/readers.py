@@ -12,8 +12,8 @@ import torch
 from blip_bench.baselines.pillow_loader import batches
 from torch import Tensor
 
-from blip_fast.data.pipeline import InputConfig, TrainInput
-from blip_fast.data.sources import Source
+from blip_fast.data.input.pipeline import InputConfig, TrainInput
+from blip_fast.data.input.sources import Source
 
 IMAGE_SIZE, BATCH, WORKERS = 224, 32, 2
 

@@ -12,7 +12,7 @@ from blip_bench.memory import added_memory
 from blip_bench.models import load_transformers, pictures
 from blip_bench.timing import Call, Case
 
-from blip_fast.tasks.caption import Captioner
+from blip_fast.tasks.captioner import Captioner
 
 IMAGE_SIZE = 384
 

@@ -19,11 +19,11 @@ from blip_bench.timing import Case
 from PIL import Image
 from readers import BATCH, IMAGE_SIZE
 
-from blip_fast.data.augment import Drawn
-from blip_fast.data.pack import pack
-from blip_fast.data.pipeline import InputConfig, TrainInput
-from blip_fast.data.sources import Source
-from blip_fast.images import load_image
+from blip_fast.data.input.augment import Drawn
+from blip_fast.data.input.pipeline import InputConfig, TrainInput
+from blip_fast.data.input.sources import Source
+from blip_fast.data.shards.pack import pack
+from blip_fast.media.images import load_image
 
 READERS = Path(__file__).with_name("readers.py")
 IMAGES = {"photographs": 2000, "mosaics": 800}  # of a round

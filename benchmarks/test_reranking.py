@@ -11,7 +11,7 @@ from blip_bench.memory import added_memory
 from blip_bench.models import load_transformers
 from blip_bench.timing import Call
 
-from blip_fast.tasks.match import Matcher
+from blip_fast.tasks.matcher import Matcher
 
 
 @pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -15,16 +15,16 @@ import pytest
 import torch
 from blip_bench.memory import added_memory
 from blip_bench.timing import Case
-from blip_train.pretraining import Batch, Objective, Pretraining
+from blip_train.steps.pretraining import Batch, Objective, Pretraining
 from reference import pretraining as textbook
 from reference.model import Sizes
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from blip_fast.checkpoint.names import original_layout
-from blip_fast.config import BlipConfig, TextConfig
-from blip_fast.model import BlipModel
-from blip_fast.packing import PackedTexts
+from blip_fast.model.blip import BlipModel
+from blip_fast.model.config import BlipConfig, TextConfig
+from blip_fast.model.packed_texts import PackedTexts
 
 PADDED, ALPHA = 30, 0.4  # captions are padded to 30 tokens, as published
 # What a step costs whatever its batch (casts of weights, EMA, gradients of embeddings) weighs much in 8 pairs; the

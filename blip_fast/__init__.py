@@ -9,12 +9,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from blip_fast.tasks.answer import Answerer
-    from blip_fast.tasks.caption import Captioner
-    from blip_fast.tasks.classify import Classifier
-    from blip_fast.tasks.explain import Explainer
-    from blip_fast.tasks.match import Matcher
-    from blip_fast.tasks.retrieve import Retriever
+    from blip_fast.tasks.answerer import Answerer
+    from blip_fast.tasks.captioner import Captioner
+    from blip_fast.tasks.classifier import Classifier
+    from blip_fast.tasks.explainer import Explainer
+    from blip_fast.tasks.matcher import Matcher
+    from blip_fast.tasks.retriever import Retriever
 
 __all__ = ["Answerer", "Captioner", "Classifier", "Explainer", "Matcher", "Retriever"]
 

@@ -99,8 +99,8 @@ print(json.dumps({"detail": chosen[0] if len(set(chosen)) == 1 else f"{chosen[0]
 _PRECISION = """
 import json
 import torch
-from blip_fast.precision import PRECISIONS, advice, check, resolve
-from blip_kernels.processor import instruction_set
+from blip_fast.inference.precision import PRECISIONS, advice, check, resolve
+from blip_kernels.cpu.processor import instruction_set
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def slow(name):
     try:

@@ -11,29 +11,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip_fast.data.annotated import AnnotatedImage
-from blip_fast.data.scenes import scene_from_slots
+from blip_fast.data.shards.annotated import AnnotatedImage
 from blip_fast.generate import GenerationConfig
-from blip_fast.images import ImageError, StoredImage
+from blip_fast.media.images import ImageError, StoredImage
 from blip_fast.metrics.captions import CaptionMetrics, check_references
 from blip_fast.metrics.dialog import dialog_figures, ndcg
 from blip_fast.metrics.language import caption_loss, unigram_cross_entropy, unigram_entropy
 from blip_fast.metrics.pairs import pair_accuracy, pair_consistency
 from blip_fast.metrics.recall import chance_recalls
-from blip_fast.metrics.slots import SlotScores, slot_scores
 from blip_fast.metrics.vqa import VOTES, commonest_answer, normalised_answer, vqa_accuracy
-from blip_fast.model import BlipModel
-from blip_fast.packing import PackedTexts
-from blip_fast.ranks import ALONE, Ranks
-from blip_fast.tasks.answer import ANSWERING, SHORTLIST, Answerer
-from blip_fast.tasks.caption import Captioner
-from blip_fast.tasks.dialog import DialogRanker, Dialogue
-from blip_fast.tasks.loading import read_pixels
-from blip_fast.tasks.match import Matcher, image_of_each
+from blip_fast.model.blip import BlipModel
+from blip_fast.model.packed_texts import PackedTexts
+from blip_fast.model.tokenizer import Tokenizer, clean_caption, clean_question
+from blip_fast.parallel.ranks import ALONE, Ranks
+from blip_fast.scenes.scenes import scene_from_slots
+from blip_fast.scenes.slots import SlotScores, slot_scores
+from blip_fast.tasks.answerer import ANSWERING, SHORTLIST, Answerer
+from blip_fast.tasks.captioner import Captioner
+from blip_fast.tasks.dialog_ranking import DialogRanker, Dialogue
+from blip_fast.tasks.matcher import Matcher, image_of_each
+from blip_fast.tasks.model_loading import read_pixels
 from blip_fast.tasks.ranking import RetrievalResult
-from blip_fast.tasks.reason import Reasoner
-from blip_fast.tasks.retrieve import retrieve
-from blip_fast.tokenizer import Tokenizer, clean_caption, clean_question
+from blip_fast.tasks.reasoner import Reasoner
+from blip_fast.tasks.retriever import retrieve
 
 RETRIEVAL_TOKENS = 35  # of a text, as published
 CAPTION_TOKENS = 40

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from blip_fast import precision
+from blip_fast.inference import precision
 
 # Without a GPU Triton interprets its kernels on the CPU. It reads this when it is first imported.
 if not torch.cuda.is_available():

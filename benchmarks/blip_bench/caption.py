@@ -17,7 +17,7 @@ from blip_bench.peers.build import build
 from blip_bench.sides import Targets, comparisons, groups, reference_of
 from blip_bench.timing import Case, require
 from blip_fast.generate import GenerationConfig
-from blip_fast.tasks.caption import PROMPT, Captioner
+from blip_fast.tasks.captioner import PROMPT, Captioner
 
 TARGETS: dict[int, Targets] = {  # by beams
     3: {("ours float32", "openvino float32"): 1.3, ("ours float32", "transformers float32"): 2.5,

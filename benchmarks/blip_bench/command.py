@@ -88,7 +88,7 @@ def _cases(args: Namespace, dtypes: Sequence[str], peers: Collection[str], direc
     models.write_checkpoint(directory, part or models.part_for_encoding(args.model), args.image_size, args.model)
     if args.task == "caption":
         from blip_bench import caption
-        from blip_fast.tasks.caption import BATCH
+        from blip_fast.tasks.captioner import BATCH
 
         return caption.cases(directory, args.images or BATCH, dtypes, peers)
     if args.task == "encode":

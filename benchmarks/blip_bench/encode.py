@@ -17,10 +17,10 @@ from blip_bench.models import pictures, transformers_models
 from blip_bench.peers.build import build
 from blip_bench.sides import Targets, comparisons, dtype_of, groups, reference_of
 from blip_bench.timing import Call, Case, require
-from blip_fast.config import VisionConfig
-from blip_fast.inference import encode_images, evaluating
-from blip_fast.model import BlipModel
-from blip_fast.tasks.loading import load_for_task
+from blip_fast.inference.encoding import encode_images, evaluating
+from blip_fast.model.blip import BlipModel
+from blip_fast.model.config import VisionConfig
+from blip_fast.tasks.model_loading import load_for_task
 
 TARGETS: Targets = {
     ("ours float32", "openvino float32"): 1.0, ("ours bfloat16", "openvino bfloat16"): 1.0,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from blip_kernels.processor import instruction_set
+from blip_kernels.cpu.processor import instruction_set
 
 
 def machine() -> dict[str, Any]:

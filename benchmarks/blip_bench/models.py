@@ -13,8 +13,8 @@ from torch import Tensor
 from blip_bench import words
 from blip_fast.checkpoint import load_model, save_hugging_face
 from blip_fast.commands.convert import TASKS, only
-from blip_fast.config import BlipConfig, VisionConfig
-from blip_fast.model import BlipModel
+from blip_fast.model.blip import BlipModel
+from blip_fast.model.config import BlipConfig, VisionConfig
 
 SEED = 0
 TOKENS = 20  # of a caption, the prompt included

@@ -21,9 +21,9 @@ from blip_bench.baselines import published
 from blip_bench.models import SEED, load_transformers
 from blip_bench.peers.installed import missing
 from blip_bench.timing import Case, Comparison, require
-from blip_fast.inference import evaluating
-from blip_fast.packing import PackedTexts
-from blip_fast.tasks.match import MAX_TOKENS, Matcher, match_pairs
+from blip_fast.inference.encoding import evaluating
+from blip_fast.model.packed_texts import PackedTexts
+from blip_fast.tasks.matcher import MAX_TOKENS, Matcher, match_pairs
 
 IMAGES, TEXTS = 64, 320
 TARGETS = {16: 5.0, 64: 6.5}  # k: beside the published loop in the same dtype

@@ -29,11 +29,11 @@ from jsonargparse import ArgumentParser, Namespace
 from blip_bench import words
 from blip_bench.machine import machine
 from blip_fast.checkpoint.native import save_native
-from blip_fast.config import BlipConfig, TextConfig, VisionConfig
-from blip_fast.data.scenes import draw, sample_scenes
 from blip_fast.generate import GenerationConfig
-from blip_fast.model import BlipModel
-from blip_fast.tasks.caption import PROMPT, Captioner
+from blip_fast.model.blip import BlipModel
+from blip_fast.model.config import BlipConfig, TextConfig, VisionConfig
+from blip_fast.scenes.scenes import draw, sample_scenes
+from blip_fast.tasks.captioner import PROMPT, Captioner
 
 SEED = 0
 GENERATION = GenerationConfig(beams=3, max_length=20, min_length=5)  # the server's own

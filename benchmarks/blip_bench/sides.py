@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from blip_kernels.processor import has_bfloat16, has_int8
+from blip_kernels.cpu.processor import has_bfloat16, has_int8
 
 from blip_bench.timing import Comparison
 

@@ -15,11 +15,11 @@ from blip_bench.baselines import published
 from blip_bench.models import SEED, load_transformers, pictures
 from blip_bench.peers.installed import missing
 from blip_bench.timing import Call, Case, Comparison, require
-from blip_fast.inference import encode_images, evaluating
-from blip_fast.packing import PackedTexts
-from blip_fast.tasks.answer import Answerer
+from blip_fast.inference.encoding import encode_images, evaluating
+from blip_fast.model.packed_texts import PackedTexts
+from blip_fast.model.text import ImageKV
 from blip_fast.tasks.answer_list import LABEL_SMOOTHING, AnswerList, rank_answers
-from blip_fast.text import ImageKV
+from blip_fast.tasks.answerer import Answerer
 
 ANSWERS, SHORTLIST = 1000, 128
 TARGET = 3.0  # of the ranking itself

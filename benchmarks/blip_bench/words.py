@@ -9,7 +9,7 @@ import random
 import string
 from itertools import chain, count, product
 
-from blip_fast.tokenizer import Tokenizer
+from blip_fast.model.tokenizer import Tokenizer
 
 BERT_SIZE, FIRST_WORD = 30_522, 999  # tokens of bert-base-uncased, and the id from which on they are words
 WORDS = {kind: words.split() for kind, words in (line.split(": ") for line in """\

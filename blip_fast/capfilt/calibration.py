@@ -7,9 +7,9 @@ from itertools import islice
 
 from blip_fast.capfilt.clean import match_scores
 from blip_fast.capfilt.quality import calibrated_threshold
-from blip_fast.data.annotated import AnnotatedImage
-from blip_fast.tasks.loading import pixel_batches
-from blip_fast.tasks.match import Matcher
+from blip_fast.data.shards.annotated import AnnotatedImage
+from blip_fast.tasks.matcher import Matcher
+from blip_fast.tasks.model_loading import pixel_batches
 
 BATCH = 100  # images
 

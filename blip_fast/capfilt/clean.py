@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from blip_fast.generate import GenerationConfig
-from blip_fast.images import ImageError, unless_error
-from blip_fast.tasks.caption import BATCH, PROMPT, Caption, Captioner
-from blip_fast.tasks.match import MAX_TOKENS, Matcher, MatchScores, image_of_each
-from blip_fast.tokenizer import clean_caption
+from blip_fast.media.images import ImageError, unless_error
+from blip_fast.model.tokenizer import clean_caption
+from blip_fast.tasks.captioner import BATCH, PROMPT, Caption, Captioner
+from blip_fast.tasks.matcher import MAX_TOKENS, Matcher, MatchScores, image_of_each
 
 NUCLEUS = GenerationConfig(top_p=0.9, max_length=20, min_length=5)  # beam search was found worse (BLIP table 2)
 

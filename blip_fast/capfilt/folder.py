@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from blip_fast.capfilt.clean import CapFiltRow
-from blip_fast.data.pack import QUARANTINE
-from blip_fast.data.shards import (
+from blip_fast.data.shards.pack import QUARANTINE
+from blip_fast.data.shards.shards import (
     PART,
     Sample,
     Shard,

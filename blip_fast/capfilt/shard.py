@@ -16,12 +16,12 @@ from typing import Any
 
 from blip_fast.capfilt.clean import CapFiltConfig, WebImage, capfilt_stream
 from blip_fast.capfilt.folder import CleanFolder, Refused
-from blip_fast.data.pack import checked
-from blip_fast.data.tars import LocalTar, RemoteTar, StoredSample
-from blip_fast.images import SUFFIXES, ImageError, StoredImage, image_pixels
-from blip_fast.stream import read_ahead
-from blip_fast.tasks.caption import Captioner
-from blip_fast.tasks.match import Matcher
+from blip_fast.data.shards.pack import checked
+from blip_fast.data.shards.tars import LocalTar, RemoteTar, StoredSample
+from blip_fast.media.images import SUFFIXES, ImageError, StoredImage, image_pixels
+from blip_fast.parallel.read_ahead import read_ahead
+from blip_fast.tasks.captioner import Captioner
+from blip_fast.tasks.matcher import Matcher
 
 
 @dataclass(frozen=True, eq=False)

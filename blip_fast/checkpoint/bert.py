@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blip_fast.bert_cnn import PAIR_TOKENS, Bert, BertCnn
 from blip_fast.checkpoint.files import naming_config, read_json, read_weights, write_json, write_tensors
 from blip_fast.checkpoint.names import Layout, native_layout, original_layout
-from blip_fast.config import BlipConfig, SpecialTokens, TextConfig
-from blip_fast.tokenizer import BLIP_TOKENS, Tokenizer
+from blip_fast.model.bert_cnn import PAIR_TOKENS, Bert, BertCnn
+from blip_fast.model.config import BlipConfig, SpecialTokens, TextConfig
+from blip_fast.model.tokenizer import BLIP_TOKENS, Tokenizer
 
 MODEL_TYPE = "blip_fast_bert_cnn"
 # What a BERT may be beyond what is computed here, and what it must then be.

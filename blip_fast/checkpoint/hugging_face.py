@@ -20,10 +20,10 @@ import torch
 
 from blip_fast.checkpoint.files import naming_config, read_weights, write_json, write_tensors
 from blip_fast.checkpoint.names import LM_HEAD, Stored, has_tied_lm_head, hugging_face_layout
-from blip_fast.config import BlipConfig, SpecialTokens, TextConfig, VisionConfig
-from blip_fast.images import MEAN, STD
-from blip_fast.model import INITIAL_TEMPERATURE, BlipModel
-from blip_fast.tokenizer import Tokenizer
+from blip_fast.media.images import MEAN, STD
+from blip_fast.model.blip import INITIAL_TEMPERATURE, BlipModel
+from blip_fast.model.config import BlipConfig, SpecialTokens, TextConfig, VisionConfig
+from blip_fast.model.tokenizer import Tokenizer
 
 CLASSES: dict[str, dict[str, Any]] = {
     "BlipForConditionalGeneration": {"text_stacks": "decoder", "contrastive": False, "matching": False},

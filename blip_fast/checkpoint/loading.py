@@ -11,10 +11,10 @@ from torch import Tensor
 from blip_fast.checkpoint import hugging_face, native, original
 from blip_fast.checkpoint.files import find, read_json, read_tensors
 from blip_fast.checkpoint.names import Stored, original_layout
-from blip_fast.config import BlipConfig, SpecialTokens
-from blip_fast.model import BlipModel
-from blip_fast.tokenizer import Tokenizer
-from blip_fast.vision import resize_positions
+from blip_fast.model.blip import BlipModel
+from blip_fast.model.config import BlipConfig, SpecialTokens
+from blip_fast.model.tokenizer import Tokenizer
+from blip_fast.model.vision import resize_positions
 
 
 def load_model(source: str | Path, *, tokenizer: Tokenizer | None = None, image_size: int | None = None,

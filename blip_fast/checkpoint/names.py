@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from blip_fast.config import BlipConfig
-from blip_fast.text import CrossAttention
+from blip_fast.model.config import BlipConfig
+from blip_fast.model.text import CrossAttention
 
 LM_HEAD = "text_decoder.cls.predictions"
 DECODER_WORDS = "text_decoder.bert.embeddings.word_embeddings.weight"

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from blip_fast.checkpoint.files import naming_config, read_weights, write_json, write_tensors
 from blip_fast.checkpoint.names import Stored, native_layout
-from blip_fast.config import BlipConfig
-from blip_fast.model import BlipModel
-from blip_fast.tokenizer import Tokenizer
+from blip_fast.model.blip import BlipModel
+from blip_fast.model.config import BlipConfig
+from blip_fast.model.tokenizer import Tokenizer
 
 MODEL_TYPE = "blip_fast"
 TRAINING_FILE = "training.safetensors"

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from blip_fast.checkpoint.files import naming_config, read_json, read_pickle, state_dict, whole_file, write_json
 from blip_fast.checkpoint.names import Stored, has_tied_lm_head, original_layout
-from blip_fast.config import BlipConfig, SpecialTokens, TextConfig, VisionConfig
-from blip_fast.model import INITIAL_TEMPERATURE, BlipModel
-from blip_fast.tokenizer import Tokenizer
+from blip_fast.model.blip import INITIAL_TEMPERATURE, BlipModel
+from blip_fast.model.config import BlipConfig, SpecialTokens, TextConfig, VisionConfig
+from blip_fast.model.tokenizer import Tokenizer
 
 QUEUES = ("image_queue", "text_queue", "idx_queue", "queue_ptr", "ptr_queue")
 HEAD_WIDTH = 64

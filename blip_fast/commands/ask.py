@@ -17,7 +17,7 @@ from blip_fast.commands.rows import Row, Work, read_rows, run_rows
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from blip_fast.tasks.answer import Answer, Answerer
+    from blip_fast.tasks.answerer import Answer, Answerer
 
 
 def _arguments(parser: ArgumentParser) -> None:
@@ -64,8 +64,8 @@ def _run(args: Namespace) -> int:
 
 
 def _ask_one(args: Namespace, answers: list[str] | None) -> int:
-    from blip_fast.images import evaluation_transform, load_image
-    from blip_fast.precision import say
+    from blip_fast.inference.precision import say
+    from blip_fast.media.images import evaluation_transform, load_image
 
     image = load_image(args.image)
     line = settle_precision(args)
@@ -83,7 +83,7 @@ def _ask_one(args: Namespace, answers: list[str] | None) -> int:
 
 def _work(args: Namespace, answers: list[str] | None) -> tuple[Work, int]:
     from blip_fast.generate import GenerationConfig
-    from blip_fast.tasks.answer import Answerer
+    from blip_fast.tasks.answerer import Answerer
 
     generation = GenerationConfig(beams=args.beams, max_length=args.max_length, min_length=args.min_length)
     answerer = Answerer.from_pretrained(args.model, **model_options(args))
@@ -95,7 +95,7 @@ def _work(args: Namespace, answers: list[str] | None) -> tuple[Work, int]:
 
 
 def _writing(answerer: Answerer, generation: Any, first_token: str) -> Work:
-    from blip_fast.tasks.match import image_of_each
+    from blip_fast.tasks.matcher import image_of_each
 
     def write(pixels: Tensor, questions: list[list[str]]) -> Iterable[Row]:
         packed = answerer.pack([question for mine in questions for question in mine], first_token)
@@ -105,8 +105,8 @@ def _writing(answerer: Answerer, generation: Any, first_token: str) -> Work:
 
 
 def _choosing(answerer: Answerer, answers: list[str], top_k: int, n_best: int, first_token: str) -> Work:
-    from blip_fast.tasks.match import image_of_each
-    from blip_fast.tokenizer import clean_question
+    from blip_fast.model.tokenizer import clean_question
+    from blip_fast.tasks.matcher import image_of_each
 
     choices = answerer.answer_list(answers)
 

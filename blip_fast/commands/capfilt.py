@@ -20,8 +20,8 @@ from blip_fast.commands.sharing import add_sharing_options
 if TYPE_CHECKING:
     from blip_fast.capfilt.clean import CapFiltConfig
     from blip_fast.capfilt.folder import CleanFolder
-    from blip_fast.data.named_images import Share
-    from blip_fast.data.tars import LocalTar, RemoteTar
+    from blip_fast.data.shards.named_images import Share
+    from blip_fast.data.shards.tars import LocalTar, RemoteTar
 
     Tar = LocalTar | RemoteTar
     Work = tuple[int, Tar]  # a tar and its number
@@ -63,9 +63,9 @@ def _run(args: Namespace) -> int:
 
     from blip_fast.capfilt.folder import CleanFolder
     from blip_fast.commands.progress import sigterm_interrupts
-    from blip_fast.data.cache import shard_cache
-    from blip_fast.data.named_images import Share, tars
-    from blip_fast.precision import say
+    from blip_fast.data.shards.named_images import Share, tars
+    from blip_fast.data.shards.shard_cache import shard_cache
+    from blip_fast.inference.precision import say
 
     config, share = filter_config(args), Share.parse(args.shard)
     folder = CleanFolder(Path(args.output).absolute())
@@ -128,8 +128,8 @@ def _clean(args: Namespace, config: CapFiltConfig, folder: CleanFolder, every: S
 
 def _end(args: Namespace, folder: CleanFolder, count: int) -> None:
     """Write the indexes and the report where all shards are done; say what there is."""
-    from blip_fast.capfilt.report import share_cut, write_report
-    from blip_fast.data.pack import QUARANTINE
+    from blip_fast.capfilt.capfilt_report import share_cut, write_report
+    from blip_fast.data.shards.pack import QUARANTINE
 
     there = sum(folder.is_done(number) for number in range(count))
     if there < count:
@@ -155,7 +155,7 @@ def _here(args: Namespace, config: CapFiltConfig, folder: CleanFolder, work: Seq
 
 
 def _on_ray(args: Namespace, config: CapFiltConfig, folder: CleanFolder, work: Sequence[Work]) -> Generator[Outcome]:
-    from blip_fast.cluster import on_ray
+    from blip_fast.parallel.ray_cluster import on_ray
 
     if work:
         yield from on_ray(args.ray or None, ([one] for one in work), partial(_worker, args, config, folder),
@@ -167,10 +167,10 @@ def _worker(args: Namespace, config: CapFiltConfig,
     """Loads the models; cleans shards."""
     from blip_fast.capfilt.clean import check_models
     from blip_fast.capfilt.shard import clean_shard
-    from blip_fast.search.encoding import fingerprint
-    from blip_fast.stream import read_ahead
-    from blip_fast.tasks.caption import Captioner
-    from blip_fast.tasks.match import Matcher
+    from blip_fast.parallel.read_ahead import read_ahead
+    from blip_fast.search.embedding import fingerprint
+    from blip_fast.tasks.captioner import Captioner
+    from blip_fast.tasks.matcher import Matcher
 
     options: dict[str, Any] = model_options(args)
     matcher = Matcher.from_pretrained(args.filter, **options)
@@ -190,8 +190,8 @@ def _worker(args: Namespace, config: CapFiltConfig,
 
 def _fetched(work: Work) -> str | None:
     """Fetch a tar under a URL; why it cannot be had."""
-    from blip_fast.data.named_images import fetched
-    from blip_fast.data.tars import RemoteTar
+    from blip_fast.data.shards.named_images import fetched
+    from blip_fast.data.shards.tars import RemoteTar
 
     error = fetched(work[1]) if isinstance(work[1], RemoteTar) else None
     return None if error is None else str(error)

@@ -16,8 +16,8 @@ from blip_fast.commands.model_options import add_model_options, model_options
 
 if TYPE_CHECKING:
     from blip_fast.generate import GenerationConfig
-    from blip_fast.tasks.caption import Caption, Captioned, Captioner
-    from blip_fast.tasks.rerank import Scorer
+    from blip_fast.tasks.captioner import Caption, Captioned, Captioner
+    from blip_fast.tasks.reranking import Scorer
 
 BY_LABEL = ("belief", "bert-cnn")  # what re-ranks by the image's likeliest label
 
@@ -86,14 +86,14 @@ def _labels(args: Namespace, generation: GenerationConfig) -> list[str]:
     if args.labels is None:
         return []
     if args.rerank == "belief":
-        from blip_fast.tasks.rerank import BeliefScorer
+        from blip_fast.tasks.reranking import BeliefScorer
 
         BeliefScorer.check_scores(generation)
     return read_list(args.labels, "label")
 
 
 def _worker(args: Namespace, options: dict[str, Any], labels: list[str]) -> Worker:
-    from blip_fast.tasks.caption import Captioner
+    from blip_fast.tasks.captioner import Captioner
 
     captioner = Captioner.from_pretrained(args.model, **model_options(args))
     scorer = None if args.rerank is None else _scorer(args, captioner, labels)
@@ -101,10 +101,10 @@ def _worker(args: Namespace, options: dict[str, Any], labels: list[str]) -> Work
 
 
 def _scorer(args: Namespace, captioner: Captioner, labels: list[str]) -> Scorer:
-    from blip_fast.tasks.classify import Classifier
-    from blip_fast.tasks.loading import load_for_task
-    from blip_fast.tasks.match import Matcher
-    from blip_fast.tasks.rerank import BeliefScorer, BertCnnScorer, ItmScorer
+    from blip_fast.tasks.classifier import Classifier
+    from blip_fast.tasks.matcher import Matcher
+    from blip_fast.tasks.model_loading import load_for_task
+    from blip_fast.tasks.reranking import BeliefScorer, BertCnnScorer, ItmScorer
 
     if args.matcher is None:
         loaded = captioner.model, captioner.tokenizer
@@ -124,7 +124,7 @@ def _rows(captioner: Captioner, options: dict[str, Any], scorer: Scorer | None,
           work: Iterable[Work]) -> Generator[Row]:
     """What is written about each image: image, its own prompt, if any, and caption, token_ids, score, perhaps rerank
     and others; or error."""
-    from blip_fast.tasks.rerank import reranked
+    from blip_fast.tasks.reranking import reranked
 
     given = (image if prompt is None else (image, prompt) for image, prompt in work)
     stream = captioner.stream(given, **options)
@@ -135,7 +135,7 @@ def _rows(captioner: Captioner, options: dict[str, Any], scorer: Scorer | None,
 
 
 def _row(captioned: Captioned) -> Row:
-    from blip_fast.images import ImageError
+    from blip_fast.media.images import ImageError
 
     begun = named(captioned.image, captioned.prompt)
     if isinstance(captioned.result, ImageError):

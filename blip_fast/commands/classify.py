@@ -15,7 +15,7 @@ from blip_fast.commands.lists import read_list
 from blip_fast.commands.model_options import add_model_options, model_options
 
 if TYPE_CHECKING:
-    from blip_fast.tasks.classify import Classifier, Labels
+    from blip_fast.tasks.classifier import Classifier, Labels
 
 
 def _arguments(parser: ArgumentParser) -> None:
@@ -38,7 +38,7 @@ def _run(args: Namespace) -> int:
 
 
 def _worker(args: Namespace, names: list[str]) -> Worker:
-    from blip_fast.tasks.classify import TEMPLATES, Classifier
+    from blip_fast.tasks.classifier import TEMPLATES, Classifier
 
     classifier = Classifier.from_pretrained(args.model, **model_options(args))
     return partial(_rows, classifier, classifier.labels(names, args.template or TEMPLATES), args)
@@ -46,7 +46,7 @@ def _worker(args: Namespace, names: list[str]) -> Worker:
 
 def _rows(classifier: Classifier, labels: Labels, args: Namespace, work: Iterable[Work]) -> Generator[Row]:
     """What is written about each image: image and labels, or error."""
-    from blip_fast.images import ImageError
+    from blip_fast.media.images import ImageError
 
     images = (image for image, _ in work)
     for classified in classifier.stream(images, labels, top_k=args.top_k, batch_size=args.batch_size):

@@ -13,8 +13,8 @@ from blip_fast.commands import Command
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from blip_fast.model import BlipModel
-    from blip_fast.tokenizer import Tokenizer
+    from blip_fast.model.blip import BlipModel
+    from blip_fast.model.tokenizer import Tokenizer
 
 FORMS = ("hf", "original", "native")
 TASKS: dict[str, dict[str, Any]] = {
@@ -43,7 +43,7 @@ def _arguments(parser: ArgumentParser) -> None:
 def _run(args: Namespace) -> int:
     check_destination(Path(args.destination), args.to)
     from blip_fast.checkpoint import load_model, load_training_state
-    from blip_fast.tokenizer import Tokenizer
+    from blip_fast.model.tokenizer import Tokenizer
 
     tokenizer = None if args.tokenizer is None else Tokenizer.from_pretrained(args.tokenizer)
     model, tokenizer = load_model(args.source, tokenizer=tokenizer, image_size=args.image_size, heads=args.heads,

@@ -98,8 +98,8 @@ def _run(args: Namespace) -> None:
 
 
 def _pack(args: Namespace) -> None:
-    from blip_fast.data.annotated import ANNOTATIONS
-    from blip_fast.data.pack import QUARANTINE, pack
+    from blip_fast.data.shards.annotated import ANNOTATIONS
+    from blip_fast.data.shards.pack import QUARANTINE, pack
 
     beside = Path(args.folder) / ANNOTATIONS
     annotations = args.annotations or (beside if beside.is_file() else None)
@@ -116,7 +116,7 @@ def _pack(args: Namespace) -> None:
 
 
 def _annotations(args: Namespace) -> None:
-    from blip_fast.data.published import published_rows
+    from blip_fast.data.shards.published import published_rows
 
     output, partial, count = Path(args.output), Path(f"{args.output}.partial"), 0
     if output.exists():
@@ -134,7 +134,7 @@ def _annotations(args: Namespace) -> None:
 
 
 def _scenes(args: Namespace) -> None:
-    from blip_fast.data.scenes import write_scenes
+    from blip_fast.scenes.scenes import write_scenes
 
     folder = _new_folder(args)
     rows = write_scenes(folder, args.count, args.split, args.seed, args.noise, args.image_size)
@@ -146,7 +146,7 @@ def _scenes(args: Namespace) -> None:
 
 
 def _clips(args: Namespace) -> None:
-    from blip_fast.data.clips import QUESTIONS, write_clips
+    from blip_fast.scenes.clips import QUESTIONS, write_clips
 
     folder = _new_folder(args)
     rows = write_clips(folder, args.count, args.split, args.seed, args.image_size)
@@ -157,7 +157,7 @@ def _clips(args: Namespace) -> None:
 
 
 def _scene_task(args: Namespace) -> None:
-    from blip_fast.data.scene_tasks import write_scene_task
+    from blip_fast.scenes.scene_tasks import write_scene_task
 
     folder = _new_folder(args)
     written = write_scene_task(args.task, folder, args.count, args.split, args.seed, args.image_size)

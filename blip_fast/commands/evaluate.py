@@ -17,8 +17,8 @@ from blip_fast.commands.caption_options import add_caption_options
 from blip_fast.commands.model_options import add_model_options, model_options, settled
 
 if TYPE_CHECKING:
-    from blip_fast.data.annotated import AnnotatedImage
-    from blip_fast.ranks import Ranks
+    from blip_fast.data.shards.annotated import AnnotatedImage
+    from blip_fast.parallel.ranks import Ranks
 
 
 def _arguments(parser: ArgumentParser) -> None:
@@ -95,8 +95,8 @@ def _video_qa_arguments(parser: ArgumentParser) -> None:
 
 
 def _run(args: Namespace) -> None:
-    from blip_fast.data.annotated import annotated_images
-    from blip_fast.ranks import torchrun_ranks
+    from blip_fast.data.shards.annotated import annotated_images
+    from blip_fast.parallel.ranks import torchrun_ranks
 
     options = getattr(args, args.task)
     images = annotated_images(options.data, options.split)
@@ -121,7 +121,7 @@ def _settle(options: Namespace, ranks: Ranks) -> None:
 
 def _retrieval(args: Namespace, images: list[AnnotatedImage], ranks: Ranks) -> dict[str, Any]:
     from blip_fast.evaluation import evaluate_retrieval
-    from blip_fast.tasks.loading import load_for_task
+    from blip_fast.tasks.model_loading import load_for_task
 
     model, tokenizer = load_for_task(args.model, **model_options(args))
     with _progress(ranks) as (track, pairs_done):
@@ -132,12 +132,12 @@ def _retrieval(args: Namespace, images: list[AnnotatedImage], ranks: Ranks) -> d
 
 
 def _caption(args: Namespace, images: list[AnnotatedImage], ranks: Ranks) -> dict[str, Any]:
-    from blip_fast.data.annotated import annotated_images
+    from blip_fast.data.shards.annotated import annotated_images
     from blip_fast.evaluation import evaluate_captions, itm_score
     from blip_fast.generate import GenerationConfig
     from blip_fast.metrics.captions import CaptionMetrics
-    from blip_fast.tasks.caption import Captioner
-    from blip_fast.tasks.match import Matcher
+    from blip_fast.tasks.captioner import Captioner
+    from blip_fast.tasks.matcher import Matcher
 
     generation = GenerationConfig(beams=args.beams, max_length=args.max_length, min_length=args.min_length,
                                   beam_rule=args.beam_rule)
@@ -173,7 +173,7 @@ def _vqa(args: Namespace, images: list[AnnotatedImage], ranks: Ranks) -> dict[st
     from blip_fast.commands.lists import read_list
     from blip_fast.evaluation import evaluate_answers
     from blip_fast.generate import GenerationConfig
-    from blip_fast.tasks.answer import Answerer
+    from blip_fast.tasks.answerer import Answerer
 
     generation = GenerationConfig(beams=args.beams, max_length=args.max_length, min_length=args.min_length)
     choices = [] if args.answers is None else read_list(args.answers, "answer")
@@ -192,7 +192,7 @@ def _vqa(args: Namespace, images: list[AnnotatedImage], ranks: Ranks) -> dict[st
 
 def _nlvr2(args: Namespace, images: list[AnnotatedImage], ranks: Ranks) -> dict[str, Any]:
     from blip_fast.evaluation import evaluate_pairs
-    from blip_fast.tasks.reason import Reasoner
+    from blip_fast.tasks.reasoner import Reasoner
 
     _check_names(args.output, images, "identifier")
     reasoner = Reasoner.from_pretrained(args.model, **model_options(args))
@@ -206,7 +206,7 @@ def _nlvr2(args: Namespace, images: list[AnnotatedImage], ranks: Ranks) -> dict[
 
 def _visdial(args: Namespace, images: list[AnnotatedImage], ranks: Ranks) -> dict[str, Any]:
     from blip_fast.evaluation import evaluate_dialogues
-    from blip_fast.tasks.dialog import DialogRanker
+    from blip_fast.tasks.dialog_ranking import DialogRanker
 
     ranker = DialogRanker.from_pretrained(args.model, **model_options(args))
     with _progress(ranks) as (track, _):
@@ -214,13 +214,13 @@ def _visdial(args: Namespace, images: list[AnnotatedImage], ranks: Ranks) -> dic
 
 
 def _video_retrieval(args: Namespace, images: list[AnnotatedImage], ranks: Ranks) -> dict[str, Any]:
-    from blip_fast.data.videos import as_videos
+    from blip_fast.data.shards.videos import as_videos
 
     return {"frames": args.frames, **_retrieval(args, as_videos(images, args.frames), ranks)}
 
 
 def _video_qa(args: Namespace, images: list[AnnotatedImage], ranks: Ranks) -> dict[str, Any]:
-    from blip_fast.data.videos import as_videos
+    from blip_fast.data.shards.videos import as_videos
 
     figures = _vqa(args, as_videos(images, args.frames), ranks)
     return {"frames": args.frames, "accuracy": figures["commonest_answer"]}

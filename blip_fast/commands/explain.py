@@ -30,14 +30,14 @@ def _arguments(parser: ArgumentParser) -> None:
 
 
 def _run(args: Namespace) -> None:
-    from blip_fast.images import load_image
+    from blip_fast.media.images import load_image
 
     if Path(args.output).suffix.lower() not in SUFFIXES:
         raise ValueError(f"--output {args.output} must end with one of {', '.join(SUFFIXES)}")
     picture = load_image(args.image)
-    from blip_fast.precision import say
+    from blip_fast.inference.precision import say
     from blip_fast.report.heat import panel_size, word_sheet
-    from blip_fast.tasks.explain import Explainer
+    from blip_fast.tasks.explainer import Explainer
 
     line = settle_precision(args, differentiable=True)
     explainer = Explainer.from_pretrained(args.model, **model_options(args))

@@ -19,9 +19,9 @@ from blip_fast.commands.sharing import add_sharing_options
 
 if TYPE_CHECKING:
     from blip_fast.commands.jsonl import DoneRows, JsonLines
-    from blip_fast.data.named_images import Share
-    from blip_fast.data.shards import Shard
-    from blip_fast.images import StoredImage
+    from blip_fast.data.shards.named_images import Share
+    from blip_fast.data.shards.shards import Shard
+    from blip_fast.media.images import StoredImage
 
 Row = dict[str, Any]
 Work = tuple["StoredImage", str | None]  # an image and its own prompt
@@ -66,7 +66,7 @@ def run_images(args: Namespace, make_worker: Callable[[], Worker], lines: Callab
     """
     from blip_fast.commands.jsonl import JsonLines
     from blip_fast.commands.progress import sigterm_interrupts
-    from blip_fast.data.named_images import Share
+    from blip_fast.data.shards.named_images import Share
 
     share = Share.parse(args.shard)
     if args.batch_size < 1:
@@ -88,7 +88,7 @@ def named(image: str, prompt: str | None) -> Row:
 def _run_all(args: Namespace, make_worker: Callable[[], Worker], share: Share, report: _Report) -> int:
     from blip_fast.commands.model_options import settle_output
     from blip_fast.commands.progress import exit_status, progress_bar
-    from blip_fast.precision import say
+    from blip_fast.inference.precision import say
 
     output = report.output
     work = _left(args, share, output)
@@ -119,8 +119,8 @@ def _run_all(args: Namespace, make_worker: Callable[[], Worker], share: Share, r
 
 def _work(args: Namespace, share: Share, is_done: Callable[[str, Shard], bool]) -> Iterator[Work]:
     """All that the arguments name, in their order."""
-    from blip_fast.data.cache import shard_cache
-    from blip_fast.data.named_images import expand, listed, open_list
+    from blip_fast.data.shards.named_images import expand, listed, open_list
+    from blip_fast.data.shards.shard_cache import shard_cache
 
     images = expand(args.images, shard_cache(args.cache, args.cache_gb), share, is_done)
     entries = listed(open_list(args.list), share) if args.list else ()
@@ -157,7 +157,7 @@ def _rows(args: Namespace, make_worker: Callable[[], Worker], work: Iterable[Wor
     """Made here, or by the workers of a cluster."""
     if args.ray is None:
         return make_worker()(work)
-    from blip_fast.cluster import on_ray
+    from blip_fast.parallel.ray_cluster import on_ray
 
     work = iter(work)
     batches = iter(lambda: list(islice(work, RAY_BATCHES * args.batch_size)), [])

@@ -35,18 +35,18 @@ def _run(args: Namespace) -> int:
         raise ModuleNotFoundError(name="triton")
     chosen = {"op": _listed("op", args.op), "dtype": _listed("dtype", args.dtype)}
     if args.tune:
-        return _python("blip_kernels.tune", [*_options(chosen), "--output", args.output]).wait()
+        return _python("blip_kernels.compiled.tune", [*_options(chosen), "--output", args.output]).wait()
     if args.write_budgets and (args.launch, args.dtype) != ("*", "float16,bfloat16"):
         raise ValueError("--write-budgets measures all launches in float16 and bfloat16: drop --launch and --dtype")
     if args.jobs < 1:
         raise ValueError(f"--jobs is {args.jobs}: at least 1")
     chosen["target"] = _listed("target", args.target)
     options = [*_options(chosen), "--launch", args.launch, "--jobs", str(args.jobs), "--json"]
-    status, rows = _rows(_python("blip_kernels.aot", options), args.json)
+    status, rows = _rows(_python("blip_kernels.compiled.aot", options), args.json)
     if status:  # the process has said why
         return status
     if args.write_budgets:
-        from blip_kernels import aot, budgets
+        from blip_kernels.compiled import aot, budgets
 
         budgets.write(aot.Report(**row) for row in rows)
     if not args.json:
@@ -55,7 +55,7 @@ def _run(args: Namespace) -> int:
 
 
 def _listed(name: str, given: str | None) -> list[str]:
-    from blip_kernels.aot import DTYPES, OPS, TARGETS
+    from blip_kernels.compiled.aot import DTYPES, OPS, TARGETS
 
     known = {"op": OPS, "dtype": DTYPES, "target": TARGETS}[name]
     found = [part.strip() for part in given.split(",")] if given is not None else []

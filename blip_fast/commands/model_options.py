@@ -47,8 +47,8 @@ def model_options(args: Namespace) -> dict[str, Any]:
 
 def settled(name: str, device: str | None, differentiable: bool = False) -> tuple[str, str]:
     """What a name means on a device, and the line that says so. Raises ValueError as `settle_precision`."""
-    from blip_fast.precision import check, explained, resolve
-    from blip_fast.tasks.loading import chosen_device
+    from blip_fast.inference.precision import check, explained, resolve
+    from blip_fast.tasks.model_loading import chosen_device
 
     target = chosen_device(device)
     precision = resolve(name, target, differentiable)
@@ -76,7 +76,7 @@ def settle_precision(args: Namespace, begun: str | None = None, differentiable: 
     if getattr(args, "ray", None) is None:
         args.dtype, line = settle()
     else:
-        from blip_fast.cluster import ask_worker
+        from blip_fast.parallel.ray_cluster import ask_worker
 
         args.dtype, line = ask_worker(args.ray or None, settle, gpus=args.device != "cpu")
     return line

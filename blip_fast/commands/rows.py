@@ -94,7 +94,7 @@ def run_rows(args: Namespace, rows: Sequence[Row], text: str, make_work: Callabl
 
 def _run(args: Namespace, rows: Sequence[Row], text: str, make_work: Callable[[], tuple[Work, int]],
          file: JsonLines | None) -> int:
-    from blip_fast.precision import say
+    from blip_fast.inference.precision import say
 
     if not rows:
         print("blip-fast: nothing left to do", file=sys.stderr)
@@ -120,8 +120,8 @@ def _print(row: Row) -> None:
 def _results(rows: Sequence[Row], text: str, work: Work, image_size: int, batch_size: int) -> Iterator[Row]:
     import torch
 
-    from blip_fast.images import ImageError
-    from blip_fast.tasks.loading import read_pixels
+    from blip_fast.media.images import ImageError
+    from blip_fast.tasks.model_loading import read_pixels
 
     groups = [list(part) for _, same in groupby(rows, lambda row: row["image"])
               for part in iter(partial(_take, same, MOST_ROWS), [])]

@@ -46,11 +46,11 @@ def _run(args: Namespace) -> int:
 
 
 def _score_one(args: Namespace) -> int:
-    from blip_fast.images import load_image
+    from blip_fast.media.images import load_image
 
     image = load_image(args.image)
-    from blip_fast.precision import say
-    from blip_fast.tasks.match import Matcher
+    from blip_fast.inference.precision import say
+    from blip_fast.tasks.matcher import Matcher
 
     line = settle_precision(args)
     matcher = Matcher.from_pretrained(args.model, **model_options(args))
@@ -65,7 +65,7 @@ def _score_one(args: Namespace) -> int:
 
 
 def _work(args: Namespace) -> tuple[Work, int]:
-    from blip_fast.tasks.match import Matcher, image_of_each
+    from blip_fast.tasks.matcher import Matcher, image_of_each
 
     matcher = Matcher.from_pretrained(args.model, **model_options(args))
     matcher.pack([], args.first_token)  # another first token is refused before anything is scored

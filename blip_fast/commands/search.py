@@ -66,7 +66,7 @@ def _run(args: Namespace) -> int:
 
 
 def _index(args: Namespace) -> int:
-    from blip_fast.precision import say
+    from blip_fast.inference.precision import say
     from blip_fast.search import AddReport
     from blip_fast.search.store import BROKEN
 
@@ -111,7 +111,7 @@ def _opened(args: Namespace) -> tuple[Index, str]:
 
 
 def _query(args: Namespace) -> int:
-    from blip_fast.precision import say
+    from blip_fast.inference.precision import say
     from blip_fast.search import Index
 
     with closing(Index.open(args.index, model=args.model, device=args.device, threads=args.threads)) as index:

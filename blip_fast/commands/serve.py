@@ -74,7 +74,7 @@ def _run(args: Namespace) -> None:
 
 
 def _settings(args: Namespace) -> Settings:
-    from blip_fast.images import MAX_PIXELS
+    from blip_fast.media.images import MAX_PIXELS
 
     if all(getattr(args, name) is None for name in (*MODELS, "index")):
         raise ValueError("nothing to serve: name a --model, a --matcher, an --answerer or an --index")

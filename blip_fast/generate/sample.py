@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from blip_fast.generate.config import GenerationConfig
+from blip_fast.generate.generation_config import GenerationConfig
 from blip_fast.generate.texts import Texts, adjust, enter, no_texts
 
 

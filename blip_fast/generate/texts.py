@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from blip_fast.generate.config import GenerationConfig
+from blip_fast.generate.generation_config import GenerationConfig
 
 
 @dataclass(frozen=True)

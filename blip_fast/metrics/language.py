@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blip_fast.inference import encode_images, evaluating
-from blip_fast.model import BlipModel
-from blip_fast.packing import PackedTexts
-from blip_fast.text import TextStream
+from blip_fast.inference.encoding import encode_images, evaluating
+from blip_fast.model.blip import BlipModel
+from blip_fast.model.packed_texts import PackedTexts
+from blip_fast.model.text import TextStream
 
 VOCABULARY_ROWS = 1024  # token rows whose logits over the whole vocabulary exist at a time
 

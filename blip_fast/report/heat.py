@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 if TYPE_CHECKING:
-    from blip_fast.tasks.explain import WordMap
+    from blip_fast.tasks.explainer import WordMap
 
 PANEL = 360  # longest side of a picture in a sheet
 COLUMNS = 4  # pictures in a row at most

@@ -18,7 +18,7 @@ from statistics import median
 
 from PIL import Image
 
-from blip_fast.images import ImageSource, load_image
+from blip_fast.media.images import ImageSource, load_image
 from blip_fast.report.plot import Bars, Plot
 
 THUMBNAIL = 360  # longest side of a picture in the page

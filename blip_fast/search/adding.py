@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from blip_fast.images import ImageError, StoredImage
-from blip_fast.model import BlipModel
-from blip_fast.search.encoding import image_features
+from blip_fast.media.images import ImageError, StoredImage
+from blip_fast.model.blip import BlipModel
+from blip_fast.search.embedding import image_features
 from blip_fast.search.store import Entry, Store, Version
-from blip_fast.tasks.loading import read_pixels
+from blip_fast.tasks.model_loading import read_pixels
 
 WRITE_IMAGES, WRITE_SECONDS = 32, 5.0  # what is encoded is written so often: being killed costs no more
 

@@ -10,19 +10,19 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from blip_fast.data.cache import CACHE, shard_cache
-from blip_fast.data.named_images import expand
-from blip_fast.data.shards import is_url
-from blip_fast.images import ImageError, ImageSource, StoredImage, local_path
-from blip_fast.packing import PackedTexts
-from blip_fast.precision import resolve
+from blip_fast.data.shards.named_images import expand
+from blip_fast.data.shards.shard_cache import CACHE, shard_cache
+from blip_fast.data.shards.shards import is_url
+from blip_fast.inference.precision import resolve
+from blip_fast.media.images import ImageError, ImageSource, StoredImage, local_path
+from blip_fast.model.packed_texts import PackedTexts
 from blip_fast.search.adding import Adding, AddReport
 from blip_fast.search.approximate import BACKENDS, graph_of, nearest_rows
-from blip_fast.search.encoding import fingerprint, image_features, match_logits, text_feature
+from blip_fast.search.embedding import fingerprint, image_features, match_logits, text_feature
 from blip_fast.search.store import Store, printable
 from blip_fast.search.topk import top_rows
-from blip_fast.tasks.loading import as_sources, chosen_device, pixel_batches
-from blip_fast.tasks.match import Matcher
+from blip_fast.tasks.matcher import Matcher
+from blip_fast.tasks.model_loading import as_sources, chosen_device, pixel_batches
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from blip_fast.images import ImageError, ImageSource
+from blip_fast.media.images import ImageError, ImageSource
 from blip_fast.report import Card, Line, Report
 from blip_fast.report.page import THUMBNAIL
 from blip_fast.search.index import Hit, Index

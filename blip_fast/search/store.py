@@ -25,8 +25,8 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from blip_fast.checkpoint.files import whole_file
-from blip_fast.data.tars import LocalTar
-from blip_fast.images import StoredImage
+from blip_fast.data.shards.tars import LocalTar
+from blip_fast.media.images import StoredImage
 
 DATABASE = "index.sqlite"
 BROKEN = "broken.jsonl"

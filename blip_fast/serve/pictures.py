@@ -15,7 +15,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-from blip_fast.images import ImageError, load_image
+from blip_fast.media.images import ImageError, load_image
 from blip_fast.serve.refusals import Refused, not_an_image
 
 NAME = "the picture"

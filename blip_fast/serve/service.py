@@ -9,8 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from blip_fast.serve import decoding, worker
-from blip_fast.serve.engine import WorkerOptions
+from blip_fast.serve import decoder, worker
 from blip_fast.serve.fetching import Fetcher
 from blip_fast.serve.forms import Link, Picture
 from blip_fast.serve.guard import House
@@ -18,6 +17,7 @@ from blip_fast.serve.messages import Message
 from blip_fast.serve.observing import Observing
 from blip_fast.serve.processes import Crew
 from blip_fast.serve.refusals import Refused, not_an_image, not_ready, worker_lost
+from blip_fast.serve.served_models import WorkerOptions
 from blip_fast.serve.settings import Settings
 
 MOST_SHOWN = 10_000  # hits whose pictures may still be asked for
@@ -39,7 +39,7 @@ class Service:
         workers = [(replace(options, loading={**options.loading, "device": device}),) for device in settings.devices]
         self.workers = Crew("workers", worker.main, workers, depth=2 * options.batch_size, patience=limits.seconds,
                             lost=worker_lost, failed=self._failed)
-        self.decoders = Crew("decoders", decoding.main, [(limits.pixels,)] * settings.decoders, depth=1,
+        self.decoders = Crew("decoders", decoder.main, [(limits.pixels,)] * settings.decoders, depth=1,
                              patience=limits.decode_seconds, lost=lambda: not_an_image("No decoder survives the file"),
                              failed=self._failed)
         self.observing = Observing([self.workers, self.decoders], lambda: self.house.taken)

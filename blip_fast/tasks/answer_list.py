@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from blip_kernels import linear_cross_entropy
 from torch import Tensor
 
-from blip_fast.model import BlipModel
-from blip_fast.packing import PackedTexts
-from blip_fast.text import ImageKV, TextStream
+from blip_fast.model.blip import BlipModel
+from blip_fast.model.packed_texts import PackedTexts
+from blip_fast.model.text import ImageKV, TextStream
 
 LABEL_SMOOTHING = 0.1  # of the published answers' losses, in ranking too
 

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blip_kernels import block_attention
 from blip_kernels.backends import attention_backend
-from blip_kernels.padded_attention import CORES, causal_mask, padded_attention
+from blip_kernels.cpu import block_attention
+from blip_kernels.cpu.padded_attention import CORES, causal_mask, padded_attention
 from blip_kernels.random import new_seed, philox
 
 MAX_ROWS = 2**31 - 1  # offsets are int32
@@ -111,7 +111,7 @@ def _op(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, kv_offsets: Tensor, 
         scale: float, seed: int, triton: bool) -> tuple[Tensor, Tensor]:
     """→ out and the log-sum-exp [heads, query rows], Triton's to base 2."""
     if triton:
-        from blip_kernels.gpu.attention import forward
+        from blip_kernels.gpu.attention_kernels import forward
 
         return forward(q, k, v, q_offsets, kv_offsets, causal, dropout, scale, seed)
     return _twin_forward(q, k, v, q_offsets, kv_offsets, causal, dropout, scale, seed)
@@ -128,7 +128,7 @@ def _backward_op(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse
                  kv_offsets: Tensor, causal: bool, dropout: float, scale: float, seed: int,
                  triton: bool) -> tuple[Tensor, Tensor, Tensor]:
     if triton:
-        from blip_kernels.gpu.attention import backward
+        from blip_kernels.gpu.attention_kernels import backward
 
         return backward(grad, q, k, v, out, lse, q_offsets, kv_offsets, causal, dropout, scale, seed)
     return _twin_backward(grad, q, k, v, out, q_offsets, kv_offsets, causal, dropout, scale, seed)

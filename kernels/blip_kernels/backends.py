@@ -13,8 +13,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from blip_kernels import processor
-from blip_kernels.products import has_products
+from blip_kernels.cpu import processor
+from blip_kernels.cpu.products import has_products
 
 ATTENTION_BACKENDS = ("auto", "triton", "sdpa", "sliced", "flash_attn", "xformers", "reference")
 ATTENTION_VARIABLE = "BLIP_FAST_ATTENTION"
@@ -102,7 +102,7 @@ def op_backend(x: Tensor, requested: str | None = None) -> str:
 def triton_cannot(x: Tensor) -> str | None:
     """Why Triton cannot run a call on `x`; None where it can."""
     try:
-        from blip_kernels.gpu.launch import why_not
+        from blip_kernels.gpu.kernel_launch import why_not
     except ImportError as error:
         return f"Triton is not installed ({error})"
     return why_not(x)

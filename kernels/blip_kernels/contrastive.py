@@ -108,7 +108,7 @@ def _contrastive(q: Tensor, q_m: Tensor, batch_keys: Tensor, queue_keys: Tensor,
                  ids: Tensor | None, item_ids: Tensor | None, first_own: int, backend: str) -> tuple[Tensor, Tensor]:
     inputs = (q, q_m, batch_keys, queue_keys, temperature, alpha, ids, item_ids, first_own)
     if backend == "triton":
-        from blip_kernels.gpu.contrastive import forward
+        from blip_kernels.gpu.contrastive_kernels import forward
 
         return forward(*inputs)
     with torch.autocast(q.device.type, enabled=False):
@@ -127,7 +127,7 @@ def _contrastive_backward(grad: Tensor, stats: Tensor, q: Tensor, q_m: Tensor, b
                           first_own: int, need_keys: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     inputs = (grad, stats, q, q_m, batch_keys, queue_keys, temperature, alpha, ids, item_ids, first_own, need_keys)
     if backend == "triton":
-        from blip_kernels.gpu.contrastive import backward
+        from blip_kernels.gpu.contrastive_kernels import backward
 
         return backward(*inputs)
     with torch.autocast(q.device.type, enabled=False):

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blip_kernels.backends import op_backend
-from blip_kernels.products import matmul
+from blip_kernels.cpu.products import matmul
 
 HEAD_DIMS = (32, 64, 128)  # of the kernels; the twins take any
 MOST_ROWS = 64  # query rows of a segment: one tile holds them
@@ -78,7 +78,7 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -> T
 def _decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float, backend: str) -> Tensor:
     if backend == "reference":
         return _decode_reference(q, k, v, lengths, scale).contiguous()
-    from blip_kernels.gpu.decode_attention import decode
+    from blip_kernels.gpu.decode_kernels import decode
 
     return decode(q, k, v, lengths, scale)
 
@@ -87,7 +87,7 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float, back
 def _cached(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, lengths: Tensor, scale: float, backend: str) -> Tensor:
     if backend == "reference":
         return _cached_reference(q, k, v, slots, lengths, scale).contiguous()
-    from blip_kernels.gpu.decode_attention import cached
+    from blip_kernels.gpu.decode_kernels import cached
 
     return cached(q, k, v, slots, lengths, scale)
 

@@ -87,7 +87,7 @@ def _hard_negatives(q: Tensor, keys: Tensor, temperature: Tensor, floor: float, 
                     ids: Tensor | None, key_ids: Tensor | None, first_own: int, backend: str) -> Tensor:
     inputs = (q, keys, temperature, floor, seed, stream, ids, key_ids, first_own)
     if backend == "triton":
-        from blip_kernels.gpu.hard_negatives import draw
+        from blip_kernels.gpu.hard_negative_kernels import draw
 
         return draw(*inputs)
     with torch.autocast(q.device.type, enabled=False):

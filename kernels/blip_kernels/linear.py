@@ -2,7 +2,7 @@
 
     y = x wᵀ + b,    dx = dy w,    dw = dyᵀ x,    db = Σ dy
 
-`blip_kernels.products` says which library multiplies on a CPU.
+`blip_kernels.cpu.products` says which library multiplies on a CPU.
 
 Kept are the weight as it is, where `F.linear` under autocast keeps a cast copy, and x; where x = cheap(source), by a
 norm or GELU, not x but its source, which the cheap operation's own backward keeps anyway.
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blip_kernels.products import linear_product
+from blip_kernels.cpu.products import linear_product
 
 
 @torch.library.custom_op("blip_kernels::product", mutates_args=())

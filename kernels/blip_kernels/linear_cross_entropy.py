@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blip_kernels.backends import op_backend
+from blip_kernels.cpu.products import matmul
 from blip_kernels.linear import linear
-from blip_kernels.products import matmul
 
 # The twin's sizes, elements of float32. A tile is computed, summed up and turned into gradients while it is in a cache.
 ROWS = 2048  # rows of a tile, at most
@@ -175,7 +175,7 @@ def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tenso
              dtype: torch.dtype, keep: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     if backend == "reference":
         return _forward_reference(hidden, weight, bias, targets, smoothing, ignore_index, dtype, keep)
-    from blip_kernels.gpu.linear_cross_entropy import forward
+    from blip_kernels.gpu.linear_cross_entropy_kernels import forward
 
     losses, lse = forward(hidden, weight, bias, targets, smoothing, ignore_index, dtype)
     return losses, lse[None], lse.new_empty(0)
@@ -199,7 +199,7 @@ def _backward(d_losses: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | N
     if backend == "reference":
         return _backward_reference(d_losses, hidden, weight, bias, targets, chunk_lse, kept, smoothing, ignore_index,
                                    dtype, needs)
-    from blip_kernels.gpu.linear_cross_entropy import backward
+    from blip_kernels.gpu.linear_cross_entropy_kernels import backward
 
     per_row, unit = upstream(d_losses, targets, ignore_index, dtype)
     return backward(per_row, unit, hidden, weight, bias, targets, chunk_lse[0], smoothing, dtype, needs)

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from blip_fast.checkpoint.files import write_tensors
-from blip_fast.model import BlipModel
+from blip_fast.model.blip import BlipModel
 from blip_train.freezing import named_below
-from blip_train.pretraining import Pretraining
 from blip_train.recipe import AdapterRecipe
-from blip_train.step import TrainingStep
+from blip_train.steps.pretraining import Pretraining
+from blip_train.steps.step import TrainingStep
 
 ADAPTER = "default"  # peft's name for the only adapter of a model
 READ_BY_THE_LOSS = "lm_head.projection"  # its weight goes into the loss as it is, where an adapter would have no effect

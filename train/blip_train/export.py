@@ -8,18 +8,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from blip_fast.config import BlipConfig
-from blip_fast.model import BlipModel
-from blip_fast.tokenizer import Tokenizer
+from blip_fast.model.blip import BlipModel
+from blip_fast.model.config import BlipConfig
+from blip_fast.model.tokenizer import Tokenizer
 from blip_train.adapters import adapt, merged
-from blip_train.checkpoints import read_written, whole
+from blip_train.checkpoint.checkpoints import read_written, whole
+from blip_train.checkpoint.reshard import whole_weights
+from blip_train.checkpoint.training_state import export_state
 from blip_train.launch import rank_environment
 from blip_train.prepare import TOKENIZER, make_step
-from blip_train.pretraining import Pretraining
 from blip_train.recipe import load_recipe
-from blip_train.reshard import whole_weights
-from blip_train.step import TrainingStep
-from blip_train.training_state import export_state
+from blip_train.steps.pretraining import Pretraining
+from blip_train.steps.step import TrainingStep
 
 
 def read_checkpoint(run: Path, step: int | None) -> tuple[TrainingStep, Tokenizer]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from blip_train.step import TrainingStep
+from blip_train.steps.step import TrainingStep
 
 
 def named_below(patterns: Sequence[str], names: Sequence[str], option: str) -> list[str]:

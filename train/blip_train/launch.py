@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from blip_train.guard import STOPPED
+from blip_train.engine.agreement import STOPPED
 from blip_train.prepare import EXPORT, check_directory, check_sources
 from blip_train.recipe import Recipe
 

@@ -14,25 +14,25 @@ from torch import Tensor
 
 from blip_fast.checkpoint import load_model, load_training_state, reasoning_model
 from blip_fast.checkpoint.original import QUEUES, tokenizer_directory
-from blip_fast.config import BlipConfig, SpecialTokens
-from blip_fast.data.annotated import ANNOTATIONS
-from blip_fast.data.pack import pack
-from blip_fast.data.pipeline import Batch as ReadBatch
-from blip_fast.data.scenes import write_scenes
-from blip_fast.data.shards import INDEX, is_url, iterate, read_index
-from blip_fast.data.sources import Source
-from blip_fast.model import BlipModel
-from blip_fast.tokenizer import Tokenizer, clean_caption
+from blip_fast.data.input.pipeline import Batch as ReadBatch
+from blip_fast.data.input.sources import Source
+from blip_fast.data.shards.annotated import ANNOTATIONS
+from blip_fast.data.shards.pack import pack
+from blip_fast.data.shards.shards import INDEX, is_url, iterate, read_index
+from blip_fast.model.blip import BlipModel
+from blip_fast.model.config import BlipConfig, SpecialTokens
+from blip_fast.model.tokenizer import Tokenizer, clean_caption
+from blip_fast.scenes.scenes import write_scenes
 from blip_train import collectives
 from blip_train.adapters import adapt
-from blip_train.answering import Answering, QuestionBatch
-from blip_train.dialogues import DialogueBatch, Dialogues
+from blip_train.checkpoint.training_state import restore_state
 from blip_train.freezing import freeze
-from blip_train.pretraining import Batch, Pretraining
-from blip_train.reasoning import PairBatch, Reasoning
 from blip_train.recipe import Recipe
-from blip_train.step import TrainingStep
-from blip_train.training_state import restore_state
+from blip_train.steps.answering import Answering, QuestionBatch
+from blip_train.steps.dialogues import DialogueBatch, Dialogues
+from blip_train.steps.pretraining import Batch, Pretraining
+from blip_train.steps.reasoning import PairBatch, Reasoning
+from blip_train.steps.step import TrainingStep
 
 EXPORT = "model"  # the exported model within a run's directory
 ADAPTERS = "adapters"  # what was trained beside it, in peft's format

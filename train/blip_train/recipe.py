@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from blip_fast.config import BlipConfig
-from blip_fast.data.cache import CACHE
-from blip_fast.data.shards import is_url
-from blip_fast.data.sources import Source, check_mix
-from blip_train.pretraining import Objective
+from blip_fast.data.input.sources import Source, check_mix
+from blip_fast.data.shards.shard_cache import CACHE
+from blip_fast.data.shards.shards import is_url
+from blip_fast.model.config import BlipConfig
 from blip_train.schedule import Schedule
+from blip_train.steps.pretraining import Objective
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

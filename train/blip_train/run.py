@@ -10,17 +10,21 @@ import torch
 import torch.distributed as dist
 
 from blip_fast.checkpoint import save_native
-from blip_fast.data.pipeline import InputConfig, TrainInput
-from blip_fast.data.sources import Source
-from blip_fast.precision import explained, resolve, say
-from blip_fast.tokenizer import Tokenizer
-from blip_train import checkpoints, collectives
+from blip_fast.data.input.pipeline import InputConfig, TrainInput
+from blip_fast.data.input.sources import Source
+from blip_fast.inference.precision import explained, resolve, say
+from blip_fast.model.tokenizer import Tokenizer
+from blip_train import collectives
 from blip_train.adapters import merged, save_adapters
-from blip_train.batches import Batches
-from blip_train.engine import TrainingEngine, mean_losses, start_rank
-from blip_train.guard import STOPPED
-from blip_train.logs import RunLog
-from blip_train.meter import Meter
+from blip_train.checkpoint import checkpoints
+from blip_train.checkpoint.writer import Writer
+from blip_train.engine.agreement import STOPPED
+from blip_train.engine.batches import Batches
+from blip_train.engine.engine import TrainingEngine, mean_losses, start_rank
+from blip_train.engine.step_slots import Streams
+from blip_train.logs.meter import Meter
+from blip_train.logs.profiling import StepProfiler
+from blip_train.logs.run_log import RunLog
 from blip_train.prepare import (
     ADAPTERS,
     EXPORT,
@@ -32,13 +36,10 @@ from blip_train.prepare import (
     prepare_step,
     prepare_tokenizer,
 )
-from blip_train.pretraining import StepOutput
-from blip_train.profiling import StepProfiler
 from blip_train.recipe import Recipe
-from blip_train.report import write_run_report
+from blip_train.run_report import write_run_report
 from blip_train.schedule import alpha_at
-from blip_train.streams import Streams
-from blip_train.writer import Writer
+from blip_train.steps.pretraining import StepOutput
 
 
 def train(recipe: Recipe, resume: bool = False, profile: int = 0) -> Path:

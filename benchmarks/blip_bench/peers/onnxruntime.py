@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort  # pyright: ignore[reportMissingImports]
 import torch
-from blip_kernels.processor import has_int8
+from blip_kernels.cpu.processor import has_int8
 from onnxruntime.quantization import QuantType, quantize_dynamic  # pyright: ignore[reportMissingImports]
 from onnxruntime.transformers.optimizer import optimize_model  # pyright: ignore[reportMissingImports]
 from torch import Tensor

@@ -15,7 +15,7 @@ import nncf  # pyright: ignore[reportMissingImports]
 import numpy as np
 import openvino as ov  # pyright: ignore[reportMissingImports]
 import torch
-from blip_kernels.processor import has_bfloat16
+from blip_kernels.cpu.processor import has_bfloat16
 from openvino._offline_transformations import (  # pyright: ignore[reportMissingImports]
     apply_make_stateful_transformation,
 )

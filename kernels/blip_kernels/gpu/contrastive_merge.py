@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from blip_kernels.gpu.configs import config
-from blip_kernels.gpu.launch import generation, launch
+from blip_kernels.gpu.kernel_launch import generation, launch
 
 SIZES = ["n_rows", "n_batch", "n_first", "n_items", "n_shares", "shift"]  # one compiled kernel for all of them
 

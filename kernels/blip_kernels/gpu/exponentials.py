@@ -13,7 +13,8 @@ The cubic's relative error is 1.01e-4, a fifth of float16's rounding of the weig
 MUFU and become 2^−126 here. A NaN stays one on the MUFU and becomes 3.4e38 here, infinite as a 16-bit weight: what is
 not finite among the inputs is not finite in the output.
 
-Triton's interpreter knows no PTX and takes the plain formulas; tests/test_exponentials.py runs the PTX text itself.
+Triton's interpreter knows no PTX and takes the plain formulas; tests/kernels/test_exponentials.py runs the PTX text
+itself.
 """
 
 # Triton's stubs do not know that a constexpr stands for its value.
@@ -24,7 +25,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from blip_kernels.gpu.launch import INTERPRETED
+from blip_kernels.gpu.kernel_launch import INTERPRETED
 
 PACK = 32  # weights of one block of PTX
 POLYNOMIAL_PAIRS = (1, 4, 7, 10, 13)  # of the sixteen pairs in a block

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from blip_kernels.gpu.launch import launch
+from blip_kernels.gpu.kernel_launch import launch
 
 
 @triton.jit

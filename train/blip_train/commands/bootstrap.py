@@ -10,7 +10,7 @@ from blip_train.commands.needs import require_training
 
 def _arguments(parser: ArgumentParser) -> None:
     require_training()  # the recipe's class stands on it
-    from blip_train.bootstrap_recipe import BootstrapRecipe
+    from blip_train.experiments.bootstrap_recipe import BootstrapRecipe
     from blip_train.recipe import add_recipe_arguments
 
     add_recipe_arguments(parser, BootstrapRecipe)
@@ -23,9 +23,9 @@ def _run(args: Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from blip_train.bootstrap import bootstrap
-    from blip_train.bootstrap_recipe import BootstrapRecipe
-    from blip_train.bootstrap_report import METRICS, comparison, removal, write_figures
+    from blip_train.experiments.bootstrap import bootstrap
+    from blip_train.experiments.bootstrap_recipe import BootstrapRecipe
+    from blip_train.experiments.bootstrap_report import METRICS, comparison, removal, write_figures
     from blip_train.recipe import read_recipe
 
     recipe = read_recipe(args, BootstrapRecipe)

@@ -20,8 +20,8 @@ def _run(arguments: Namespace) -> None:
     from pathlib import Path
 
     from blip_train.commands.figures import print_figures
-    from blip_train.demo import demo
-    from blip_train.demo_report import figures, write_demo_report
+    from blip_train.experiments.demo import demo
+    from blip_train.experiments.demo_report import figures, write_demo_report
 
     result = demo(Path(arguments.output), arguments.recipe)
     page = write_demo_report(result, Path(arguments.output) / "report.html")

@@ -23,8 +23,8 @@ def _run(arguments: Namespace) -> None:
     from pathlib import Path
 
     from blip_train.commands.figures import print_figures
-    from blip_train.task_demo import task_demo
-    from blip_train.task_demo_report import task_figures, write_task_report
+    from blip_train.experiments.task_demo import task_demo
+    from blip_train.experiments.task_demo_report import task_figures, write_task_report
 
     output, model = Path(arguments.output), None if arguments.model is None else Path(arguments.model)
     options = [] if arguments.ranks is None else [f"--runtime.ranks={arguments.ranks}"]

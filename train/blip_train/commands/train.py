@@ -45,8 +45,8 @@ def _run(arguments: Namespace) -> None:
 
 
 def _dry_run(arguments: Namespace, recipe) -> None:
-    from blip_train import dry_run
-    from blip_train.estimate import CAPTION_TOKENS
+    from blip_train.forecast import dry_run
+    from blip_train.forecast.estimate import CAPTION_TOKENS
 
     try:
         gpus = [int(part) for part in (arguments.gpus or str(recipe.runtime.ranks)).split(",")]

@@ -15,7 +15,7 @@ from blip_fast.commands.convert import check_destination
 from blip_fast.commands.progress import progress_bar
 
 if TYPE_CHECKING:
-    from blip_train.reranker import Epoch
+    from blip_train.experiments.reranker import Epoch
 
 
 def _arguments(parser: ArgumentParser) -> None:
@@ -36,8 +36,8 @@ def _arguments(parser: ArgumentParser) -> None:
 def _run(args: Namespace) -> None:
     check_destination(Path(args.output), "native")
     from blip_fast.checkpoint.bert import load_bert, save_bert_cnn
-    from blip_fast.tasks.loading import chosen_device
-    from blip_train.reranker import RerankerRecipe, read_pairs, split_pairs, train_reranker
+    from blip_fast.tasks.model_loading import chosen_device
+    from blip_train.experiments.reranker import RerankerRecipe, read_pairs, split_pairs, train_reranker
 
     recipe = RerankerRecipe(args.epochs, args.batch_size, args.lr, args.held_out, args.seed)
     device = chosen_device(args.device)

@@ -1,0 +1,1 @@
+"""What training reads: batches of pixels and texts, in an order that a seed decides."""

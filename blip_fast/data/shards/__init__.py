@@ -1,0 +1,1 @@
+"""Data sets on disk: annotated folders, published formats, tar shards."""

@@ -1,0 +1,1 @@
+"""The model: image encoder, text stack, heads, and what they read."""

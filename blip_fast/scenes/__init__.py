@@ -1,0 +1,1 @@
+"""Drawn scenes: pictures, captions and questions whose truth is known."""

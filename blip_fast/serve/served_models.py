@@ -1,0 +1,220 @@
+"""What a worker's process loads, and what it does: captions in a continuous batch, scores and answers in batches of
+those that wait, the rest one at a time."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from blip_fast.generate import GenerationConfig
+from blip_fast.inference.precision import explained
+from blip_fast.media.images import ImageError
+from blip_fast.report.heat import overlay, word_sheet
+from blip_fast.search import Index
+from blip_fast.search.store import file_of, is_member, printable
+from blip_fast.serve.messages import Message
+from blip_fast.serve.refusals import Refused, bad_value
+from blip_fast.tasks.answerer import Answerer
+from blip_fast.tasks.captioner import CaptionBatch, Captioned, Captioner
+from blip_fast.tasks.explainer import Explainer
+from blip_fast.tasks.matcher import Matcher, image_of_each
+from blip_fast.tasks.model_loading import chosen_device, load_for_task, pixel_batches
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from blip_fast.model.blip import BlipModel
+    from blip_fast.search import Hit
+
+# Questions, or pictures to be scored, that a CPU works on together: with a small model it answers twice as many so as
+# one by one, and more bring nothing; captions wait meanwhile.
+CPU_TOGETHER = 8
+
+Result = tuple[int, Message | Refused]  # a job's number, and what became of it
+
+
+@dataclass(frozen=True)
+class WorkerOptions:
+    """What a worker's process is told when it starts.
+
+    `model` captions, answers or matches, whatever its kind can; `matcher` and `answerer` do in its place what they are
+    for. `loading` are `load_for_task`'s keyword arguments, `caption` those of a `GenerationConfig`.
+    """
+
+    loading: dict[str, Any]
+    caption: dict[str, Any]
+    batch_size: int
+    prompt: str
+    strip_prompt: bool
+    captions: int  # alternatives at most
+    model: str | None = None
+    matcher: str | None = None
+    answerer: str | None = None
+    index: str | None = None
+    rerank: int = 64
+    explain: bool = False
+
+
+class Engine:
+    """Models and what is asked of them. Raises ValueError or OSError, with one sentence, where one cannot be loaded."""
+
+    def __init__(self, options: WorkerOptions) -> None:
+        self.options = options
+        self.index = None if options.index is None else Index.open(
+            options.index, device=options.loading["device"], threads=options.loading["threads"])
+        self.captioner, self.matcher, self.answerer = self._tasks()
+        self.explainer = self._explainer() if options.explain else None
+        self.generation = GenerationConfig(**options.caption, n_best=min(options.captions, options.caption["beams"]))
+        self.batch = None if self.captioner is None else self._batch(self.captioner)
+
+    def _tasks(self) -> tuple[Captioner | None, Matcher | None, Answerer | None]:
+        """One model may serve several tasks; an index brings its own for matching, unless another is named."""
+        options = self.options
+        loaded = None if options.model is None else load_for_task(options.model, **options.loading)
+        captioner = Captioner(*loaded) if loaded is not None and _captions(loaded[0]) else None
+        matcher = Matcher(*loaded) if loaded is not None and _matches(loaded[0]) else None
+        answerer = Answerer(*loaded) if loaded is not None and loaded[0].config.text_stacks == "untied" else None
+        if options.matcher is not None:
+            matcher = Matcher.from_pretrained(options.matcher, **options.loading)
+        elif self.index is not None:
+            matcher = self.index.matcher
+        if options.answerer is not None:
+            answerer = Answerer.from_pretrained(options.answerer, **options.loading)
+        if captioner is None and matcher is None and answerer is None:
+            raise ValueError(f"{options.model} neither captions nor matches nor answers: name another --model")
+        return captioner, matcher, answerer
+
+    def _explainer(self) -> Explainer:
+        """With weights of its own: no gradient passes those that were packed."""
+        source = self.options.matcher or (None if self.index is None else self.index.model_name) or self.options.model
+        assert source is not None
+        return Explainer.from_pretrained(source, **self.options.loading)
+
+    def _batch(self, captioner: Captioner) -> CaptionBatch:
+        captioner.checked_prompt(self.options.prompt, self.generation)
+        return CaptionBatch(captioner, self.generation, self.options.batch_size, self.options.strip_prompt)
+
+    @property
+    def precision(self) -> str:
+        """A line that says what the worker's device computes in."""
+        loading = self.options.loading
+        return explained(loading["dtype"], chosen_device(loading["device"]))
+
+    @cached_property
+    def about(self) -> dict[str, Any]:
+        """What the server has to know: the pixels a side of each task's pictures; a task that is missing is not
+        served."""
+        tasks = {"caption": self.captioner, "score": self.matcher, "ask": self.answerer, "explain": self.explainer,
+                 "search": None if self.index is None else self.index.matcher}
+        served = {name: task.model.config for name, task in tasks.items() if task is not None}
+        return {"sizes": {name: config.vision.image_size for name, config in served.items()}}
+
+    def enter(self, jobs: list[Message]) -> list[Result]:
+        """Begin captions, together; what is refused at once."""
+        assert self.captioner is not None and self.batch is not None
+        prompts = [self.options.prompt if head["prompt"] is None else head["prompt"] for head, _ in jobs]
+        reads = [self.captioner.read(head["id"], _pixels(blob, head["size"]), None, prompt, self.generation)
+                 for (head, blob), prompt in zip(jobs, prompts, strict=True)]
+        return [self._told(captioned) for captioned in self.batch.enter(reads)]
+
+    def step(self) -> list[Result]:
+        """A token of every caption; those that are finished, by the numbers of their jobs."""
+        return [] if self.batch is None else [self._told(captioned) for captioned in self.batch.step()]
+
+    def together(self, kind: str) -> int:
+        """How many jobs of a kind, captions apart, `do` takes at a time."""
+        task = {"score": self.matcher, "ask": self.answerer}.get(kind)
+        if task is None:
+            return 1
+        on_cpu = task.model.vision.cls_token.device.type == "cpu"
+        return min(CPU_TOGETHER, self.options.batch_size) if on_cpu else self.options.batch_size
+
+    def do(self, jobs: list[Message]) -> list[Result]:
+        """Results of jobs of one kind, anything but captions."""
+        task = {"score": self._score, "ask": self._ask, "search": self._search, "explain": self._explain}
+        try:
+            found = task[jobs[0][0]["kind"]](jobs)
+        except ValueError as error:  # what the tasks say of texts and pictures that do not fit
+            if len(jobs) > 1:  # the others are not to suffer for one
+                return [result for job in jobs for result in self.do([job])]
+            return [(jobs[0][0]["id"], bad_value(str(error)))]
+        return [(head["id"], message) for (head, _), message in zip(jobs, found, strict=True)]
+
+    def _told(self, captioned: Captioned) -> Result:
+        result = captioned.result
+        if isinstance(result, ImageError):
+            return captioned.place, bad_value(str(result).removeprefix(f"{captioned.image}: "))
+        captions = [{"text": caption.caption, "score": caption.score} for caption in (result, *result.others)]
+        return captioned.place, ({"captions": captions, "batch": len(self.batch or ()) + 1}, b"")
+
+    def _score(self, jobs: list[Message]) -> list[Message]:
+        assert self.matcher is not None
+        texts = [head["texts"] for head, _ in jobs]
+        packed = self.matcher.pack([text for mine in texts for text in mine])
+        (pixels,) = pixel_batches([_pixels(blob, head["size"]) for head, blob in jobs],
+                                  self.matcher.model.config.vision.image_size, len(jobs))
+        scores = self.matcher.score_pairs(pixels, packed, image_of_each(texts))
+        counts = [len(mine) for mine in texts]
+        each = zip(texts, scores.itm.split(counts), scores.itc.split(counts), strict=True)
+        return [({"scores": _rows(*mine), "batch": len(jobs)}, b"") for mine in each]
+
+    def _ask(self, jobs: list[Message]) -> list[Message]:
+        assert self.answerer is not None
+        answers = self.answerer([_pixels(blob, head["size"]) for head, blob in jobs],
+                                [head["question"] for head, _ in jobs])
+        return [({"answer": answer.answer, "score": answer.score, "batch": len(jobs)}, b"") for answer in answers]
+
+    def _search(self, jobs: list[Message]) -> list[Message]:
+        assert self.index is not None
+        ((head, blob),) = jobs
+        if head["text"] is not None:
+            hits = self.index.query(head["text"], top=head["k"], rerank=self.options.rerank)
+        else:
+            hits = self.index.query(image=_pixels(blob, head["size"]), top=head["k"])
+        return [({"hits": [_hit(hit) for hit in hits]}, b"")]
+
+    def _explain(self, jobs: list[Message]) -> list[Message]:
+        """A word's map over the picture, or a sheet of all words' maps."""
+        assert self.explainer is not None
+        ((head, blob),) = jobs
+        size, (width, height) = head["size"], head["panel"]
+        picture = Image.frombytes("RGB", (width, height), blob[3 * size**2 :])
+        pixels, word = _pixels(blob[: 3 * size**2], size), head["word"]
+        explanation = self.explainer(pixels, head["text"], () if word is None else (word,))
+        drawn = (word_sheet(picture, [explanation.text, *explanation.words]) if word is None
+                 else overlay(picture, explanation.words[0].map.numpy()))
+        stream = io.BytesIO()
+        drawn.save(stream, "PNG")
+        return [({"itm": explanation.itm}, stream.getvalue())]
+
+
+def _captions(model: BlipModel) -> bool:
+    return model.config.has_decoder and model.config.text_stacks != "untied"  # an untied decoder reads questions
+
+
+def _matches(model: BlipModel) -> bool:
+    return model.config.matching and model.config.contrastive
+
+
+def _pixels(blob: bytes, size: int) -> NDArray[np.uint8]:
+    """[size, size, 3]"""
+    return np.frombuffer(blob, np.uint8).reshape(size, size, 3)
+
+
+def _rows(texts: list[str], itm: Tensor, itc: Tensor) -> list[dict[str, Any]]:
+    rows = zip(texts, itm.tolist(), itc.tolist(), strict=True)
+    return [{"text": text, "itm": matching, "itc": cosine} for text, matching, cosine in rows]
+
+
+def _hit(hit: Hit) -> dict[str, Any]:
+    """`where` it lies is for the server alone."""
+    where = {"path": str(file_of(hit.image)), "start": hit.image.start,
+             "length": hit.image.size if is_member(hit.image) else None}
+    name = "/".join(hit.image.name.split("/")[-2:])  # not where it lies on this machine
+    return {"name": printable(name), "score": hit.score, "cosine": hit.itc, "where": {**where, "name": hit.image.name}}

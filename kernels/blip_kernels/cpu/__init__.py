@@ -1,0 +1,1 @@
+"""What CPUs compute: products of matrices, packed weights, attention without Triton."""

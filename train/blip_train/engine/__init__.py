@@ -1,0 +1,1 @@
+"""The distributed engine and what keeps its ranks together."""

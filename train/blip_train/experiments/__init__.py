@@ -1,0 +1,1 @@
+"""Whole experiments: the demo, the tasks, the bootstrapping loop, the re-ranker."""

@@ -1,0 +1,1 @@
+"""What a run will ask of each GPU, as formulas."""

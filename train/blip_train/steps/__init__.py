@@ -1,0 +1,1 @@
+"""What one batch of each task computes."""
