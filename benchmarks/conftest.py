@@ -23,7 +23,7 @@ REPORT = Path(__file__).with_name("report.html")
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Callable[[str], Path]:
-    """`checkpoint("caption")` → a directory with BLIP base, random weights, 384 px, for that part of `TASKS`."""
+    """`checkpoint("caption")` → a directory with BLIP base, random weights, 384 px, for that part of `TASK_PARTS`."""
 
     @cache
     def write(part: str) -> Path:

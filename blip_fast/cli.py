@@ -9,7 +9,7 @@ from importlib.metadata import EntryPoint, entry_points
 
 from jsonargparse import ArgumentParser
 
-from blip_fast.commands import Command
+from blip_fast.command_line.command import Command
 
 GROUP = "blip_fast.commands"
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -18,6 +17,8 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
+
+from blip_fast.metrics.java import find_java
 
 NEEDS_CUDA = "needs CUDA (see there)"
 TIMEOUT = 120  # seconds for one import; the first after an installation compiles bytecode
@@ -227,15 +228,8 @@ def remedy(package: str | None) -> str:
 def look_for_java() -> Finding:
     """The `java` command; macOS has one that only asks for Java to be installed."""
     purpose = "PTB tokenizer, METEOR, SPICE"
-    java = shutil.which("java")
-    if java is None:
-        return Finding("Java", purpose, False, "not installed: install a Java runtime, 8 or newer")
-    try:
-        done = subprocess.run([java, "-version"], capture_output=True, text=True, timeout=TIMEOUT)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return Finding("Java", purpose, False, f"{java} does not run: {error}")
-    said = (done.stderr.strip().splitlines() or ["no message"])[0]
-    return Finding("Java", purpose, done.returncode == 0, said)
+    java = find_java()
+    return Finding("Java", purpose, java.runs, java.said)
 
 
 def is_there(module: str) -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from blip_fast.commands import Command
+from blip_fast.command_line.command import Command
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -12,34 +12,33 @@ from torch import Tensor
 
 from blip_bench import words
 from blip_fast.checkpoint import load_model, save_hugging_face
-from blip_fast.commands.convert import TASKS, only
-from blip_fast.model.blip import BlipModel
-from blip_fast.model.config import BlipConfig, VisionConfig
+from blip_fast.model.blip import BlipModel, task_model
+from blip_fast.model.config import TASK_PARTS, BlipConfig, VisionConfig
 
 SEED = 0
 TOKENS = 20  # of a caption, the prompt included
 
 
 def random_model(part: str, image_size: int) -> BlipModel:
-    """BLIP base with the parts of one of `TASKS`, weights drawn from `SEED`."""
+    """BLIP base with the parts of one of `TASK_PARTS`, weights drawn from `SEED`."""
     torch.manual_seed(SEED)
-    return BlipModel(BlipConfig(vision=VisionConfig(image_size=image_size), **TASKS[part])).eval()
+    return BlipModel(BlipConfig(vision=VisionConfig(image_size=image_size), **TASK_PARTS[part])).eval()
 
 
 def write_checkpoint(directory: Path, part: str, image_size: int, source: str | None = None) -> None:
-    """Write the weights of `part` (one of `TASKS`) in float32 with a tokenizer: those of the checkpoint `source`, or
-    random ones of the base size. Raises ValueError where `source` has no such part."""
+    """Write the weights of `part` (one of `TASK_PARTS`) in float32 with a tokenizer: those of the checkpoint `source`,
+    or random ones of the base size. Raises ValueError where `source` has no such part."""
     if source is None:
         save_hugging_face(random_model(part, image_size), words.tokenizer(), directory)
         return
     model, tokenizer = load_model(source, image_size=image_size)
     if tokenizer is None:
         raise ValueError(f"{source} brings no tokenizer: store one with `blip-fast convert --tokenizer`")
-    save_hugging_face(only(model, part), tokenizer, directory)
+    save_hugging_face(task_model(model, part), tokenizer, directory)
 
 
 def part_for_encoding(source: str | None) -> str:
-    """Which of `TASKS` a checkpoint can be reduced to; every one of them has the vision encoder."""
+    """Which of `TASK_PARTS` a checkpoint can be reduced to; every one of them has the vision encoder."""
     if source is None:
         return "caption"
     stacks = load_model(source)[0].config.text_stacks

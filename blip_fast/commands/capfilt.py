@@ -11,11 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
-from blip_fast.commands import Command
-from blip_fast.commands.model_options import add_model_options, model_options, settle_precision
-from blip_fast.commands.sharing import add_sharing_options
+from blip_fast.command_line.capfilt_options import add_capfilt_options, filter_config
+from blip_fast.command_line.command import Command
+from blip_fast.command_line.model_options import model_options, settle_precision
 
 if TYPE_CHECKING:
     from blip_fast.capfilt.clean import CapFiltConfig
@@ -28,44 +28,14 @@ if TYPE_CHECKING:
     Outcome = tuple[int, str | None]  # a tar's number, and why it could not be fetched
 
 
-def _arguments(parser: ArgumentParser) -> None:
-    add_model_options(parser, models=("captioner", "filter"))
-    add = parser.add_argument
-    add("shards", nargs="+", metavar="SHARDS",
-        help="webdataset shards (.tar), folders or quoted patterns of them, or URLs of shards that `blip-fast data "
-             "pack` wrote; captions are KEY.json's `captions` or `caption`, or KEY.txt")
-    add("--output", required=True, metavar="DIR",
-        help="folder for the new shards, their index of texts, quarantine.jsonl and report.html; with --ray one that "
-             "all machines of the cluster see")
-    add("--resume", action="store_true", help="go on with the folder, leave out shards that are finished")
-    add("--captions", type=int, default=1, metavar="N", help="synthetic captions per image")
-    add("--prompt", default="a picture of", help='what captions are written behind; "" for nothing')
-    add("--top-p", type=float, default=0.9, help="nucleus sampling: draw from tokens that hold this probability")
-    add("--top-k", type=int, default=50, help="and from so many tokens at most")
-    add("--temperature", type=float, default=1.0, help="above 1 is more varied")
-    add("--beams", type=int | None, help="beam search instead of sampling")
-    add("--max-length", type=int, default=20, help="tokens at most, the first one and the prompt counted")
-    add("--min-length", type=int, default=5, help="a caption cannot end before it has so many tokens, counted alike")
-    add("--seed", type=int, default=0, help="with the image's pixels it decides what is drawn")
-    add("--threshold", type=float, default=0.5, help="ITM's probability from which on a text is kept")
-    add("--keep", default="matched",
-        help="matched: all texts that reach the threshold; best: of them each image's best alone")
-    add("--first-token", default="[ENC]", help="what texts start with before the matching head: [ENC] as in training, "
-                                               "or [CLS]")
-    add("--batch-size", type=int, default=16, help="images at a time")
-    add("--json", action="store_true", help="print what was written as one JSON object")
-    add_sharing_options(parser, "for N machines with the same arguments; tars are dealt whole. Who ends last writes "
-                                "shards.json and the report", "shards")
-
-
 def _run(args: Namespace) -> int:
     from filelock import FileLock, Timeout
 
     from blip_fast.capfilt.folder import CleanFolder
-    from blip_fast.commands.progress import sigterm_interrupts
     from blip_fast.data.shards.named_images import Share, tars
     from blip_fast.data.shards.shard_cache import shard_cache
     from blip_fast.inference.precision import say
+    from blip_fast.parallel.signals import sigterm_interrupts
 
     config, share = filter_config(args), Share.parse(args.shard)
     folder = CleanFolder(Path(args.output).absolute())
@@ -84,22 +54,10 @@ def _run(args: Namespace) -> int:
         raise ValueError(f"{args.output} is being written by another process: wait until that has ended") from None
 
 
-def filter_config(args: Namespace) -> CapFiltConfig:
-    """How the parsed options say that texts are written and kept. Raises ValueError for values out of range."""
-    from blip_fast.capfilt.clean import CapFiltConfig
-    from blip_fast.generate import GenerationConfig
-
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
-    sampling = {"top_p": args.top_p, "top_k": args.top_k, "temperature": args.temperature, "seed": args.seed}
-    generation = GenerationConfig(max_length=args.max_length, min_length=args.min_length, n_best=args.captions,
-                                  **(sampling if args.beams is None else {"beams": args.beams}))
-    return CapFiltConfig(args.prompt, generation, args.threshold, args.first_token, args.keep)
-
-
 def _clean(args: Namespace, config: CapFiltConfig, folder: CleanFolder, every: Sequence[Tar], share: Share) -> int:
     """Clean the share's shards that are left; end the run if these were the last."""
-    from blip_fast.commands.progress import exit_status, progress_bar
+    from blip_fast.command_line.progress import progress_bar
+    from blip_fast.parallel.signals import exit_status
 
     mine = [(number, tar) for number, tar in enumerate(every) if share.holds(number)]
     left = [(number, tar) for number, tar in mine if not folder.is_done(number)]
@@ -200,6 +158,6 @@ def _fetched(work: Work) -> str | None:
 COMMAND = Command(
     help="clean shards of web images: write captions, filter all texts (CapFilt)",
     example="blip-fast capfilt shards/ --captioner models/captioner --filter models/filter --output cleaned/",
-    arguments=_arguments,
+    arguments=add_capfilt_options,
     run=_run,
 )

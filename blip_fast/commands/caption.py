@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from blip_fast.commands import Command
-from blip_fast.commands.caption_options import add_caption_options
-from blip_fast.commands.image_rows import Row, Work, Worker, add_image_options, named, run_images
-from blip_fast.commands.lists import read_list
-from blip_fast.commands.model_options import add_model_options, model_options
+from blip_fast.command_line.caption_options import add_caption_options
+from blip_fast.command_line.command import Command
+from blip_fast.command_line.image_rows import Row, Work, Worker, add_image_options, named, run_images
+from blip_fast.command_line.lists import read_list
+from blip_fast.command_line.model_options import add_model_options, model_options
 
 if TYPE_CHECKING:
     from blip_fast.generate import GenerationConfig

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
-from blip_fast.commands import Command
-from blip_fast.commands.image_rows import Row, Work, Worker, add_image_options, run_images
-from blip_fast.commands.lists import read_list
-from blip_fast.commands.model_options import add_model_options, model_options
+from blip_fast.command_line.command import Command
+from blip_fast.command_line.image_rows import Row, Work, Worker, add_image_options, run_images
+from blip_fast.command_line.lists import read_list
+from blip_fast.command_line.model_options import add_model_options, model_options
 
 if TYPE_CHECKING:
     from blip_fast.tasks.classifier import Classifier, Labels

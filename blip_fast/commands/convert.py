@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
-from blip_fast.commands import Command
+from blip_fast.command_line.command import Command
+from blip_fast.model.config import TASK_PARTS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,11 +18,6 @@ if TYPE_CHECKING:
     from blip_fast.model.tokenizer import Tokenizer
 
 FORMS = ("hf", "original", "native")
-TASKS: dict[str, dict[str, Any]] = {
-    "caption": {"text_stacks": "decoder", "contrastive": False, "matching": False, "reasoning": False},
-    "match": {"text_stacks": "encoder", "contrastive": True, "matching": True, "reasoning": False},
-    "answer": {"text_stacks": "untied", "contrastive": False, "matching": False, "reasoning": False},
-}
 
 
 def _arguments(parser: ArgumentParser) -> None:
@@ -30,7 +26,8 @@ def _arguments(parser: ArgumentParser) -> None:
     add("destination", metavar="DST", help="directory to write; for original the .pth file")
     add("--to", required=True, choices=FORMS,
         help="hf: directory for transformers; original: the published .pth; native: our own directory")
-    add("--task", choices=tuple(TASKS), help="keep only the parts of one task: a captioner from a pre-trained model")
+    add("--task", choices=tuple(TASK_PARTS),
+        help="keep only the parts of one task: a captioner from a pre-trained model")
     add("--image-size", type=int | None, help="resize the position embeddings for images of this many pixels a side")
     add("--heads", type=int | None, help="attention heads of a .pth whose heads are not 64 wide")
     add("--tokenizer", type=str | None, metavar="DIR_OR_ID",
@@ -43,6 +40,7 @@ def _arguments(parser: ArgumentParser) -> None:
 def _run(args: Namespace) -> int:
     check_destination(Path(args.destination), args.to)
     from blip_fast.checkpoint import load_model, load_training_state
+    from blip_fast.model.blip import task_model
     from blip_fast.model.tokenizer import Tokenizer
 
     tokenizer = None if args.tokenizer is None else Tokenizer.from_pretrained(args.tokenizer)
@@ -54,7 +52,7 @@ def _run(args: Namespace) -> int:
                          f"{'transformers' if args.to == 'hf' else 'a single task'} has no place for: add "
                          "--drop-training-state to leave it out")
     if args.task is not None:
-        model = only(model, args.task)
+        model = task_model(model, args.task)
     save(args, model, tokenizer, training_state)
     report(args, model, tokenizer, training_state)
     return 0
@@ -64,14 +62,6 @@ def check_destination(destination: Path, form: str) -> None:
     """Raise ValueError where something is there that the form's file or directory would replace."""
     if destination.is_file() or (destination.is_dir() and (form == "original" or any(destination.iterdir()))):
         raise ValueError(f"{destination} exists already: remove it or choose another name")
-
-
-def only(model: BlipModel, task: str) -> BlipModel:
-    """The parts of one of `TASKS`."""
-    import dataclasses
-
-    dtype = model.vision.cls_token.dtype
-    return model.restricted_to(dataclasses.replace(model.config, **TASKS[task])).to(dtype).eval()
 
 
 def save(args: Namespace, model: BlipModel, tokenizer: Tokenizer | None, training_state: dict[str, Tensor]) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
-from blip_fast.commands import Command
+from blip_fast.command_line.command import Command
 
 if TYPE_CHECKING:
     from blip_fast.doctor import Diagnosis

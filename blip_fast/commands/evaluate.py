@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jsonargparse import ArgumentParser, Namespace
 
-from blip_fast.commands import Command
-from blip_fast.commands.caption_options import add_caption_options
-from blip_fast.commands.model_options import add_model_options, model_options, settled
+from blip_fast.command_line.caption_options import add_caption_options
+from blip_fast.command_line.command import Command
+from blip_fast.command_line.model_options import add_model_options, model_options, settled
 
 if TYPE_CHECKING:
     from blip_fast.data.shards.annotated import AnnotatedImage
@@ -170,7 +170,7 @@ def _caption(args: Namespace, images: list[AnnotatedImage], ranks: Ranks) -> dic
 
 
 def _vqa(args: Namespace, images: list[AnnotatedImage], ranks: Ranks) -> dict[str, Any]:
-    from blip_fast.commands.lists import read_list
+    from blip_fast.command_line.lists import read_list
     from blip_fast.evaluation import evaluate_answers
     from blip_fast.generate import GenerationConfig
     from blip_fast.tasks.answerer import Answerer

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from blip_fast.commands import Command
-from blip_fast.commands.model_options import add_model_options, model_options, settle_precision
+from blip_fast.command_line.command import Command
+from blip_fast.command_line.model_options import add_model_options, model_options, settle_precision
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 

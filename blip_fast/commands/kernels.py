@@ -13,7 +13,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from blip_fast.commands import Command
+from blip_fast.command_line.command import Command
 
 
 def _arguments(parser: ArgumentParser) -> None:

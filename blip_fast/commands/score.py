@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from blip_fast.commands import Command
-from blip_fast.commands.model_options import add_model_options, model_options, settle_precision
-from blip_fast.commands.rows import Work, read_rows, run_rows
+from blip_fast.command_line.command import Command
+from blip_fast.command_line.model_options import add_model_options, model_options, settle_precision
+from blip_fast.command_line.rows import Work, read_rows, run_rows
 
 if TYPE_CHECKING:
     from torch import Tensor

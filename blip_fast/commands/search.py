@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from blip_fast.commands import Command
-from blip_fast.commands.model_options import add_model_options, model_options, settle_precision
+from blip_fast.command_line.command import Command
+from blip_fast.command_line.model_options import add_model_options, model_options, settle_precision
 
 if TYPE_CHECKING:
     from blip_fast.search import AddReport, Hit, Index

@@ -9,9 +9,9 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from blip_fast.commands import Command
-from blip_fast.commands.caption_options import add_caption_options
-from blip_fast.commands.model_options import add_model_options, model_options
+from blip_fast.command_line.caption_options import add_caption_options
+from blip_fast.command_line.command import Command
+from blip_fast.command_line.model_options import add_model_options, model_options
 from blip_fast.serve.settings import LOOPBACK, Limits, Settings
 
 MODELS = ("model", "matcher", "answerer")

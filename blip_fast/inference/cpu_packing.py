@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from blip_kernels import QuantisedWeight, pack_weight, packed_linear, packing_cannot, quantise_weight, quantised_linear
+from blip_kernels import (
+    QuantisedWeight,
+    pack_weight,
+    packed_linear,
+    packing_cannot,
+    quantise_weight,
+    quantised_linear,
+)
 from torch import Tensor, nn
 
 from blip_fast.model.blip import BlipModel

@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from blip_fast.doctor import look_for_java
+from blip_fast.metrics.java import find_java
 
 SETS = {
     "java-free": ("bleu", "rouge_l", "cider"),
@@ -156,9 +156,9 @@ def _library(module: str) -> Any:
 
 
 def _require_java() -> None:
-    java = look_for_java()
-    if not java.usable:
-        raise ValueError(f"METEOR, SPICE and the PTB tokenizer need Java ({java.detail}): or take the metrics "
+    java = find_java()
+    if not java.runs:
+        raise ValueError(f"METEOR, SPICE and the PTB tokenizer need Java ({java.said}): or take the metrics "
                          f"{JAVA_FREE}")
 
 

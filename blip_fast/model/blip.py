@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from blip_kernels import PackedWeight, linear, packed_linear
 from torch import Tensor, nn
 
-from blip_fast.model.config import BlipConfig
+from blip_fast.model.config import TASK_PARTS, BlipConfig
 from blip_fast.model.linear_layer import Linear
 from blip_fast.model.packed_texts import PackedTexts
 from blip_fast.model.text import ImageKV, ImageStates, LMHead, Mode, TextStack, TextStream
@@ -211,3 +212,9 @@ class BlipModel(nn.Module):
                     nn.init.zeros_(module.bias)  # type: ignore[arg-type]
         nn.init.normal_(self.vision.cls_token)
         nn.init.normal_(self.vision.position_embeds, std=2.0)
+
+
+def task_model(model: BlipModel, task: str) -> BlipModel:
+    """A model with the parts of one of `TASK_PARTS` alone. Raises ValueError where `model` lacks them."""
+    dtype = model.vision.cls_token.dtype
+    return model.restricted_to(replace(model.config, **TASK_PARTS[task])).to(dtype).eval()

@@ -134,3 +134,11 @@ VISION_SIZES = {
     "base": VisionConfig(),
     "large": VisionConfig(width=1024, layers=24, heads=16, drop_path=0.1),
 }
+
+
+# What one task needs of a model, as fields of `BlipConfig`.
+TASK_PARTS: dict[str, dict[str, Any]] = {
+    "caption": {"text_stacks": "decoder", "contrastive": False, "matching": False, "reasoning": False},
+    "match": {"text_stacks": "encoder", "contrastive": True, "matching": True, "reasoning": False},
+    "answer": {"text_stacks": "untied", "contrastive": False, "matching": False, "reasoning": False},
+}

@@ -13,9 +13,8 @@ from blip_kernels.cpu import processor
 
 from blip_fast import cli
 from blip_fast.checkpoint import save_hugging_face
-from blip_fast.commands.convert import TASKS
 from blip_fast.model.blip import BlipModel
-from blip_fast.model.config import BlipConfig, TextConfig, VisionConfig
+from blip_fast.model.config import TASK_PARTS, BlipConfig, TextConfig, VisionConfig
 
 CONFIG = BlipConfig(VisionConfig(image_size=32, width=64, layers=2, heads=2, drop_path=0.0),
                     TextConfig(width=64, layers=2, heads=2, mlp_width=128), embed_dim=32)
@@ -23,9 +22,9 @@ CONFIG = BlipConfig(VisionConfig(image_size=32, width=64, layers=2, heads=2, dro
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """`checkpoints[part]` is a directory with a small random model of that part of TASKS."""
+    """`checkpoints[part]` is a directory with a small random model of that part of TASK_PARTS."""
     found = {}
-    for part, parts in TASKS.items():
+    for part, parts in TASK_PARTS.items():
         torch.manual_seed(0)
         found[part] = tmp_path_factory.mktemp(part)
         save_hugging_face(BlipModel(replace(CONFIG, **parts)), words.tokenizer(), found[part])

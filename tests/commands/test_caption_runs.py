@@ -19,7 +19,7 @@ from hf_models import save_model, small_tokenizer
 from patience import PATIENCE
 
 from blip_fast.cli import main
-from blip_fast.commands.jsonl import JsonLines
+from blip_fast.command_line.jsonl import JsonLines
 from blip_fast.data.shards.shards import Sample, write_shards
 
 GENERATION = ("--beams", "1", "--max-length", "10")

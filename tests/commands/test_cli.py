@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from blip_fast import cli
-from blip_fast.commands import Command
+from blip_fast.command_line.command import Command
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 COMMANDS = tomllib.loads(PYPROJECT.read_text())["project"]["entry-points"][cli.GROUP]

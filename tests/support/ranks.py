@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.multiprocessing as mp
 from blip_train.engine import engine
-from blip_train.launch import rank_environment
+from blip_train.engine.environment import rank_environment
 
 
 def spawn(target: Callable[..., None], ranks: int, *args: object) -> None:

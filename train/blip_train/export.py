@@ -15,7 +15,7 @@ from blip_train.adapters import adapt, merged
 from blip_train.checkpoint.checkpoints import read_written, whole
 from blip_train.checkpoint.reshard import whole_weights
 from blip_train.checkpoint.training_state import export_state
-from blip_train.launch import rank_environment
+from blip_train.engine.environment import rank_environment
 from blip_train.prepare import TOKENIZER, make_step
 from blip_train.recipe import load_recipe
 from blip_train.steps.pretraining import Pretraining

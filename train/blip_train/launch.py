@@ -10,9 +10,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from blip_train.engine.agreement import STOPPED
+from blip_train.engine.environment import rank_environment
 from blip_train.prepare import EXPORT, check_directory, check_sources
 from blip_train.recipe import Recipe
 
@@ -143,12 +142,3 @@ def _said(failure: ProcessFailure) -> str:
         memory = ", as the kernel does when memory runs out" if failure.exitcode == -signal.SIGKILL else ""
         return f"was killed by {failure.signal_name()}{memory}"
     return f"ended with exit status {failure.exitcode}"
-
-
-def rank_environment() -> dict[str, str]:
-    """The environment that DeepSpeed needs: on a CPU its accelerator is named, and `ninja` must be on the path."""
-    environment = dict(os.environ)
-    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
-    if not torch.cuda.is_available():
-        environment.setdefault("DS_ACCELERATOR", "cpu")
-    return environment

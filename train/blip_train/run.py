@@ -39,7 +39,7 @@ from blip_train.prepare import (
 from blip_train.recipe import Recipe
 from blip_train.run_report import write_run_report
 from blip_train.schedule import alpha_at
-from blip_train.steps.pretraining import StepOutput
+from blip_train.steps.step import StepOutput
 
 
 def train(recipe: Recipe, resume: bool = False, profile: int = 0) -> Path:

@@ -13,10 +13,11 @@ from blip_train.engine import engine as engines
 from blip_train.engine.agreement import Guard
 from blip_train.engine.batches import SeededBatch
 from blip_train.engine.engine import TrainingEngine
+from blip_train.engine.environment import rank_environment
 from blip_train.engine.step_slots import Streams
-from blip_train.launch import rank_environment
 from blip_train.recipe import OptimizerRecipe, RuntimeRecipe
-from blip_train.steps.pretraining import Pretraining, StepOutput
+from blip_train.steps.pretraining import Pretraining
+from blip_train.steps.step import StepOutput
 from ranks import join, spawn
 from small_pretraining import make_batch, make_model
 from test_engine import make_recipe

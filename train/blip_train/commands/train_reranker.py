@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from blip_fast.commands import Command
+from blip_fast.command_line.command import Command
+from blip_fast.command_line.progress import progress_bar
 from blip_fast.commands.convert import check_destination
-from blip_fast.commands.progress import progress_bar
 
 if TYPE_CHECKING:
     from blip_train.experiments.reranker import Epoch

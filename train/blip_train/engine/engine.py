@@ -18,12 +18,11 @@ from blip_train import collectives
 from blip_train.engine.adamw import make_adamw
 from blip_train.engine.agreement import Guard
 from blip_train.engine.batches import SeededBatch
+from blip_train.engine.environment import rank_environment
 from blip_train.engine.updates import Updates
 from blip_train.engine.watchdog import Watchdog
-from blip_train.launch import rank_environment
 from blip_train.recipe import Recipe
-from blip_train.steps.pretraining import StepOutput
-from blip_train.steps.step import TrainingStep
+from blip_train.steps.step import StepOutput, TrainingStep
 
 KEPT_WHOLE = 100_000  # elements up to which ZeRO 3 keeps a parameter on every rank: norms, biases, the temperature
 REDUCE_BUCKET = 50_000_000  # elements of gradients that are exchanged at a time; the buffer is allocated whole

@@ -29,14 +29,14 @@ from jsonargparse import Namespace
 from blip_fast.capfilt.calibration import calibrate
 from blip_fast.capfilt.folder import DROPPED
 from blip_fast.capfilt.quality import filter_quality
-from blip_fast.commands.model_options import model_options
-from blip_fast.commands.progress import Stopped, exit_status, sigterm_interrupts
+from blip_fast.command_line.model_options import model_options
 from blip_fast.data.shards.annotated import ANNOTATIONS, annotated_images
 from blip_fast.data.shards.pack import pack
 from blip_fast.data.shards.shards import INDEX, iterate, replace_file
 from blip_fast.evaluation import evaluate_captions, evaluate_retrieval
 from blip_fast.generate import GenerationConfig
 from blip_fast.inference.precision import resolve
+from blip_fast.parallel.signals import Stopped, exit_status, sigterm_interrupts
 from blip_fast.scenes.scenes import scene_from_slots, score_caption, write_scenes
 from blip_fast.tasks.captioner import Captioner
 from blip_fast.tasks.matcher import Matcher

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from blip_fast.capfilt.folder import require_pyarrow
-from blip_fast.commands import capfilt
+from blip_fast.command_line.capfilt_options import add_capfilt_options, filter_config
 from blip_fast.data.shards.annotated import annotated_images
 from blip_fast.data.shards.shards import INDEX, is_url
 from blip_train.prepare import EXPORT, check_sources
@@ -204,7 +204,7 @@ def _capfilt(loop: Loop, name: str, root: str) -> list[str]:
     arguments = [root, "--resume", *(f"--{key}={value}" for key, value in options.items())]
     try:
         parsed = capfilt_options(arguments)
-        capfilt.filter_config(parsed)
+        filter_config(parsed)
     except (ArgumentError, ValueError) as error:
         raise ValueError(f"capfilt: {' '.join(str(error).split())}") from error
     sizes = {loop.stages[task].model.vision.image_size for task in (CAPTIONER, FILTER)}
@@ -217,7 +217,7 @@ def _capfilt(loop: Loop, name: str, root: str) -> list[str]:
 def capfilt_options(arguments: list[str]) -> Namespace:
     """Arguments of `blip-fast capfilt`, parsed. Raises ArgumentError."""
     parser = ArgumentParser(exit_on_error=False)
-    capfilt.COMMAND.arguments(parser)
+    add_capfilt_options(parser)
     return parser.parse_args(arguments)
 
 

@@ -14,8 +14,7 @@ from blip_fast.model.blip import BlipModel
 from blip_fast.model.packed_texts import PackedTexts
 from blip_fast.model.text import TextStream
 from blip_fast.model.tokenizer import Tokenizer, clean_question
-from blip_train.steps.pretraining import StepOutput
-from blip_train.steps.step import TrainingStep
+from blip_train.steps.step import StepOutput, TrainingStep
 
 if TYPE_CHECKING:
     from blip_fast.data.input.pipeline import Batch as ReadBatch

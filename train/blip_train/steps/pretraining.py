@@ -8,7 +8,7 @@ keys and values, projected once per image.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from blip_train import collectives
 from blip_train.steps.exchange import Exchange, gathered_bytes
 from blip_train.steps.momentum import MomentumEncoders
 from blip_train.steps.queue import KeyQueue
-from blip_train.steps.step import TrainingStep
+from blip_train.steps.step import Negatives, StepOutput, TrainingStep
 
 if TYPE_CHECKING:
     from blip_fast.data.input.pipeline import Batch as ReadBatch
@@ -93,28 +93,6 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         return Batch(self.images.to(device), self.texts.to(device), self.ids.to(device))
-
-
-class Negatives(NamedTuple):
-    """Indices into the candidates (the rank's batch, or all ranks' batches): int64 [batch], −1 where there is none."""
-
-    image_for_text: Tensor
-    text_for_image: Tensor
-
-
-class StepOutput(NamedTuple):  # a tuple, because ZeRO 3 looks for tensors in what a module returns
-    """`losses` by name (scalars with gradients), the negatives that were drawn, the momentum features (image, text) and
-    ids of this rank's batch for the queue, and with negatives of all ranks the bytes of visual tokens that came from
-    others, beside those that gathering all would have brought."""
-
-    losses: dict[str, Tensor]
-    negatives: Negatives | None = None
-    keys: tuple[Tensor, Tensor, Tensor] | None = None
-    exchanged: tuple[int, int] | None = None
-
-    @property
-    def total(self) -> Tensor:
-        return torch.stack(list(self.losses.values())).sum()
 
 
 @dataclass(frozen=True)

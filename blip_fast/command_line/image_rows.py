@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from blip_fast.commands.sharing import add_sharing_options
+from blip_fast.command_line.sharing import add_sharing_options
 
 if TYPE_CHECKING:
-    from blip_fast.commands.jsonl import DoneRows, JsonLines
+    from blip_fast.command_line.jsonl import DoneRows, JsonLines
     from blip_fast.data.shards.named_images import Share
     from blip_fast.data.shards.shards import Shard
     from blip_fast.media.images import StoredImage
@@ -64,9 +64,9 @@ def run_images(args: Namespace, make_worker: Callable[[], Worker], lines: Callab
     Raises:
         ValueError: no image is named; options that do not fit.
     """
-    from blip_fast.commands.jsonl import JsonLines
-    from blip_fast.commands.progress import sigterm_interrupts
+    from blip_fast.command_line.jsonl import JsonLines
     from blip_fast.data.shards.named_images import Share
+    from blip_fast.parallel.signals import sigterm_interrupts
 
     share = Share.parse(args.shard)
     if args.batch_size < 1:
@@ -86,9 +86,10 @@ def named(image: str, prompt: str | None) -> Row:
 
 
 def _run_all(args: Namespace, make_worker: Callable[[], Worker], share: Share, report: _Report) -> int:
-    from blip_fast.commands.model_options import settle_output
-    from blip_fast.commands.progress import exit_status, progress_bar
+    from blip_fast.command_line.model_options import settle_output
+    from blip_fast.command_line.progress import progress_bar
     from blip_fast.inference.precision import say
+    from blip_fast.parallel.signals import exit_status
 
     output = report.output
     work = _left(args, share, output)

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
-from blip_fast.commands.jsonl import JsonLines, json_object
-from blip_fast.commands.model_options import settle_output
-from blip_fast.commands.progress import progress_bar
+from blip_fast.command_line.jsonl import JsonLines, json_object
+from blip_fast.command_line.model_options import settle_output
+from blip_fast.command_line.progress import progress_bar
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ArgumentParser, Namespace
 
 if TYPE_CHECKING:
-    from blip_fast.commands.jsonl import JsonLines
+    from blip_fast.command_line.jsonl import JsonLines
 
 
 def add_model_options(parser: ArgumentParser, required: bool = True, models: Sequence[str] = ("model",),

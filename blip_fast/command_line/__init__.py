@@ -1,0 +1,1 @@
+"""What commands share: options, rows that are read and written, progress."""

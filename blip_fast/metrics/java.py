@@ -1,0 +1,27 @@
+"""The `java` command, which COCO's caption metrics call."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from dataclasses import dataclass
+
+TIMEOUT = 120  # seconds for its version
+
+
+@dataclass(frozen=True)
+class Java:
+    runs: bool
+    said: str  # its version, or why it does not run
+
+
+def find_java() -> Java:
+    """Calls it, because macOS has a `java` that only asks for Java to be installed."""
+    java = shutil.which("java")
+    if java is None:
+        return Java(False, "not installed: install a Java runtime, 8 or newer")
+    try:
+        done = subprocess.run([java, "-version"], capture_output=True, text=True, timeout=TIMEOUT)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Java(False, f"{java} does not run: {error}")
+    return Java(done.returncode == 0, (done.stderr.strip().splitlines() or ["no message"])[0])
