@@ -1,7 +1,7 @@
 """Ranking 1,000 answers, 128 in full, beside the published loop, in bfloat16."""
 
 import pytest
-from blip_bench import vqa
+from blip_bench.cases import vqa
 from blip_bench.timing import Case
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from blip_bench.caption import PROMPT, captions, cases, full_length, their_captions
+from blip_bench.cases.caption import PROMPT, captions, cases, full_length, their_captions
 from blip_bench.memory import added_memory
 from blip_bench.models import load_transformers, pictures
 from blip_bench.timing import Call, Case

@@ -1,6 +1,6 @@
 """The vision encoder next to transformers', the other peers' and this machine's matrix products."""
 
-from blip_bench import encode
+from blip_bench.cases import encode
 
 
 def test_encoding(side_by_side, checkpoint, dtypes, peers):

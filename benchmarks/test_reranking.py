@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from blip_bench import rerank
+from blip_bench.cases import rerank
 from blip_bench.memory import added_memory
 from blip_bench.models import load_transformers
 from blip_bench.timing import Call

@@ -87,19 +87,19 @@ def _cases(args: Namespace, dtypes: Sequence[str], peers: Collection[str], direc
     part = {"caption": "caption", "rerank": "match", "vqa": "answer"}.get(args.task)
     models.write_checkpoint(directory, part or models.part_for_encoding(args.model), args.image_size, args.model)
     if args.task == "caption":
-        from blip_bench import caption
+        from blip_bench.cases import caption
         from blip_fast.tasks.captioner import BATCH
 
         return caption.cases(directory, args.images or BATCH, dtypes, peers)
     if args.task == "encode":
-        from blip_bench import encode
+        from blip_bench.cases import encode
 
         return encode.cases(directory, args.images or 4, dtypes, peers)
     if args.task == "rerank":
-        from blip_bench import rerank
+        from blip_bench.cases import rerank
 
         return chain.from_iterable(rerank.cases(directory, dtype, args.full) for dtype in dtypes)
-    from blip_bench import vqa
+    from blip_bench.cases import vqa
 
     return vqa.cases(directory, args.images or 8, dtypes)
 

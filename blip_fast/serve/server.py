@@ -9,7 +9,7 @@ from types import FrameType
 import uvicorn
 
 from blip_fast.serve.app import make_app
-from blip_fast.serve.guard import GRACE
+from blip_fast.serve.http.guard import GRACE
 from blip_fast.serve.service import Service
 from blip_fast.serve.settings import Settings
 

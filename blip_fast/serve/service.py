@@ -9,16 +9,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from blip_fast.serve import decoder, worker
-from blip_fast.serve.fetching import Fetcher
-from blip_fast.serve.forms import Link, Picture
-from blip_fast.serve.guard import House
-from blip_fast.serve.messages import Message
-from blip_fast.serve.observing import Observing
-from blip_fast.serve.processes import Crew
+from blip_fast.serve.http.fetching import Fetcher
+from blip_fast.serve.http.forms import Link, Picture
+from blip_fast.serve.http.guard import House
+from blip_fast.serve.http.observing import Observing
 from blip_fast.serve.refusals import Refused, not_an_image, not_ready, worker_lost
-from blip_fast.serve.served_models import WorkerOptions
 from blip_fast.serve.settings import Settings
+from blip_fast.serve.workers import decoder, worker
+from blip_fast.serve.workers.messages import Message
+from blip_fast.serve.workers.processes import Crew
+from blip_fast.serve.workers.served_models import WorkerOptions
 
 MOST_SHOWN = 10_000  # hits whose pictures may still be asked for
 OPTIONS = {"score": "--matcher", "ask": "--answerer", "search": "--index", "explain": "--explain",

@@ -6,7 +6,8 @@ from importlib import metadata
 
 import pytest
 import torch
-from blip_bench import caption, encode, rerank, sides, vqa, words
+from blip_bench import sides, words
+from blip_bench.cases import caption, encode, rerank, vqa
 from blip_bench.peers import compiled, installed
 from blip_bench.timing import Case, Comparison, Disagreement, Rounds, measure
 from blip_kernels.cpu import processor

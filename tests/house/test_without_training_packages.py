@@ -143,6 +143,6 @@ def test_a_shard_is_read_alike_without_pread(place, monkeypatch):
 
 def test_the_server_imports():
     """All of it, its processes' code too, without the packages."""
-    code = BLOCK + "import blip_fast.serve.server, blip_fast.serve.decoder, blip_fast.serve.worker"
+    code = BLOCK + "import blip_fast.serve.server, blip_fast.serve.workers.decoder, blip_fast.serve.workers.worker"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

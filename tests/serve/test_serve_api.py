@@ -24,8 +24,8 @@ from blip_fast.media.images import load_image
 from blip_fast.report.heat import overlay, panel_size
 from blip_fast.search import Index
 from blip_fast.serve.app import PAGE
-from blip_fast.serve.fetching import Fetcher
-from blip_fast.serve.guard import CSP
+from blip_fast.serve.http.fetching import Fetcher
+from blip_fast.serve.http.guard import CSP
 from blip_fast.tasks.answerer import Answerer
 from blip_fast.tasks.captioner import Captioner
 from blip_fast.tasks.explainer import Explainer

@@ -12,7 +12,7 @@ pytest.importorskip("fastapi")
 
 from patience import PATIENCE
 
-from blip_fast.serve.fetching import Fetcher, is_public
+from blip_fast.serve.http.fetching import Fetcher, is_public
 from blip_fast.serve.refusals import Refused
 
 PUBLIC = "93.184.215.14"

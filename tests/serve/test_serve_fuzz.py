@@ -20,7 +20,7 @@ pytest.importorskip("python_multipart")
 
 from serving import as_zip, in_json, running, settings_of, write_model
 
-from blip_fast.serve.fetching import Fetcher
+from blip_fast.serve.http.fetching import Fetcher
 
 PATHS = ("/v1/caption", "/v1/score", "/v1/ask", "/v1/search", "/v1/explain")
 BOUNDARY = "boundary"

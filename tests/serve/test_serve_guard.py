@@ -15,9 +15,9 @@ pytest.importorskip("uvicorn")
 import uvicorn
 from patience import PATIENCE
 
-from blip_fast.serve import guard
-from blip_fast.serve.guard import Guard, House
-from blip_fast.serve.observing import Observing
+from blip_fast.serve.http import guard
+from blip_fast.serve.http.guard import Guard, House
+from blip_fast.serve.http.observing import Observing
 from blip_fast.serve.settings import Limits, Settings
 
 LIMITS = Limits(upload_bytes=1000, queue=2)

@@ -12,8 +12,8 @@ pytest.importorskip("fastapi")
 from serving import as_zip
 
 from blip_fast.media.images import load_image
-from blip_fast.serve.pictures import FORMATS, format_of, opened
 from blip_fast.serve.refusals import Refused
+from blip_fast.serve.workers.pictures import FORMATS, format_of, opened
 
 PIXELS = 1_000_000
 HTML = b"<html><script>alert(1)</script></html>"

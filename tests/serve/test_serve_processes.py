@@ -13,10 +13,10 @@ import pytest
 import serving_crew
 from patience import PATIENCE
 
-from blip_fast.serve import processes
-from blip_fast.serve.messages import packed
-from blip_fast.serve.processes import Crew
 from blip_fast.serve.refusals import Refused, worker_lost
+from blip_fast.serve.workers import processes
+from blip_fast.serve.workers.messages import packed
+from blip_fast.serve.workers.processes import Crew
 
 
 @asynccontextmanager

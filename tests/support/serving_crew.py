@@ -9,8 +9,8 @@ import threading
 import time
 from pathlib import Path
 
-from blip_fast.serve.messages import receive, send
-from blip_fast.serve.processes import ends_with_the_server
+from blip_fast.serve.workers.messages import receive, send
+from blip_fast.serve.workers.processes import ends_with_the_server
 
 
 def obedient(sock: socket.socket, folder: str) -> None:

@@ -12,10 +12,10 @@ from PIL import Image
 from blip_fast.data.shards.tars import LocalTar
 from blip_fast.media.images import ImageError, StoredImage, load_image, resized
 from blip_fast.report.heat import panel_size
-from blip_fast.serve.messages import Message, receive, send
-from blip_fast.serve.pictures import encoded, opened
-from blip_fast.serve.processes import ends_with_the_server
 from blip_fast.serve.refusals import Refused, internal
+from blip_fast.serve.workers.messages import Message, receive, send
+from blip_fast.serve.workers.pictures import encoded, opened
+from blip_fast.serve.workers.processes import ends_with_the_server
 
 THUMBNAIL = 512  # pixels of its longest side
 

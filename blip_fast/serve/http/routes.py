@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from blip_fast.serve.forms import (
+from blip_fast.serve.http.forms import (
     AskFields,
     CaptionFields,
     ExplainFields,

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from itertools import islice
 
 from blip_fast.inference.precision import say
-from blip_fast.serve.messages import Message, receive, send
-from blip_fast.serve.processes import ends_with_the_server
 from blip_fast.serve.refusals import Refused, internal
-from blip_fast.serve.served_models import Engine, Result, WorkerOptions
+from blip_fast.serve.workers.messages import Message, receive, send
+from blip_fast.serve.workers.processes import ends_with_the_server
+from blip_fast.serve.workers.served_models import Engine, Result, WorkerOptions
 
 BEAT = 0.5  # seconds between two signs of life at least
 

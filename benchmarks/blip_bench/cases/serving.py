@@ -1,4 +1,4 @@
-"""A server under load beside the offline engine: `python -m blip_bench.serving`.
+"""A server under load beside the offline engine: `python -m blip_bench.cases.serving`.
 
 Both caption the same photographs with the same model, batch and threads, and take turns on the same machine; while one
 is measured the other waits. The server's share of the machine includes its clients, HTTP, and one upload for each
@@ -161,7 +161,7 @@ def compare(model: str, pictures: Sequence[Path], log: Path, args: Namespace) ->
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints one JSON object. The status is 1 where a request met anything but 200 and 429, or a caption differs."""
-    parser = ArgumentParser(prog="python -m blip_bench.serving", description=__doc__)
+    parser = ArgumentParser(prog="python -m blip_bench.cases.serving", description=__doc__)
     add = parser.add_argument
     add("--model", type=str | None, help="a captioning checkpoint (default: a small one with random weights)")
     add("--clients", type=int, default=64)

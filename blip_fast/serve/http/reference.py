@@ -7,7 +7,7 @@ import re
 from html import escape
 from typing import Any
 
-from blip_fast.serve.forms import MULTIPART
+from blip_fast.serve.http.forms import MULTIPART
 
 BODIES = ('Bodies are forms (`multipart/form-data`), or JSON with the same fields and, in place of `image`, `"images": '
           '[{"base64": "…"}]` or `[{"url": "…"}]`. What is refused is told as `{"error": {"code": "…", "message": '

@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from hashlib import sha256
 from typing import Any
 
-from blip_fast.serve.observing import Observing
+from blip_fast.serve.http.observing import Observing
 from blip_fast.serve.refusals import Refused, busy, draining, internal, timed_out, too_large
 from blip_fast.serve.settings import Limits, Settings
 

@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
-from blip_fast.serve.messages import Message, packed, read
 from blip_fast.serve.refusals import Refused, not_ready
+from blip_fast.serve.workers.messages import Message, packed, read
 
 STEADY = 60.0  # seconds after which a process that ends is taken to have run well
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before a process that did not run well is started again

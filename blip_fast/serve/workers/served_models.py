@@ -18,8 +18,8 @@ from blip_fast.media.images import ImageError
 from blip_fast.report.heat import overlay, word_sheet
 from blip_fast.search import Index
 from blip_fast.search.store import file_of, is_member, printable
-from blip_fast.serve.messages import Message
 from blip_fast.serve.refusals import Refused, bad_value
+from blip_fast.serve.workers.messages import Message
 from blip_fast.tasks.answerer import Answerer
 from blip_fast.tasks.captioner import CaptionBatch, Captioned, Captioner
 from blip_fast.tasks.explainer import Explainer
