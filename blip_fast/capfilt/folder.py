@@ -43,7 +43,7 @@ DROPPED, TEXTS, DONE = "dropped", "texts", "done"
 
 
 @dataclass(frozen=True)
-class Refused:
+class RefusedSample:
     """An image, or a tar, that could not be used."""
 
     image: str
@@ -58,12 +58,12 @@ class Done:
     input: str
     kept: Shard | None
     dropped: Shard | None
-    refused: tuple[Refused, ...]
+    refused: tuple[RefusedSample, ...]
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> Done:
         kept, dropped = (Shard(**stored[name]) if stored[name] else None for name in ("kept", "dropped"))
-        return cls(stored["input"], kept, dropped, tuple(Refused(**each) for each in stored["refused"]))
+        return cls(stored["input"], kept, dropped, tuple(RefusedSample(**each) for each in stored["refused"]))
 
 
 class CleanFolder:
@@ -158,7 +158,7 @@ class CleanShard:
         self._writers[bool(kept)].write(Sample(key, content, {
             **record, "captions": [row.text for row in kept], "origins": [row.origin for row in kept], "texts": texts}))
 
-    def finish(self, source: str, refused: Sequence[Refused]) -> None:
+    def finish(self, source: str, refused: Sequence[RefusedSample]) -> None:
         """Name all files; `source` is the tar that they were made of."""
         kept, dropped = (self._writers[key].finish() if self._writers[key].samples else None for key in (True, False))
         self._write_texts()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from blip_fast.capfilt.clean import CapFiltConfig, WebImage, capfilt_stream
-from blip_fast.capfilt.folder import CleanFolder, Refused
+from blip_fast.capfilt.folder import CleanFolder, RefusedSample
 from blip_fast.data.shards.pack import checked
 from blip_fast.data.shards.tars import LocalTar, RemoteTar, StoredSample
 from blip_fast.media.images import SUFFIXES, ImageError, StoredImage, image_pixels
@@ -40,7 +40,7 @@ def clean_shard(tar: LocalTar | RemoteTar, number: int, folder: CleanFolder, cap
 
     Raises OSError where something cannot be written or the tar be opened, and what `capfilt_stream` raises.
     """
-    refused: list[Refused] = []
+    refused: list[RefusedSample] = []
 
     def readable() -> Iterator[ShardImage]:
         read = partial(read_image, image_size=captioner.model.config.vision.image_size)
@@ -66,8 +66,8 @@ def _samples(tar: LocalTar | RemoteTar) -> Iterator[StoredSample | ImageError]:
         yield ImageError(str(error))
 
 
-def _refused(name: str, error: ImageError) -> Refused:
-    return Refused(name, str(error).removeprefix(f"{name}: "))
+def _refused(name: str, error: ImageError) -> RefusedSample:
+    return RefusedSample(name, str(error).removeprefix(f"{name}: "))
 
 
 def read_image(sample: StoredSample | ImageError, image_size: int) -> ShardImage | ImageError:

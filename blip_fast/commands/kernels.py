@@ -48,7 +48,7 @@ def _run(args: Namespace) -> int:
     if args.write_budgets:
         from blip_kernels.compiled import aot, budgets
 
-        budgets.write(aot.Report(**row) for row in rows)
+        budgets.write(aot.KernelReport(**row) for row in rows)
     if not args.json:
         _print(rows)
     return 0

@@ -11,9 +11,9 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from blip_fast.serve.http.guard import Guard
-from blip_fast.serve.http.reference import reference_page
-from blip_fast.serve.http.routes import routes
+from blip_fast.serve.reference import reference_page
 from blip_fast.serve.refusals import Refused, draining, internal, not_ready
+from blip_fast.serve.routes import routes
 from blip_fast.serve.service import Service
 
 PAGE = Path(__file__).parent / "page"

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from blip_kernels.compiled import budgets, tune
-from blip_kernels.compiled.aot import OPS, TARGETS, Report
+from blip_kernels.compiled.aot import OPS, TARGETS, KernelReport
 from patience import PATIENCE
 
 from blip_fast.cli import main
@@ -71,16 +71,16 @@ def with_gemm(tmp_path):
     return run
 
 
-def compile_all(*options: str) -> list[Report]:
+def compile_all(*options: str) -> list[KernelReport]:
     """What `python -m blip_kernels.compiled.aot` reports."""
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "blip_kernels.compiled.aot", "--json", *options]
     done = subprocess.run(command, capture_output=True, text=True, env=COMPILING)
     assert done.returncode == 0, done.stderr
-    return [Report(**json.loads(line)) for line in done.stdout.splitlines()]
+    return [KernelReport(**json.loads(line)) for line in done.stdout.splitlines()]
 
 
-def check(reports: list[Report]) -> None:
+def check(reports: list[KernelReport]) -> None:
     """Budgets are of one version of Triton: another's compiler hands out other registers, and may spill a few."""
     measured = version("triton").startswith(budgets.TRITON)
     if measured:
@@ -98,7 +98,7 @@ def check(reports: list[Report]) -> None:
 
 def test_the_tensor_cores_of_each_generation_are_used_in_the_loop(with_gemm):
     """One process compiles for all three in turn: a cached kernel of one target is not taken for another's."""
-    rows = [Report(**row) for row in with_gemm(
+    rows = [KernelReport(**row) for row in with_gemm(
         "print(json.dumps([asdict(report(g)) for g in (90, 80, 100, 90)]))")]
     assert [row.target for row in rows] == ["sm_90", "sm_80", "sm_100", "sm_90"] and rows[0] == rows[3]
     # 128 × 128 × 64: 512 HMMA.16816 on four warps; 8 HGMMA.64x128x16; 4 UTCHMMA of 128 × 128 × 16
@@ -203,11 +203,11 @@ def test_the_newest_forward_leaves_the_limit_of_the_mufu():
     assert len(whole) == 2 and all(row.ceiling >= 0.7 for row in whole)
 
 
-def report(**changes) -> Report:
-    values = {field.name: None for field in fields(Report)} | {
+def report(**changes) -> KernelReport:
+    values = {field.name: None for field in fields(KernelReport)} | {
         "op": "attention", "launch": "forward", "kernel": "_kernel", "target": "sm_80", "dtype": "float16",
         "registers": 100, "spill_bytes": 0, "shared_bytes": 1024, "instructions_per_mma": 4.0} | changes
-    return Report(**values)
+    return KernelReport(**values)
 
 
 def test_budgets_are_written_read_and_left(tmp_path):

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 from blip_kernels.compiled.hardware import ceiling, occupancy
-from blip_kernels.compiled.sass import Instruction, Listing, Loop, Mma, loops, mma_shapes, parse
+from blip_kernels.compiled.sass import CodeLoop, Instruction, Listing, Mma, loops, mma_shapes, parse
 
 
 def listing(text: str) -> tuple[Instruction, ...]:
@@ -167,9 +167,9 @@ def test_spilled_bytes_are_what_is_stored_to_local_memory():
     assert Listing(255, 64, code).spill_bytes == 4 + 8 + 16 + 1
 
 
-def loop_of(mma: list[Mma], **counts: int) -> Loop:
+def loop_of(mma: list[Mma], **counts: int) -> CodeLoop:
     code = [Instruction(0, None, name, "") for name, count in counts.items() for _ in range(count)]
-    return Loop(0, tuple(code), tuple(mma))
+    return CodeLoop(0, tuple(code), tuple(mma))
 
 
 def test_instructions_per_m16n8k16_compares_generations():

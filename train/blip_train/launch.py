@@ -95,7 +95,7 @@ def _launch(recipe: Recipe, resume: bool, profile: int) -> None:
         elastic_launch(config, sys.executable)("-m", "blip_fast", "train", "--config", str(saved),
                                                *(["--resume"] if resume else []),
                                                *(["--profile", str(profile)] if profile else []))
-    except SignalException as error:  # handed on to the ranks, which have saved and ended: see guard.py
+    except SignalException as error:  # handed on to the ranks, which have saved and ended: see engine/agreement.py
         if error.sigval == signal.SIGINT:
             raise KeyboardInterrupt from None
         sys.exit(STOPPED)

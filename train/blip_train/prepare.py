@@ -14,7 +14,7 @@ from torch import Tensor
 
 from blip_fast.checkpoint import load_model, load_training_state, reasoning_model
 from blip_fast.checkpoint.original import QUEUES, tokenizer_directory
-from blip_fast.data.input.pipeline import Batch as ReadBatch
+from blip_fast.data.input.decoding import ReadBatch
 from blip_fast.data.input.sources import Source
 from blip_fast.data.shards.annotated import ANNOTATIONS
 from blip_fast.data.shards.pack import pack

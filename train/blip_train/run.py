@@ -65,7 +65,7 @@ def train(recipe: Recipe, resume: bool = False, profile: int = 0) -> Path:
     engine = TrainingEngine(prepare_step(recipe, tokenizer).train(), recipe, device)
     sources = {stream: _open_input(recipe, shards, device, stream, streams.streams)
                for stream in dict.fromkeys(streams.of_rank(rank))}
-    with engine.guard.listening(), engine.watchdog.watching():
+    with engine.agreement.listening(), engine.watchdog.watching():
         ended = _steps(recipe, engine, sources, streams, tokenizer, resume, profile if rank == 0 else 0)
     if not ended:
         if rank == 0:
@@ -157,12 +157,12 @@ def _steps(recipe: Recipe, engine: TrainingEngine, sources: dict[int, TrainInput
             quarantined = sum(len(source.quarantine) for source in sources.values())
             log.row(step, _row(engine, outputs) | meter.row() | {
                 "epoch": step / steps_per_epoch, "lr": lr, "quarantined": quarantined})
-        if step % runtime.save_every == 0 or step == total or engine.guard.stopping:
+        if step % runtime.save_every == 0 or step == total or engine.agreement.stopping:
             engine.watchdog.enter("save")
             states = {stream: each.state for stream, each in batches.items()}
             checkpoints.save(engine.engine, folder, step, streams, states, runtime, writer)
         writer.check()
-        if engine.guard.stopping:
+        if engine.agreement.stopping:
             break
     writer.close()
     for each in batches.values():
@@ -174,7 +174,8 @@ def _steps(recipe: Recipe, engine: TrainingEngine, sources: dict[int, TrainInput
 
 def _row(engine: TrainingEngine, outputs: list[StepOutput]) -> dict[str, float]:
     """What an optimiser step's batches say of themselves, for the log."""
-    row = mean_losses(outputs) | {"skipped": engine.guard.skipped, "skipped_updates": engine.guard.skipped_updates}
+    left_out = engine.agreement
+    row = mean_losses(outputs) | {"skipped": left_out.skipped, "skipped_updates": left_out.skipped_updates}
     if engine.recipe.runtime.precision == "float16":
         row["loss_scale"] = engine.updates.loss_scale
     if "itc" in outputs[-1].losses:

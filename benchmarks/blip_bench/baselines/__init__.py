@@ -1,0 +1,1 @@
+"""Published code, written anew, that ours is measured against."""

@@ -25,7 +25,7 @@ from blip_fast.media.images import MEAN, STD
 
 
 @dataclass(frozen=True)
-class Batch:
+class ReadBatch:
     """images float32 [batch, 3, size, size], normalised, on the input's device, or [batch, 2, 3, size, size] of pairs;
     the rest has one entry an image or pair."""
 
@@ -44,7 +44,7 @@ class Batch:
 def decode(
     batches: Iterator[list[Item]], image_size: int, batch_size: int, augmented: bool, threads: int,
     device: torch.device,
-) -> Iterator[Batch]:
+) -> Iterator[ReadBatch]:
     """Batches of at most `batch_size` images, decoded and finished in order; DALI decodes the next ones meanwhile."""
     on_gpu, ahead = device.type == "cuda", deque[list[Item]]()
 
@@ -76,7 +76,7 @@ def decode(
             tensor = tensor.unflatten(0, (len(items), 2))
         records = [item.record for item in items]
         ids = torch.tensor([record["id"] for record in records], dtype=torch.int64)
-        yield Batch(tensor, [item.caption for item in items], ids, records, [item.source for item in items],
+        yield ReadBatch(tensor, [item.caption for item in items], ids, records, [item.source for item in items],
                     [item.origin for item in items])
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from blip_fast.data.input.augment import Drawn, draw
-from blip_fast.data.input.decoding import Batch, decode
+from blip_fast.data.input.decoding import ReadBatch, decode
 from blip_fast.data.input.order import Order
 from blip_fast.data.input.reader import Damaged, Item, Shards, Sizes, SourceReader, read_item
 from blip_fast.data.input.sources import Source, batch_shares, check_mix
@@ -137,7 +137,7 @@ class TrainInput:
         """Batches of an epoch."""
         return self.steps_per_epoch
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[ReadBatch]:
         epoch = self.epoch
         while self.epoch == epoch:
             batch = next(self._decoder)
@@ -173,7 +173,7 @@ class TrainInput:
             origin[f"{reader.name}'s images of a batch"] = reader.order.per_batch
         return origin
 
-    def _start(self) -> Iterator[Batch]:
+    def _start(self) -> Iterator[ReadBatch]:
         config = self.config
         items = (self.items(number) for number in count(self._taken))
         images = config.batch_size * (1 + config.pairs)
@@ -223,7 +223,7 @@ class EvaluationInput:
         self._image_size, self._device = image_size, torch.device(device)
         self._threads, self._pool = threads, ThreadPoolExecutor(threads, "input")
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[ReadBatch]:
         return decode(self._items(), self._image_size, self.batch_size, False, self._threads, self._device)
 
     def _items(self) -> Iterator[list[Item]]:

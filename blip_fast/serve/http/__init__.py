@@ -1,1 +1,1 @@
-"""HTTP: who may ask, what is asked, and what is refused."""
+"""What comes in by HTTP: who may ask, fields and pictures, pictures by URL, and what is counted of it."""

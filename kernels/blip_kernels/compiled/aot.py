@@ -41,13 +41,13 @@ class HotLoop:
     address: int
     instructions: int
     tensor_core_instructions: int
-    instructions_per_mma: float | None  # as `sass.Loop` defines it
+    instructions_per_mma: float | None  # as `sass.CodeLoop` defines it
     ceiling: float | None  # bound on the share of the tensor cores' peak
     limit: str | None  # the pipe that sets the ceiling: tensor, issue, MUFU, FMA or ALU
 
 
 @dataclass(frozen=True)
-class Report:
+class KernelReport:
     """What one kernel of one launch compiled to. The fields of the loop are those of the first of `loops`."""
 
     op: str
@@ -135,7 +135,7 @@ def compiled(launch: Launch, generation: int) -> Any:
         return launch.kernel.run(*launch.args, grid=launch.grid, warmup=True, **launch.meta)
 
 
-def measure(op: str, launch: Launch, generation: int, dtype: torch.dtype) -> Report:
+def measure(op: str, launch: Launch, generation: int, dtype: torch.dtype) -> KernelReport:
     """Compile a launch and count.
 
     Raises:
@@ -154,7 +154,7 @@ def measure(op: str, launch: Launch, generation: int, dtype: torch.dtype) -> Rep
     except ValueError as error:
         where = f"{op}, {launch.name}, {binary.name}"
         raise ValueError(f"{where} cannot be launched on {target}: it needs {error}") from None
-    return Report(
+    return KernelReport(
         op=op, launch=launch.name, kernel=binary.name, target=target, dtype=str(dtype).removeprefix("torch."),
         config=_configuration(launch, binary), registers=listing.registers, spill_bytes=listing.spill_bytes,
         shared_bytes=binary.metadata.shared, tensor_memory_columns=columns, instructions=len(listing.code),
@@ -163,7 +163,7 @@ def measure(op: str, launch: Launch, generation: int, dtype: torch.dtype) -> Rep
         loops=loops, ptxas=_ptxas(generation))  # fmt: skip
 
 
-def _hot_loop(loop: sass.Loop, warps: int, generation: int) -> HotLoop:
+def _hot_loop(loop: sass.CodeLoop, warps: int, generation: int) -> HotLoop:
     if not loop.mma:
         return HotLoop(loop.address, len(loop.code), 0, None, None, None)
     bound = ceiling(loop, warps, generation)
@@ -187,9 +187,9 @@ def _ptxas(generation: int) -> str:
     return (knobs.nvidia.ptxas_blackwell if generation >= 100 else knobs.nvidia.ptxas).version
 
 
-def _reports(op: str, target: str, dtype: str, patterns: Sequence[str]) -> list[Report]:
+def _reports(op: str, target: str, dtype: str, patterns: Sequence[str]) -> list[KernelReport]:
     generation, measured = TARGETS[target], {}
-    found: dict[tuple[str, str], Report] = {}  # a kernel that one launcher launches twice is one row
+    found: dict[tuple[str, str], KernelReport] = {}  # a kernel that one launcher launches twice is one row
     for launch in launches(op, generation, DTYPES[dtype], patterns):
         binary = compiled(launch, generation).hash
         if binary not in measured:
@@ -199,7 +199,7 @@ def _reports(op: str, target: str, dtype: str, patterns: Sequence[str]) -> list[
 
 
 def reports(ops: Sequence[str], targets: Sequence[str], dtypes: Sequence[str], patterns: Sequence[str] = ("*",),
-            jobs: int = 1) -> Iterator[Report]:
+            jobs: int = 1) -> Iterator[KernelReport]:
     """Compile and measure every kernel of every launch whose name matches one of `patterns`, in `jobs` processes.
 
     Raises:
@@ -217,7 +217,7 @@ def reports(ops: Sequence[str], targets: Sequence[str], dtypes: Sequence[str], p
         raise ValueError(f"no launch of {', '.join(ops)} is called {' or '.join(patterns)}")
 
 
-def _parts(work: Sequence[tuple[str, str, str, tuple[str, ...]]], jobs: int) -> Iterator[list[Report]]:
+def _parts(work: Sequence[tuple[str, str, str, tuple[str, ...]]], jobs: int) -> Iterator[list[KernelReport]]:
     if jobs == 1:
         yield from starmap(_reports, work)
         return
@@ -252,7 +252,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _line(row: Report) -> str:
+def _line(row: KernelReport) -> str:
     loops = "; ".join(f"{loop.instructions} instructions, {loop.tensor_core_instructions} MMA, per "
                       f"{loop.instructions_per_mma}, ceiling {loop.ceiling} {loop.limit}" for loop in row.loops)
     return (f"{row.op} | {row.launch} | {row.kernel} {row.target} {row.dtype} {row.config}: {row.registers} registers, "

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from blip_kernels.compiled.aot import Report
+from blip_kernels.compiled.aot import KernelReport
 
 FILE = Path(__file__).parents[1] / "gpu" / "budgets.json"
 TRITON = "3.7."  # the version whose compiler the budgets are of
@@ -29,7 +29,7 @@ def load() -> Budgets:
     return json.loads(FILE.read_text(encoding="utf-8"))
 
 
-def named(reports: Iterable[Report]) -> Iterator[tuple[str, Report]]:
+def named(reports: Iterable[KernelReport]) -> Iterator[tuple[str, KernelReport]]:
     """Each report with its kernel's name in the table; further variants of a kernel in one launch are numbered."""
     seen: Counter[tuple[str, ...]] = Counter()
     for row in reports:
@@ -38,7 +38,7 @@ def named(reports: Iterable[Report]) -> Iterator[tuple[str, Report]]:
         yield f"{row.launch} · {row.kernel}{f' {seen[place]}' if seen[place] > 1 else ''}", row
 
 
-def excesses(reports: Iterable[Report], budgets: Budgets) -> list[str]:
+def excesses(reports: Iterable[KernelReport], budgets: Budgets) -> list[str]:
     """A sentence for each kernel that has no budget or leaves it."""
     found = []
     for name, row in named(reports):
@@ -54,7 +54,7 @@ def excesses(reports: Iterable[Report], budgets: Budgets) -> list[str]:
     return found
 
 
-def write(reports: Iterable[Report], path: Path = FILE) -> None:
+def write(reports: Iterable[KernelReport], path: Path = FILE) -> None:
     """Make the figures of `reports` the budgets of the ops and targets that they cover, and keep the others'.
 
     Spilled bytes have no budget but 0. What differs between dtypes is granted at its largest.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from blip_kernels.compiled.sass import Loop
+from blip_kernels.compiled.sass import CodeLoop
 
 # Per SM, the same for A100, H100 and B200 (CUDA C++ programming guide, table "Technical specifications per compute
 # capability"): 64 warps, 32 blocks, 64 Ki registers handed out to a warp in units of 256, four schedulers.
@@ -56,7 +56,7 @@ class Ceiling:
     pipe: str  # "tensor", "issue", "MUFU", "FMA", "ALU"
 
 
-def ceiling(loop: Loop, warps: int, generation: int) -> Ceiling:
+def ceiling(loop: CodeLoop, warps: int, generation: int) -> Ceiling:
     """Tensor-core cycles of one pass of a CTA through `loop` over those of its busiest pipe.
 
     A bound to compare kernels by, no forecast: nothing waits, memory is infinitely fast, every tensor-core instruction

@@ -53,7 +53,7 @@ class Mma:
 
 
 @dataclass(frozen=True)
-class Loop:
+class CodeLoop:
     """A natural loop: every instruction in it once, nested loops included."""
 
     address: int  # of the block that every pass begins with
@@ -105,7 +105,7 @@ def parse(text: str) -> tuple[Instruction, ...]:
                  for address, guard, opcode, operands in _INSTRUCTION.findall(text))
 
 
-def loops(code: Sequence[Instruction]) -> list[Loop]:
+def loops(code: Sequence[Instruction]) -> list[CodeLoop]:
     """The innermost natural loops with tensor-core instructions, or without any such loop the innermost of all.
 
     Their `mma` is left for `with_shapes` to fill.
@@ -118,7 +118,7 @@ def loops(code: Sequence[Instruction]) -> list[Loop]:
               for header, body in found.items()}
     hot = {header for header in found if any(is_mma(i) for i in bodies[header])} or set(found)
     innermost = [h for h in hot if not any(other != h and other in found[h] for other in hot)]
-    return [Loop(bodies[h][0].address, bodies[h], elected=sum(
+    return [CodeLoop(bodies[h][0].address, bodies[h], elected=sum(
         stop - start for start, stop in (blocks[block] for block in _passed_by(h, found[h], successors, dominators))
         if any(i.base == "UTCHMMA" for i in code[start:stop]))) for h in sorted(innermost)]
 
@@ -133,7 +133,7 @@ def mma_shapes(code: Sequence[Instruction], warps: int) -> dict[int, Mma]:
     return {i.address: _mma(code, index, warps) for index, i in enumerate(code) if is_mma(i)}
 
 
-def with_shapes(loop: Loop, shapes: dict[int, Mma]) -> Loop:
+def with_shapes(loop: CodeLoop, shapes: dict[int, Mma]) -> CodeLoop:
     """The loop with what its tensor-core instructions do, of `mma_shapes`."""
     return replace(loop, mma=tuple(shapes[i.address] for i in loop.code if i.address in shapes))
 

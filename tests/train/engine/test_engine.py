@@ -71,7 +71,7 @@ def carry_out(ranks: int, device: torch.device, variant: str) -> list[dict]:
         losses = torch.stack([torch.stack([o.losses[k].detach() for k in ("itc", "itm", "lm")]) for o in outputs])
         drawn = torch.stack([torch.stack([o.negatives.image_for_text, o.negatives.text_for_image]) for o in outputs])
         record[-1] |= {"losses": everyone(losses, ranks), "negatives": everyone(drawn, ranks)}
-    assert engine.guard.skipped == (STEPS if "bad batch" in variant else 0)
+    assert engine.agreement.skipped == (STEPS if "bad batch" in variant else 0)
     record[-1]["queue"] = {key: value.clone() for key, value in engine.pretraining.queue.state_dict().items()}
     return record
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from blip_train.checkpoint import checkpoints
 from blip_train.checkpoint.writer import Writer
 from blip_train.engine import engine as engines
-from blip_train.engine.agreement import Guard
+from blip_train.engine.agreement import Agreement
 from blip_train.engine.batches import SeededBatch
 from blip_train.engine.engine import TrainingEngine
 from blip_train.engine.environment import rank_environment
@@ -89,12 +89,12 @@ def leave_out(device, stage: int, bad: str) -> None:
     assert engine.updates.applied
     engine.pretraining.factor = BAD[bad] if last else 1.0
     train_step(engine, 1)
-    assert same(held(engine), before) and engine.guard.skipped_updates == 1 and not engine.updates.applied
+    assert same(held(engine), before) and engine.agreement.skipped_updates == 1 and not engine.updates.applied
     engine.pretraining.factor = 1.0
     train_step(engine, 2)
     after = held(engine)
     assert not same(after, before) and all(tensor.isfinite().all() for tensor in after)
-    assert engine.guard.skipped_updates == 1 and engine.guard.skipped == 0
+    assert engine.agreement.skipped_updates == 1 and engine.agreement.skipped == 0
     engine.pretraining.factor = BAD[bad] if last else 1.0
     train_step(engine, 3)
     with pytest.raises(ValueError, match="2 steps in a row had gradients that are not finite"):
@@ -160,9 +160,9 @@ def test_gradients_are_clipped_at_their_true_size():
 
 
 def test_patience_waits_for_the_loss_scale():
-    guard = Guard(patience=1)
+    agreement = Agreement(patience=1)
     for scale in (4.0, 2.0, 1.0):
-        guard.updated(False, scale)
-    assert guard.skipped_updates == 3
+        agreement.updated(False, scale)
+    assert agreement.skipped_updates == 3
     with pytest.raises(ValueError, match="2 steps in a row had gradients"):
-        guard.updated(False, 1.0)
+        agreement.updated(False, 1.0)

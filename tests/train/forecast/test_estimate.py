@@ -10,7 +10,7 @@ import pytest
 import torch
 from blip_train.forecast.estimate import Plan, forecast, gathered, memory, meta_pretraining, traffic
 from blip_train.forecast.gpus import GPUS, gpu_of
-from blip_train.forecast.step_costs import Batch as Sizes
+from blip_train.forecast.step_costs import BatchSizes as Sizes
 from blip_train.forecast.step_costs import step_work
 from blip_train.recipe import Recipe, RuntimeRecipe, TokenizerRecipe, load_recipe
 from blip_train.steps.pretraining import Batch, Objective, Pretraining

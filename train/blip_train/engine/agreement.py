@@ -16,7 +16,7 @@ from blip_train.collectives import world
 STOPPED = 128 + signal.SIGTERM  # exit status of a run that saved and ended because it was asked to
 
 
-class Guard:
+class Agreement:
     """Counts what was left out; knows whether any rank got SIGTERM (a cluster takes its machine back).
 
     Attributes: `skipped` batches of the run, left out on all ranks because a loss of some rank was NaN or infinite, and

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from blip_fast.data.input.pipeline import Batch as ReadBatch
+from blip_fast.data.input.decoding import ReadBatch
 from blip_fast.data.input.pipeline import TrainInput
 
 

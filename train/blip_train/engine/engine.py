@@ -16,7 +16,7 @@ import torch.distributed as dist
 from blip_fast.model.blip import BlipModel
 from blip_train import collectives
 from blip_train.engine.adamw import make_adamw
-from blip_train.engine.agreement import Guard
+from blip_train.engine.agreement import Agreement
 from blip_train.engine.batches import SeededBatch
 from blip_train.engine.environment import rank_environment
 from blip_train.engine.updates import Updates
@@ -75,7 +75,7 @@ class TrainingEngine:
     def __init__(self, pretraining: TrainingStep, recipe: Recipe, device: torch.device) -> None:
         import deepspeed
 
-        self.recipe, self.device, self.guard = recipe, device, Guard(recipe.runtime.patience)
+        self.recipe, self.device, self.agreement = recipe, device, Agreement(recipe.runtime.patience)
         self.watchdog = Watchdog(recipe.runtime.timeout)
         pretraining.model.recompute(recipe.runtime.recomputed_blocks)
         if recipe.runtime.compile:
@@ -111,7 +111,7 @@ class TrainingEngine:
         self.watchdog.enter("momentum")
         self.pretraining.follow()
         outputs = [self._learn(batches, alpha, language_only) for batches in slots]
-        self.guard.updated(self.updates.applied, self.updates.loss_scale)
+        self.agreement.updated(self.updates.applied, self.updates.loss_scale)
         self.watchdog.enter("queue")
         self.pretraining.enqueue(*outputs)
         return outputs
@@ -125,7 +125,7 @@ class TrainingEngine:
             torch.manual_seed(seed)
             output = self.engine(batch, alpha, language_only)
             enter("agreement on the batch")
-            if self.guard.accepts(output.losses):
+            if self.agreement.accepts(output.losses):
                 enter("backward")
                 self.updates.backward(output.total)
                 enter("update")

@@ -15,7 +15,7 @@ from blip_fast.model.blip import BlipModel
 from blip_fast.model.config import BlipConfig, SpecialTokens
 from blip_train.engine.engine import KEPT_WHOLE, REDUCE_BUCKET
 from blip_train.forecast.gpus import Gpu
-from blip_train.forecast.step_costs import BYTES, FLOAT32, Batch, Work, step_work, vision_work
+from blip_train.forecast.step_costs import BYTES, FLOAT32, BatchSizes, Work, step_work, vision_work
 from blip_train.prepare import prepare_model, prepare_tokenizer
 from blip_train.recipe import Recipe
 from blip_train.steps.pretraining import Pretraining
@@ -74,9 +74,9 @@ class Plan:
         return "bfloat16" if named == "auto" else named
 
     @property
-    def batch(self) -> Batch:
+    def batch(self) -> BatchSizes:
         pairs = self.recipe.runtime.batch_size
-        return Batch(pairs, pairs * self.caption_tokens, BYTES[self.precision], self.fetched)
+        return BatchSizes(pairs, pairs * self.caption_tokens, BYTES[self.precision], self.fetched)
 
     @property
     def work(self) -> Work:

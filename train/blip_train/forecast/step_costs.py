@@ -34,7 +34,7 @@ class Work(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Batch:
+class BatchSizes:
     """Sizes of one rank's batch: `pairs`, text `tokens` of all its captions together ([CLS] and [SEP] included), bytes
     of an element (`size`) in the run's precision, and images and texts `fetched` from other ranks as negatives."""
 
@@ -52,7 +52,7 @@ class _Texts(NamedTuple):
     pairs: float
 
 
-def step_work(config: BlipConfig, objective: Objective, batch: Batch, recomputed: int = 0) -> Work:
+def step_work(config: BlipConfig, objective: Objective, batch: BatchSizes, recomputed: int = 0) -> Work:
     """Forward, losses and backward of one batch on one rank.
 
     Args:
@@ -81,7 +81,7 @@ def step_work(config: BlipConfig, objective: Objective, batch: Batch, recomputed
     return total
 
 
-def vision_work(config: BlipConfig, batch: Batch, recomputed: int = 0) -> Work:
+def vision_work(config: BlipConfig, batch: BatchSizes, recomputed: int = 0) -> Work:
     """The vision transformer on the batch's images, with its backward."""
     vision, rows = config.vision, batch.pairs * config.vision.tokens
     patches = batch.pairs * (vision.tokens - 1)
@@ -93,7 +93,7 @@ def vision_work(config: BlipConfig, batch: Batch, recomputed: int = 0) -> Work:
     return Work(embed.forward, embed.forward, embed.saved) + blocks + _norm(rows, vision.width)
 
 
-def momentum_work(config: BlipConfig, batch: Batch) -> Work:
+def momentum_work(config: BlipConfig, batch: BatchSizes) -> Work:
     """Features of the momentum copy: forward alone, nothing kept; of the last vision block [CLS] alone."""
     vision = config.vision
     full = vision_work(config, batch).forward
@@ -106,12 +106,12 @@ def momentum_work(config: BlipConfig, batch: Batch) -> Work:
     return Work(full - last + one + texts + _projections(config, batch).forward)
 
 
-def _texts(batch: Batch, copies: int) -> _Texts:
+def _texts(batch: BatchSizes, copies: int) -> _Texts:
     rows = copies * batch.tokens
     return _Texts(copies * batch.pairs, rows, rows * batch.tokens / batch.pairs)
 
 
-def _vision_block(config: BlipConfig, batch: Batch, rows: float, pairs: float) -> Work:
+def _vision_block(config: BlipConfig, batch: BatchSizes, rows: float, pairs: float) -> Work:
     vision, size = config.vision, batch.size
     width, hidden = vision.width, round(vision.width * vision.mlp_ratio)
     # Norms and GELU are computed again (blip_fast/model/linear_layer.py): their inputs are kept, their outputs not.
@@ -121,7 +121,7 @@ def _vision_block(config: BlipConfig, batch: Batch, rows: float, pairs: float) -
             + stream + _linear(rows, width, hidden, 0) + before_gelu + _linear(rows, hidden, width, 0))
 
 
-def _pass(config: BlipConfig, batch: Batch, streams: list[_Texts], first_rows: list[bool], images: float,
+def _pass(config: BlipConfig, batch: BatchSizes, streams: list[_Texts], first_rows: list[bool], images: float,
           recomputed: int) -> Work:
     """Texts through the stack together. `images` whose keys and values they read; 0: no cross-attention."""
     text, tokens, size = config.text, config.vision.tokens, batch.size
@@ -158,7 +158,7 @@ def _text_layer(config: BlipConfig, size: int, streams: list[_Texts], first_rows
     return total + Work(saved=masks)
 
 
-def _contrastive(config: BlipConfig, objective: Objective, batch: Batch) -> Work:
+def _contrastive(config: BlipConfig, objective: Objective, batch: BatchSizes) -> Work:
     """ITC of both directions, its projections, and the draw of negatives."""
     keys = batch.pairs + objective.queue_size
     product = 2 * 2 * batch.pairs * config.embed_dim * keys
@@ -166,12 +166,12 @@ def _contrastive(config: BlipConfig, objective: Objective, batch: Batch) -> Work
     return _projections(config, batch) + Work(2 * product + draws, 3 * product)
 
 
-def _projections(config: BlipConfig, batch: Batch) -> Work:
+def _projections(config: BlipConfig, batch: BatchSizes) -> Work:
     return (_linear(batch.pairs, config.vision.width, config.embed_dim, batch.size)
             + _linear(batch.pairs, config.text.width, config.embed_dim, batch.size))
 
 
-def _language(text: TextConfig, batch: Batch, rows: float) -> Work:
+def _language(text: TextConfig, batch: BatchSizes, rows: float) -> Work:
     """LM's head and loss; its backward computes the logits again."""
     logits = 2 * rows * text.width * text.vocab_size
     head = _linear(rows, text.width, text.width, batch.size) + _norm(rows, text.width)

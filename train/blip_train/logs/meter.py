@@ -12,7 +12,7 @@ from blip_fast.model.config import BlipConfig
 from blip_train import collectives
 from blip_train.engine.batches import Batches
 from blip_train.forecast.gpus import gpu_of
-from blip_train.forecast.step_costs import Batch, step_work
+from blip_train.forecast.step_costs import BatchSizes, step_work
 from blip_train.recipe import Recipe
 
 
@@ -66,7 +66,7 @@ class Meter:
     def _flops(self, caption_tokens: float) -> float:
         """Of this rank's steps; blocks computed a second time are no model FLOPs."""
         objective, pairs = self._recipe.objective, self._recipe.runtime.batch_size
-        batch = Batch(pairs, pairs * caption_tokens)
+        batch = BatchSizes(pairs, pairs * caption_tokens)
         alone = dataclasses.replace(objective, losses=("lm",))
         total = 0.0
         for losses, steps in ((objective, self._steps - self._language_only), (alone, self._language_only)):

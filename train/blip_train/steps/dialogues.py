@@ -19,7 +19,7 @@ from blip_fast.tasks.dialog_ranking import Dialogue, Round, candidate_texts, cap
 from blip_train.steps.step import StepOutput, TrainingStep
 
 if TYPE_CHECKING:
-    from blip_fast.data.input.pipeline import Batch as ReadBatch
+    from blip_fast.data.input.decoding import ReadBatch
 
 WRONG = 3  # candidates that a round's right answer stands against in a step; the paper does not say how many
 

@@ -27,7 +27,7 @@ from blip_train.steps.queue import KeyQueue
 from blip_train.steps.step import Negatives, StepOutput, TrainingStep
 
 if TYPE_CHECKING:
-    from blip_fast.data.input.pipeline import Batch as ReadBatch
+    from blip_fast.data.input.decoding import ReadBatch
 
 TEMPERATURE_RANGE = (0.001, 0.5)
 IGNORED = -100  # LM's target where a token carries no loss

@@ -15,7 +15,7 @@ from blip_fast.model.tokenizer import Tokenizer
 from blip_train.steps.step import StepOutput, TrainingStep
 
 if TYPE_CHECKING:
-    from blip_fast.data.input.pipeline import Batch as ReadBatch
+    from blip_fast.data.input.decoding import ReadBatch
 
 
 @dataclass(frozen=True)
