@@ -1,7 +1,7 @@
 """Images for inference: read anything safely as RGB, and BLIP's evaluation transform, exactly as published.
 
 Everything here is Pillow on the CPU: the results equal those of transformers' BlipImageProcessor bit for bit, up to
-float32 rounding of the normalisation. Training reads its images through DALI instead (`data/pipeline.py`).
+float32 rounding of the normalisation. Training reads its images through DALI instead (`data/input/pipeline.py`).
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def name_of(source: ImageSource, otherwise: str = "image") -> str:
 
 def image_pixels(source: ImageSource, image_size: int, name: str | None = None) -> Tensor:
     """Any image → float32 [3, image_size, image_size], after the evaluation transform; a video that is not read yet
-    (`data/videos.py`) → [frames, 3, image_size, image_size].
+    (`data/shards/videos.py`) → [frames, 3, image_size, image_size].
 
     A floating-point tensor of that shape is taken to be there already.
 

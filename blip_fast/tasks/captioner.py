@@ -33,7 +33,7 @@ class Caption:
     `token_ids` is what transformers' `generate` returns for the image: [DEC], the prompt, the generated tokens and
     [SEP], which is missing where the caption is `cut`: `max_length` ended it before it had come to its end. `score`
     follows the beam rule of the `GenerationConfig`.
-    `others` are the next best, best first, where `n_best` asks for them. Where they were re-ranked (`tasks/rerank.py`)
+    `others` are the next best, best first, where `n_best` asks for them. Where they were re-ranked (`tasks/reranking.py`)
     `rerank` is what the order goes by.
     """
 

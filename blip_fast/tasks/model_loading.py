@@ -25,7 +25,7 @@ def load_for_task(source: str | Path, *, dtype: str = "auto", device: str | None
                   image_size: int | None = None, heads: int | None = None,
                   tokenizer: str | Path | None = None, threads: int | None = None,
                   differentiable: bool = False) -> tuple[BlipModel, Tokenizer]:
-    """Load a model and its tokenizer, for inference alone: on a CPU its linear layers are packed (`packed.py`).
+    """Load a model and its tokenizer, for inference alone: on a CPU its linear layers are packed (`cpu_packing.py`).
 
     Args:
         source: a checkpoint directory, a Hub model or a published `.pth`, as for `load_model`.

@@ -61,7 +61,7 @@ class WorkerOptions:
     explain: bool = False
 
 
-class Engine:
+class ServedModels:
     """Models and what is asked of them. Raises ValueError or OSError, with one sentence, where one cannot be loaded."""
 
     def __init__(self, options: WorkerOptions) -> None:

@@ -16,7 +16,7 @@ from blip_fast.inference.precision import say
 from blip_fast.serve.refusals import Refused, internal
 from blip_fast.serve.workers.messages import Message, receive, send
 from blip_fast.serve.workers.processes import ends_with_the_server
-from blip_fast.serve.workers.served_models import Engine, Result, WorkerOptions
+from blip_fast.serve.workers.served_models import ServedModels, Result, WorkerOptions
 
 BEAT = 0.5  # seconds between two signs of life at least
 
@@ -27,7 +27,7 @@ def main(sock: socket.socket, options: WorkerOptions) -> None:
     """Load what the options name, then work until the server goes."""
     ends_with_the_server()
     try:
-        engine = Engine(options)
+        engine = ServedModels(options)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         send(sock, {"failed": " ".join(str(error).split())})
         return
@@ -39,7 +39,7 @@ def main(sock: socket.socket, options: WorkerOptions) -> None:
 class Worker:
     """The loop of one process. A thread takes jobs from the socket, so that the server can always send."""
 
-    def __init__(self, sock: socket.socket, engine: Engine) -> None:
+    def __init__(self, sock: socket.socket, engine: ServedModels) -> None:
         self._sock, self._engine = sock, engine
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._captions: deque[Message] = deque()  # wait for the batch

@@ -1,4 +1,4 @@
-"""The backward kernels of `gpu/attention.py`: dq by tiles of queries, dk and dv by tiles of keys."""
+"""The backward kernels of `gpu/attention_kernels.py`: dq by tiles of queries, dk and dv by tiles of keys."""
 
 from __future__ import annotations
 

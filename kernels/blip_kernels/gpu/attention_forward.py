@@ -1,4 +1,4 @@
-"""The forward kernel of `gpu/attention.py`: online softmax over tiles of keys."""
+"""The forward kernel of `gpu/attention_kernels.py`: online softmax over tiles of keys."""
 
 from __future__ import annotations
 
