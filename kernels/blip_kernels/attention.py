@@ -2,16 +2,16 @@
 
     out[i] = dropout(softmax(scale · q[i] kᵀ[segment of i])) v[segment of i]
 
-Rows of all segments stand one after another; `q_offsets` and `kv_offsets` say where each segment starts. Query segment
-s reads key segment s and nothing else, so texts of different lengths need no padding, and one key segment (an image)
-serves all the query rows that belong to it (its captions, its beams).
+Rows of all segments are stored one after another; `q_offsets` and `kv_offsets` say where each segment starts.
+Query segment s reads only key segment s. So texts of different lengths need no padding, and one key segment
+(an image) serves all query rows that belong to it (its captions, its beams).
 
-The op keeps the log-sum-exp of each row's logits and recomputes the weights in its backward:
+The op saves the log-sum-exp of each row's logits and recomputes the weights in its backward:
 
     p = exp(s − lse),  δ = Σ dout · out,  dp = dropout(dout vᵀ),  ds = p · (dp − δ)
     dq = scale · ds k,  dk = scale · dsᵀ q,  dv = dropout(p)ᵀ dout
 
-Dropout is a function of (seed, head, query row, key): the backward draws the same weights again, and so does the twin.
+Dropout is a function of (seed, head, query row, key): the backward and the eager twin drop the same weights.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 from blip_kernels.backends import attention_backend
+from blip_kernels.constants import DROPOUT_STEPS
 from blip_kernels.cpu import block_attention
 from blip_kernels.cpu.padded_attention import CORES, causal_mask, padded_attention
 from blip_kernels.random import new_seed, philox
 
 MAX_ROWS = 2**31 - 1  # offsets are int32
-DROPOUT_STEPS = 1 << 16  # dropout's probability is a multiple of 1 / DROPOUT_STEPS: 16 random bits a weight
 
 
 # ---------------------------------------------------------------- the eager twin
@@ -36,7 +36,7 @@ DROPOUT_STEPS = 1 << 16  # dropout's probability is a multiple of 1 / DROPOUT_ST
 
 @dataclass(frozen=True)
 class _Segment:
-    """One segment in float32 at least: which rows it owns, and its weights before and after dropout."""
+    """One segment, in float32 or wider: its rows, its weights, and its dropout factors."""
 
     q_rows: slice
     kv_rows: slice
@@ -45,8 +45,8 @@ class _Segment:
     lse: Tensor  # [heads, queries], +∞ where a query sees no key
 
 
-def _segments(q: Tensor, k: Tensor, q_offsets: Tensor, kv_offsets: Tensor, causal: bool, dropout: float, scale: float,
-              seed: int) -> Iterator[_Segment]:
+def _segments(q: Tensor, k: Tensor, q_offsets: Tensor, kv_offsets: Tensor, causal: bool, dropout: float,
+              scale: float, seed: int) -> Iterator[_Segment]:
     """The formula, one segment at a time."""
     q_bounds, kv_bounds = q_offsets.tolist(), kv_offsets.tolist()
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -58,12 +58,12 @@ def _segments(q: Tensor, k: Tensor, q_offsets: Tensor, kv_offsets: Tensor, causa
             logits = logits.masked_fill(~causal_mask(queries, keys, q.device), float("-inf"))
         lse = torch.logsumexp(logits, dim=-1)
         lse = torch.where(lse == float("-inf"), float("inf"), lse)  # no key: weights of zero
-        kept = _kept(q.shape[1], q_rows, keys, dropout, seed, q.device) if dropout else None
+        kept = _dropout_factors(q.shape[1], q_rows, keys, dropout, seed, q.device) if dropout else None
         yield _Segment(q_rows, kv_rows, torch.exp(logits - lse[..., None]), kept, lse)
 
 
-def _kept(heads: int, q_rows: slice, keys: int, dropout: float, seed: int, device: torch.device) -> Tensor:
-    """Dropout's factors [heads, queries, keys]: 16 bits a weight, eight weights to one call of Philox."""
+def _dropout_factors(heads: int, q_rows: slice, keys: int, dropout: float, seed: int, device: torch.device) -> Tensor:
+    """Dropout's factors [heads, queries, keys]: 16 bits per weight, eight weights per call of Philox."""
     head = torch.arange(heads, device=device)[:, None, None]
     row = torch.arange(q_rows.start, q_rows.stop, device=device)[None, :, None]
     group = torch.arange(-(-keys // 8), device=device)[None, None, :]
@@ -73,8 +73,8 @@ def _kept(heads: int, q_rows: slice, keys: int, dropout: float, seed: int, devic
     return (bits >= threshold).float() * (DROPOUT_STEPS / (DROPOUT_STEPS - threshold))
 
 
-def _twin_forward(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, kv_offsets: Tensor, causal: bool, dropout: float,
-                  scale: float, seed: int) -> tuple[Tensor, Tensor]:
+def _twin_forward(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, kv_offsets: Tensor, causal: bool,
+                  dropout: float, scale: float, seed: int) -> tuple[Tensor, Tensor]:
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     wide = torch.promote_types(q.dtype, torch.float32)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=wide, device=q.device)
@@ -85,8 +85,9 @@ def _twin_forward(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, kv_offsets
     return out, lse
 
 
-def _twin_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, q_offsets: Tensor, kv_offsets: Tensor,
-                   causal: bool, dropout: float, scale: float, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def _twin_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, q_offsets: Tensor,
+                   kv_offsets: Tensor, causal: bool, dropout: float, scale: float,
+                   seed: int) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     wide = torch.promote_types(q.dtype, torch.float32)
     for s in _segments(q, k, q_offsets, kv_offsets, causal, dropout, scale, seed):
@@ -109,7 +110,7 @@ def _twin_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, q
 @torch.library.custom_op("blip_kernels::attention", mutates_args=())
 def _op(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, kv_offsets: Tensor, causal: bool, dropout: float,
         scale: float, seed: int, triton: bool) -> tuple[Tensor, Tensor]:
-    """→ out and the log-sum-exp [heads, query rows], Triton's to base 2."""
+    """Return out and the log-sum-exp [heads, query rows], base 2 with Triton."""
     if triton:
         from blip_kernels.gpu.attention_kernels import forward
 
@@ -175,17 +176,18 @@ def attention(
         v: as `k`.
         q_offsets: int32 [segments + 1], from 0 to the number of query rows, never falling.
         kv_offsets: int32 [segments + 1], from 0 to the number of key rows, never falling.
-        causal: within a segment, the last query sees every key, the one before it all but the last, and so on.
+        causal: in a segment the last query sees every key, the one before it all but the last, and so on.
         dropout: probability with which an attention weight is dropped (0 outside training).
         scale: factor of the logits; 1/√head_dim unless given.
         backend: one of `blip_kernels.backends.ATTENTION_BACKENDS`; None reads `BLIP_FAST_ATTENTION`.
 
     Returns:
-        [query rows, heads, head_dim] in `q`'s dtype. Queries that see no key get zeros. A value that is not a number
-        makes the rows that see it NaN or infinite, and no others.
+        [query rows, heads, head_dim] in `q`'s dtype. Queries that see no key get zeros. A NaN makes the rows
+        that see it NaN or infinite, and no others.
 
     Raises:
-        ValueError: shapes, dtypes, devices or offsets do not fit, or the backend cannot run; the message says which.
+        ValueError: shapes, dtypes, devices or offsets do not fit, or the backend cannot run; the message says
+            which.
     """
     _check(q, k, v, q_offsets, kv_offsets, dropout)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
@@ -225,7 +227,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, kv_offsets: Tenso
             raise ValueError(f"{name} must be int32 [segments + 1], got {offsets.dtype} {tuple(offsets.shape)}")
         if offsets.device != q.device:
             raise ValueError(f"{name} is on {offsets.device}, q on {q.device}: move it there")
-        # Reading values on an accelerator would stall it, and a compiler cannot; there the shapes alone are checked.
+        # Reading values would stall an accelerator and is impossible while compiling: only shapes are checked
+        # there.
         if offsets.device.type != "cpu" or torch.compiler.is_compiling():
             continue
         first, last, falls = int(offsets[0]), int(offsets[-1]), bool((offsets.diff() < 0).any())

@@ -1,8 +1,8 @@
 """Which implementation of an op runs, and why.
 
-`auto` takes the fastest implementation that can run the call. Naming one that cannot run it is an error that says
-why: nothing falls back silently. The environment variable `BLIP_FAST_ATTENTION` names the choice where a call does
-not.
+`auto` takes the fastest implementation that can run the call. Naming one that cannot run is an error that
+says why: nothing falls back silently. If a call names none, the environment variable `BLIP_FAST_ATTENTION`
+does.
 """
 
 from __future__ import annotations
@@ -25,21 +25,22 @@ HALF = (torch.float16, torch.bfloat16)
 def attention_backend(q: Tensor, requested: str | None = None) -> str:
     """Resolve the attention implementation for a call.
 
-    `auto` is Triton's on an NVIDIA GPU where heads are 32, 64 or 128 wide. On a CPU it is `sliced` for 16-bit types
-    that the processor multiplies, where PyTorch's fused attention is several times slower; with AMX its forward is
-    faster, and `sliced` is for calls that need gradients. Elsewhere it is `sdpa`. While `torch.compile` traces it is
-    Triton's or the reference, each one node of the graph: the others read lengths on the host, which breaks it.
+    `auto` is `triton` on an NVIDIA GPU if heads are 32, 64 or 128 wide. On a CPU it is `sliced` for 16-bit
+    types that the processor multiplies, since PyTorch's fused attention is several times slower there. With
+    AMX the fused forward is faster, and only calls that need gradients take `sliced`. Everywhere else it is
+    `sdpa`. While `torch.compile` traces it is `triton` or `reference`, each one node of the graph; the others
+    read lengths on the host, which breaks the graph.
 
     Args:
         q: the call's queries [rows, heads, head_dim].
         requested: one of `ATTENTION_BACKENDS`, or None to take `BLIP_FAST_ATTENTION` (default `auto`).
 
     Returns:
-        One of `ATTENTION_BACKENDS` but `auto`.
+        One of `ATTENTION_BACKENDS` except `auto`.
 
     Raises:
-        ValueError: the name is not one of `ATTENTION_BACKENDS`, or it cannot run this call; the message says why and
-            which can.
+        ValueError: the name is not one of `ATTENTION_BACKENDS`, or it cannot run this call; the message says
+            why, and which ones can.
     """
     name = requested or os.environ.get(ATTENTION_VARIABLE) or "auto"
     if name not in ATTENTION_BACKENDS:
@@ -58,7 +59,7 @@ def attention_backend(q: Tensor, requested: str | None = None) -> str:
 
 
 def attention_cannot(name: str, q: Tensor) -> str | None:
-    """Why the attention backend `name` cannot run a call with queries `q`; None where it can."""
+    """Return why the attention backend `name` cannot run a call with queries `q`, or None if it can."""
     if name == "triton":
         if q.shape[-1] not in HEAD_WIDTHS:
             return f"heads are {q.shape[-1]} wide and its kernels take {', '.join(map(str, HEAD_WIDTHS))}"
@@ -82,13 +83,14 @@ def op_backend(x: Tensor, requested: str | None = None) -> str:
 
     Args:
         x: any of the call's tensors.
-        requested: `auto` (the default: Triton on an NVIDIA GPU, else the twin), `triton` or `reference` (the twin).
+        requested: `auto` (the default: Triton on an NVIDIA GPU, else the twin), `triton` or `reference` (the
+            twin).
 
     Returns:
         `"triton"` or `"reference"`.
 
     Raises:
-        ValueError: another name, or `triton` where it cannot run, with the reason.
+        ValueError: another name, or `triton` if it cannot run, with the reason.
     """
     if requested not in (None, "auto", "triton", "reference"):
         raise ValueError(f"backend {requested!r} is not known: choose one of auto, triton, reference")
@@ -100,7 +102,7 @@ def op_backend(x: Tensor, requested: str | None = None) -> str:
 
 
 def triton_cannot(x: Tensor) -> str | None:
-    """Why Triton cannot run a call on `x`; None where it can."""
+    """Return why Triton cannot run a call on `x`, or None if it can."""
     try:
         from blip_kernels.gpu.kernel_launch import why_not
     except ImportError as error:

@@ -5,15 +5,15 @@
     loss = −Σ target · log softmax(s)
          = w · lse(s) − α · Σ softmax(s_m) · s − (1 − α) · mean of s over the row's positive keys
 
-with w = Σ target: 1, or α for a row without any positive key. Only three sums a row are needed, and all of them can be
-kept while keys stream by (log-sum-exps with a running maximum), so nothing of size rows × keys is ever held. With
-g the gradient of a row's loss:
+with w = Σ target: 1, or α for a row without any positive key. Only three sums per row are needed, and all of
+them can be updated while keys stream by (log-sum-exps with a running maximum), so nothing of size rows × keys
+is ever stored. With g the gradient of a row's loss:
 
     ds = g · (w · softmax(s) − α · softmax(s_m) − (1 − α) · positives / count)
     d queries = ds keys / τ,   d keys = dsᵀ queries / τ,   dτ = −Σ queries · d queries / τ
 
-Beyond inputs and gradients the op holds a few numbers a row, and one slice of logits (`SLICE_ELEMENTS`) or, on a GPU,
-at most one partial gradient tile per multiprocessor.
+Besides inputs and gradients the op needs memory for a few numbers per row, and for one slice of logits
+(`SLICE_ELEMENTS`) or, on a GPU, at most one partial gradient tile per multiprocessor.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from blip_kernels.features import NO_ID, check_features, check_ids, check_own_keys, feature_backend
+from blip_kernels.constants import NO_ID
+from blip_kernels.features import check_features, check_ids, check_own_keys, feature_backend
 
 SLICE_ELEMENTS = 1 << 19  # logits in one slice of the eager twin: 2 MiB in float32
 
 
 def _slices(rows: int, batch_keys: Tensor, queue_keys: Tensor) -> Iterator[tuple[Tensor, slice]]:
-    """(keys in float32 at least, where they stand among batch ∪ queue), as many as fit a slice."""
+    """Yield (keys in float32 or wider, their place in batch ∪ queue), as many as fit a slice."""
     step = max(SLICE_ELEMENTS // max(rows, 1), 16)
     wide = torch.promote_types(batch_keys.dtype, torch.float32)
     for keys, start in ((batch_keys, 0), (queue_keys, len(batch_keys))):
@@ -45,7 +46,7 @@ def _equal(ids: Tensor, item_ids: Tensor) -> Tensor:
 def _forward_reference(q: Tensor, q_m: Tensor, batch_keys: Tensor, queue_keys: Tensor, temperature: Tensor,
                        alpha: float, ids: Tensor | None, item_ids: Tensor | None,
                        first_own: int) -> tuple[Tensor, Tensor]:
-    """Losses [rows] and statistics [3, rows]: log-sum-exp of s, that of s_m, number of positives."""
+    """Return losses [rows] and statistics [3, rows]: log-sum-exp of s, that of s_m, number of positives."""
     wide, rows = torch.promote_types(q.dtype, torch.float32), len(q)
     q, q_m = (x.to(wide) / temperature.to(wide) for x in (q, q_m))
     tops, sums = q.new_full((2, rows), float("-inf")), q.new_zeros(2, rows)
@@ -72,10 +73,11 @@ def _forward_reference(q: Tensor, q_m: Tensor, batch_keys: Tensor, queue_keys: T
     return loss, torch.stack([*lse, count])
 
 
-def _backward_reference(grad: Tensor, stats: Tensor, q: Tensor, q_m: Tensor, batch_keys: Tensor, queue_keys: Tensor,
-                        temperature: Tensor, alpha: float, ids: Tensor | None, item_ids: Tensor | None,
-                        first_own: int, need_keys: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, of the temperature [1] and of the batch's keys ([0, width] without `need_keys`)."""
+def _backward_reference(grad: Tensor, stats: Tensor, q: Tensor, q_m: Tensor, batch_keys: Tensor,
+                        queue_keys: Tensor, temperature: Tensor, alpha: float, ids: Tensor | None,
+                        item_ids: Tensor | None, first_own: int,
+                        need_keys: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, temperature [1] and the batch's keys ([0, width] without `need_keys`)."""
     wide, rows = torch.promote_types(q.dtype, torch.float32), len(q)
     grad, tau = grad.to(wide), temperature.to(wide).reshape(1)
     scaled, scaled_m = q.to(wide) / tau, q_m.to(wide) / tau
@@ -104,8 +106,9 @@ def _backward_reference(grad: Tensor, stats: Tensor, q: Tensor, q_m: Tensor, bat
 
 
 @torch.library.custom_op("blip_kernels::contrastive", mutates_args=())
-def _contrastive(q: Tensor, q_m: Tensor, batch_keys: Tensor, queue_keys: Tensor, temperature: Tensor, alpha: float,
-                 ids: Tensor | None, item_ids: Tensor | None, first_own: int, backend: str) -> tuple[Tensor, Tensor]:
+def _contrastive(q: Tensor, q_m: Tensor, batch_keys: Tensor, queue_keys: Tensor, temperature: Tensor,
+                 alpha: float, ids: Tensor | None, item_ids: Tensor | None, first_own: int,
+                 backend: str) -> tuple[Tensor, Tensor]:
     inputs = (q, q_m, batch_keys, queue_keys, temperature, alpha, ids, item_ids, first_own)
     if backend == "triton":
         from blip_kernels.gpu.contrastive_kernels import forward
@@ -122,10 +125,12 @@ def _(q, q_m, batch_keys, queue_keys, temperature, alpha, ids, item_ids, first_o
 
 
 @torch.library.custom_op("blip_kernels::contrastive_backward", mutates_args=())
-def _contrastive_backward(grad: Tensor, stats: Tensor, q: Tensor, q_m: Tensor, batch_keys: Tensor, queue_keys: Tensor,
-                          temperature: Tensor, alpha: float, ids: Tensor | None, item_ids: Tensor | None,
-                          first_own: int, need_keys: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = (grad, stats, q, q_m, batch_keys, queue_keys, temperature, alpha, ids, item_ids, first_own, need_keys)
+def _contrastive_backward(grad: Tensor, stats: Tensor, q: Tensor, q_m: Tensor, batch_keys: Tensor,
+                          queue_keys: Tensor, temperature: Tensor, alpha: float, ids: Tensor | None,
+                          item_ids: Tensor | None, first_own: int, need_keys: bool,
+                          backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = (grad, stats, q, q_m, batch_keys, queue_keys, temperature, alpha, ids, item_ids, first_own,
+              need_keys)
     if backend == "triton":
         from blip_kernels.gpu.contrastive_kernels import backward
 
@@ -135,7 +140,8 @@ def _contrastive_backward(grad: Tensor, stats: Tensor, q: Tensor, q_m: Tensor, b
 
 
 @_contrastive_backward.register_fake
-def _(grad, stats, q, q_m, batch_keys, queue_keys, temperature, alpha, ids, item_ids, first_own, need_keys, backend):
+def _(grad, stats, q, q_m, batch_keys, queue_keys, temperature, alpha, ids, item_ids, first_own, need_keys,
+      backend):
     keys = torch.empty_like(batch_keys) if need_keys else batch_keys.new_empty(0, q.shape[1])
     return torch.empty_like(q), q.new_empty(1, dtype=stats.dtype), keys
 
@@ -153,8 +159,9 @@ def _autograd(ctx, grad: Tensor | None, _: Tensor | None):
         return (None,) * 10
     stats, q, q_m, batch_keys, queue_keys, temperature, ids, item_ids = ctx.saved_tensors
     need_keys = ctx.needs_input_grad[2]
-    d_q, d_temperature, d_keys = _contrastive_backward(grad, stats, q, q_m, batch_keys, queue_keys, temperature,
-                                                       ctx.alpha, ids, item_ids, ctx.first_own, need_keys, ctx.backend)
+    d_q, d_temperature, d_keys = _contrastive_backward(grad, stats, q, q_m, batch_keys, queue_keys,
+                                                       temperature, ctx.alpha, ids, item_ids, ctx.first_own,
+                                                       need_keys, ctx.backend)
     d_temperature = d_temperature.to(temperature.dtype).reshape(temperature.shape)
     return d_q, None, d_keys if need_keys else None, None, d_temperature, None, None, None, None, None
 
@@ -176,16 +183,18 @@ def contrastive(
     queue_ids: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """One direction of ITC, a loss per row: −Σ target · log softmax(queries keysᵀ / τ). Take its mean over the batch.
+    """One direction of ITC, a loss per row: −Σ target · log softmax(queries keysᵀ / τ).
 
-    Positives are pairs (row i belongs to batch key `first_own_key` + i) unless `ids` are given; then they are all keys
-    of the row's id, in batch and queue, with equal shares. Id −100 (an empty queue slot) equals nothing. A row without
-    any positive key keeps the soft part of its target alone.
+    Take its mean over the batch.
 
-    Gradients reach `queries`, `temperature` and, if they want it, `batch_keys` (gathered features of all ranks, as in
-    CLIP, with `first_own_key` = rank × rows); never `momentum_queries`, `queue_keys` or the targets. A NaN in a row
-    makes that row's loss NaN, a NaN in a key every row's. Autocast changes nothing: the dtype of the features decides,
-    and statistics and losses are float32.
+    Without `ids` positives are pairs: row i belongs to batch key `first_own_key` + i. With `ids` they are all
+    keys of the row's id, in batch and queue, with equal shares. Id −100 (an empty queue slot) equals nothing.
+    The target of a row without any positive key is only its soft part.
+
+    Gradients flow to `queries`, `temperature` and, if it requires grad, `batch_keys` (gathered features of
+    all ranks, as in CLIP, with `first_own_key` = rank × rows); never to `momentum_queries`, `queue_keys` or
+    the targets. A NaN in a row makes that row's loss NaN, a NaN in a key every row's. Autocast changes
+    nothing: the dtype of the features decides, and statistics and losses are float32.
 
     Args:
         queries: [rows, width], float32, bfloat16 or float16 (the twin takes float64 as well).
@@ -194,12 +203,12 @@ def contrastive(
         queue_keys: [queued, width], further keys, or None.
         temperature: τ > 0, one element of any floating dtype.
         alpha: share of the soft targets, 0 to 1.
-        first_own_key: the batch key that row 0 belongs to; the other rows' follow. Without `ids` only.
+        first_own_key: the batch key of row 0; the keys of the other rows follow. Only without `ids`.
         ids: int64 [rows], or None for pairs.
         key_ids: int64 [keys]; `ids` unless given.
         queue_ids: int64 [queued], needed with `ids` where there is a queue.
-        backend: auto, triton or reference (`blip_kernels.backends.op_backend`). The kernels take widths up to 256; auto
-            takes the twin beyond.
+        backend: auto, triton or reference (`blip_kernels.backends.op_backend`). The kernels take widths up to
+            256; auto takes the twin for wider features.
 
     Returns:
         [rows], float32 (float64 for float64 inputs).
@@ -216,15 +225,15 @@ def contrastive(
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
     item_ids = _item_ids(queries, batch_keys, queue_keys, ids, key_ids, queue_ids, first_own_key)
-    loss, _ = _contrastive(queries.contiguous(), momentum_queries.detach().contiguous(), batch_keys.contiguous(),
-                           queue_keys.detach().contiguous(), temperature, float(alpha), ids, item_ids, first_own_key,
-                           feature_backend(queries, backend))
+    loss, _ = _contrastive(queries.contiguous(), momentum_queries.detach().contiguous(),
+                           batch_keys.contiguous(), queue_keys.detach().contiguous(), temperature,
+                           float(alpha), ids, item_ids, first_own_key, feature_backend(queries, backend))
     return loss
 
 
-def _item_ids(queries: Tensor, batch_keys: Tensor, queue_keys: Tensor, ids: Tensor | None, key_ids: Tensor | None,
-              queue_ids: Tensor | None, first_own_key: int) -> Tensor | None:
-    """Ids of batch and queue in one (int64, small beside the features), or None for pairs."""
+def _item_ids(queries: Tensor, batch_keys: Tensor, queue_keys: Tensor, ids: Tensor | None,
+              key_ids: Tensor | None, queue_ids: Tensor | None, first_own_key: int) -> Tensor | None:
+    """Concatenate the ids of batch and queue (int64, small next to the features); None for pairs."""
     check_own_keys(len(queries), len(batch_keys), first_own_key, paired=ids is None)
     if ids is None:
         if key_ids is not None or queue_ids is not None:

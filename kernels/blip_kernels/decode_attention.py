@@ -1,29 +1,30 @@
-"""Attention of one step of generation, in its two forms. Inference alone: neither has a gradient.
+"""Attention of one step of generation, in two forms. For inference only: neither has a gradient.
 
 `decode_attention`: the few query rows of a segment (the beams of an image) over the segment's keys.
 
-    out[r] = softmax(scale · q[r] k[s, :lengths[s]]ᵀ) v[s, :lengths[s]],      s = r // n,  n = query rows / segments
+    out[r] = softmax(scale · q[r] k[s, :lengths[s]]ᵀ) v[s, :lengths[s]],   s = r // n,  n = query rows / segments
 
-`cached_attention`: one new token per row over a cache whose entries lie anywhere, named by a table of slots.
+`cached_attention`: one new token per row over a cache whose entries may lie anywhere; a table of slots names
+them.
 
     out[r] = softmax(scale · q[r] k[slots[r, :lengths[r]]]ᵀ) v[slots[r, :lengths[r]]]
 
-Segments and rows have room for the same number of keys, and each uses as much of it as it needs: shapes do not change
-from step to step, whatever the texts do.
+All segments or rows have room for the same number of keys, and each uses as many as it needs: shapes do not
+change from step to step as texts grow, come and go.
 
-Both are bound by reading keys and values: 2 · keys · head_dim elements a head for 4 FLOPs an element and query row.
-So the kernel of the first lets all beams of a segment share one tile, and each key is read once a step for all of
-them. That leaves segments × heads programs, too few for a GPU (8 images × 12 heads on 132 multiprocessors); the keys
-are split over programs, whose partial sums a second kernel merges:
+Both are bound by reading keys and values: 2 · keys · head_dim elements per head, for 4 FLOPs per element and
+query row. In the first form all beams of a segment therefore share one tile, and each key is read once per
+step for all of them. That leaves segments × heads programs, too few for a GPU (8 images × 12 heads on 132
+multiprocessors). So the keys are split over programs, and a second kernel merges their partial sums:
 
-    m = max mᵢ,  out = Σ exp(mᵢ − m) · accᵢ / Σ exp(mᵢ − m) · sumᵢ       (split i: maximum, unnormalised output, sum)
+    m = max mᵢ,  out = Σ exp(mᵢ − m) · accᵢ / Σ exp(mᵢ − m) · sumᵢ     (split i: maximum, raw output, sum)
 
-The second form reads through the table, so reordering beams moves indices, not caches, and beams with a common history
-meet its entries in the cache of the GPU.
+The second form reads through the table, so reordering beams moves indices, not caches, and beams with a
+common history find its entries in the GPU's cache.
 
-On a CPU the first is two batched products over heads. They read keys in place where a head's keys lie together
-([segments, heads, keys, head_dim] in memory): otherwise PyTorch copies them first, which takes many times as long. The
-second gathers its entries, which it does fastest where an entry's heads lie together.
+On a CPU the first form is two batched products over heads. They read keys in place if a head's keys are
+contiguous ([segments, heads, keys, head_dim] in memory); otherwise PyTorch copies them first, which takes
+many times as long. The second form gathers its entries, which is fastest if an entry's heads are contiguous.
 """
 
 from __future__ import annotations
@@ -35,32 +36,35 @@ from torch import Tensor
 from blip_kernels.backends import op_backend
 from blip_kernels.cpu.products import matmul
 
-HEAD_DIMS = (32, 64, 128)  # of the kernels; the twins take any
+HEAD_DIMS = (32, 64, 128)  # that the kernels take; the twins take any
 MOST_ROWS = 64  # query rows of a segment: one tile holds them
 
 
-# --------------------------------------------------------------------------------------------------- the eager twins
+# -------------------------------------------------------------------------------------------- the eager twins
 
 
 def _decode_reference(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -> Tensor:
-    """Segments as a batch."""
+    """Attention with segments as a batch."""
     if k.numel() == 0 or q.numel() == 0:
         return torch.zeros_like(q, memory_format=torch.contiguous_format)
     queries = q.reshape(len(k), -1, *q.shape[1:]).transpose(1, 2)  # [segments, heads, rows, head_dim]
-    return _masked(queries, k.transpose(1, 2), v.transpose(1, 2), lengths, scale).transpose(1, 2).reshape(q.shape)
+    return _masked(queries, k.transpose(1, 2), v.transpose(1, 2), lengths,
+                   scale).transpose(1, 2).reshape(q.shape)
 
 
-def _cached_reference(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, lengths: Tensor, scale: float) -> Tensor:
-    """The entries gathered, then PyTorch's attention of each row by itself."""
+def _cached_reference(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, lengths: Tensor,
+                      scale: float) -> Tensor:
+    """Gather the entries, then use PyTorch's attention with rows as a batch."""
     if q.numel() == 0:
         return torch.empty_like(q, memory_format=torch.contiguous_format)
-    keys, values = (x.index_select(0, slots.flatten()).unflatten(0, slots.shape).transpose(1, 2) for x in (k, v))
+    keys, values = (x.index_select(0, slots.flatten()).unflatten(0, slots.shape).transpose(1, 2)
+                    for x in (k, v))
     seen = (torch.arange(slots.shape[1], device=q.device) < lengths[:, None])[:, None, None]
     return F.scaled_dot_product_attention(q[:, :, None], keys, values, seen, scale=scale).squeeze(2)
 
 
 def _masked(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -> Tensor:
-    """q [batch, heads, rows, head_dim] over the first `lengths` [batch] of keys [batch, heads, keys, head_dim]."""
+    """q [batch, heads, rows, head_dim] reads the first `lengths` [batch] of k, v [batch, heads, keys, head_dim]."""
     wide = torch.promote_types(q.dtype, torch.float32)
     logits = matmul(q, k.transpose(-1, -2)).to(wide) * scale
     shortest = int(lengths.min())
@@ -71,7 +75,7 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -> T
     return out if shortest else out.masked_fill_((lengths == 0)[:, None, None, None], 0.0)
 
 
-# ------------------------------------------------------------------------------------------------------ registration
+# ----------------------------------------------------------------------------------------------- registration
 
 
 @torch.library.custom_op("blip_kernels::decode_attention", mutates_args=())
@@ -84,7 +88,8 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float, back
 
 
 @torch.library.custom_op("blip_kernels::cached_attention", mutates_args=())
-def _cached(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, lengths: Tensor, scale: float, backend: str) -> Tensor:
+def _cached(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, lengths: Tensor, scale: float,
+            backend: str) -> Tensor:
     if backend == "reference":
         return _cached_reference(q, k, v, slots, lengths, scale).contiguous()
     from blip_kernels.gpu.decode_kernels import cached
@@ -98,7 +103,7 @@ def _(q: Tensor, *_: object) -> Tensor:
     return q.new_empty(q.shape)
 
 
-# ---------------------------------------------------------------------------------------------- the public functions
+# --------------------------------------------------------------------------------------- the public functions
 
 
 def decode_attention(
@@ -113,21 +118,23 @@ def decode_attention(
     """Attention in which every segment of keys is read by the same number of consecutive query rows, 1 to 64.
 
     Args:
-        q: [query rows, heads, head_dim], float32, bfloat16 or float16; row r reads segment r // (rows / segments).
-        k: [segments, keys, heads, head_dim], same dtype and device. A view is read in place: any strides, but head_dim
-            contiguous (else it is copied). What lies behind a segment's length must be finite.
+        q: [query rows, heads, head_dim], float32, bfloat16 or float16; row r reads segment r // (rows /
+            segments).
+        k: [segments, keys, heads, head_dim], same dtype and device. A view is read in place if head_dim is
+            contiguous, with any other strides; otherwise it is copied. Keys past a segment's length must be
+            finite.
         v: as `k`, with strides of its own.
         lengths: int32 [segments]: how many of its keys each segment uses, 0 to all.
         scale: factor of the logits; 1/√head_dim unless given.
-        backend: `auto` (default), `triton` or `reference`, see `blip_kernels.backends.op_backend`. Kernels take
-            head_dim 32, 64 and 128; `auto` leaves others to the twin.
+        backend: `auto` (default), `triton` or `reference`, see `blip_kernels.backends.op_backend`. Kernels
+            take head_dim 32, 64 and 128; `auto` takes the twin for others.
 
     Returns:
         [query rows, heads, head_dim] in `q`'s dtype, contiguous. Queries of an empty segment get zeros.
 
     Raises:
-        ValueError: shapes, dtypes, devices or lengths do not fit (the message names the argument), or an argument
-            requires grad while gradients are recorded: use `attention`, or `torch.no_grad()`.
+        ValueError: shapes, dtypes, devices or lengths do not fit (the message names the argument), or an
+            argument requires grad while gradients are recorded: use `attention`, or `torch.no_grad()`.
     """
     _check(q, k, v, "[segments, keys, heads, head_dim]")
     segments, keys = k.shape[:2]
@@ -152,12 +159,12 @@ def cached_attention(
 
     Args:
         q: [rows, heads, head_dim], float32, bfloat16 or float16.
-        k: [entries, heads, head_dim], the cache, same dtype and device; strides as in `decode_attention`. All entries
-            must be finite.
+        k: [entries, heads, head_dim], the cache, same dtype and device; strides as in `decode_attention`. All
+            entries must be finite.
         v: as `k`.
-        slots: int64 [rows, length ≥ 1]: where each row's tokens lie in the cache, 0 to entries − 1, in any order and
-            shared at will; a view of a longer table is read in place. Values outside are an error on a CPU and
-            undefined on a GPU.
+        slots: int64 [rows, length ≥ 1]: where each row's tokens lie in the cache, 0 to entries − 1. Any
+            order; rows may share entries. A view of a longer table is read in place. Values out of range are
+            an error on a CPU and undefined behaviour on a GPU.
         lengths: int32 [rows]: how many of its slots each row uses, 1 to all.
         scale, backend: as in `decode_attention`.
 
@@ -181,7 +188,7 @@ def cached_attention(
 
 
 def _how(q: Tensor, scale: float | None, backend: str | None) -> tuple[float, str]:
-    """Factor of the logits, and the implementation."""
+    """Return the factor of the logits, and the implementation."""
     chosen, head_dim = op_backend(q, backend), q.shape[-1]
     if chosen == "triton" and (head_dim not in HEAD_DIMS or q.dtype == torch.float64):
         if backend == "triton":
@@ -217,7 +224,7 @@ def _check_lengths(lengths: Tensor, count: int, least: int, most: int, q: Tensor
 
 
 def _readable(x: Tensor) -> bool:
-    """Values on a GPU would have to be waited for, and a compiler has none; there the shapes alone are checked."""
+    """Whether values can be checked: reading them on a GPU would stall it, and a compiler has none."""
     return x.device.type == "cpu" and x.numel() > 0 and not torch.compiler.is_compiling()
 
 

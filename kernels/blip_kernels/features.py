@@ -1,4 +1,4 @@
-"""What `contrastive` and `hard_negatives` ask of features, temperatures and ids, and where their kernels can run."""
+"""Checks of the arguments of `contrastive` and `hard_negatives`, and where their kernels can run."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from torch import Tensor
 
 from blip_kernels.backends import op_backend
 
-NO_ID = -100  # of an empty queue slot: equal to nothing, not even to itself
-WIDEST = 256  # features that the kernels take: two float32 tiles of this width are what registers hold
+WIDEST = 256  # widest features of the kernels: registers hold two float32 tiles of this width
 
 
 def feature_backend(queries: Tensor, requested: str | None) -> str:
-    """`op_backend`, and the twin where features are wider than `WIDEST` or float64.
+    """Resolve as `op_backend`, but take the twin if features are wider than `WIDEST` or float64.
 
-    Raises ValueError where Triton is asked for by name and cannot run.
+    Raises ValueError if Triton is requested by name and cannot run.
     """
     chosen = op_backend(queries, requested)
     if chosen == "triton" and (queries.shape[1] > WIDEST or queries.dtype == torch.float64):
@@ -26,7 +25,7 @@ def feature_backend(queries: Tensor, requested: str | None) -> str:
 
 
 def check_features(queries: Tensor, temperature: Tensor, **keys: Tensor) -> None:
-    """Queries [rows, width], one temperature, and keys by name [any, width] of one dtype on one device."""
+    """Check queries [rows, width], one temperature, and named keys [any, width]: one dtype, one device."""
     if queries.ndim != 2 or queries.shape[1] == 0 or not queries.dtype.is_floating_point:
         raise ValueError(f"queries must be floating [rows, width], got {queries.dtype} {tuple(queries.shape)}")
     for name, x in keys.items():
@@ -41,7 +40,7 @@ def check_features(queries: Tensor, temperature: Tensor, **keys: Tensor) -> None
 
 
 def check_own_keys(rows: int, keys: int, first_own_key: int, paired: bool) -> None:
-    """Without ids each row's own key must be there; with ids there is no such key."""
+    """Check that each row's own key exists if there are no ids; with ids there is no own key."""
     if paired and (first_own_key < 0 or first_own_key + rows > keys):
         raise ValueError(f"first_own_key {first_own_key} with {rows} rows leaves the {keys} keys: each row's own key "
                          "must be among them")
@@ -50,7 +49,7 @@ def check_own_keys(rows: int, keys: int, first_own_key: int, paired: bool) -> No
 
 
 def check_ids(queries: Tensor, **ids: tuple[Tensor, int]) -> None:
-    """Ids by name, each with the length that it must have."""
+    """Check named ids, each given with the length that it must have."""
     for name, (x, length) in ids.items():
         if x.dtype != torch.int64 or x.shape != (length,) or x.device != queries.device:
             raise ValueError(f"{name} must be int64 [{length}] on {queries.device}, got {x.dtype} {tuple(x.shape)} on "

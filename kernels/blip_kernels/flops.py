@@ -1,8 +1,8 @@
-"""What each op computes, in `torch.utils.flop_counter`'s terms: matrix products alone, a multiply-add as two.
+"""The FLOPs of each op for `torch.utils.flop_counter`: matrix products only, two per multiply-add.
 
-Importing this module registers the counts. Attention counts the pairs of query and key that see each other, and no
-padding; backward passes count what they compute anew. Chosen backends that are no ops of ours (`sdpa`, `sliced`,
-`flash_attn`, `xformers`) are counted by PyTorch, padding included, or not at all: count with
+Importing this module registers the counts. Attention counts the pairs of query and key that see each other,
+without padding; backward passes include what they recompute. PyTorch counts the backends that are not our ops
+(`sdpa`, `sliced`, `flash_attn`, `xformers`) with padding or not at all, so count with
 `BLIP_FAST_ATTENTION=reference`.
 """
 
@@ -20,24 +20,25 @@ _ops = torch.ops.blip_kernels
 
 
 def _pairs(q_offsets: Tensor, kv_offsets: Tensor, causal: bool) -> int:
-    """Pairs of query and key that see each other."""
+    """Count the pairs of query and key that see each other."""
     n_q, n_kv = q_offsets.diff().long(), kv_offsets.diff().long()
     if not causal:
         return int((n_q * n_kv).sum())
-    # The last query sees all n_kv keys, each before it one less: a triangle, cut off where there are no keys left.
+    # The last query sees all n_kv keys, each earlier one a key less: a triangle, cut off where no keys are
+    # left.
     seeing = torch.minimum(n_q, n_kv)
     return int((seeing * (2 * n_kv - seeing + 1) // 2).sum())
 
 
 @register_flop_formula(_ops.attention, get_raw=True)
-def _attention(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, kv_offsets: Tensor, causal: bool, *_: object,
-               **__: object) -> int:
+def _attention(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, kv_offsets: Tensor, causal: bool,
+               *_: object, **__: object) -> int:
     return 2 * 2 * q.shape[1] * q.shape[2] * _pairs(q_offsets, kv_offsets, causal)  # q kᵀ; p v
 
 
 @register_flop_formula(_ops.attention_backward, get_raw=True)
-def _attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, q_offsets: Tensor,
-                        kv_offsets: Tensor, causal: bool, *_: object, **__: object) -> int:
+def _attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+                        q_offsets: Tensor, kv_offsets: Tensor, causal: bool, *_: object, **__: object) -> int:
     # q kᵀ and dout vᵀ for the weights; ds k; dsᵀ q; pᵀ dout
     return 5 * 2 * q.shape[1] * q.shape[2] * _pairs(q_offsets, kv_offsets, causal)
 
@@ -59,15 +60,16 @@ def _product(x: Tensor, weight: Tensor, *_: object, **__: object) -> int:
 
 
 @register_flop_formula(_ops.contrastive, get_raw=True)
-def _contrastive(q: Tensor, q_m: Tensor, batch_keys: Tensor, queue_keys: Tensor, *_: object, **__: object) -> int:
+def _contrastive(q: Tensor, q_m: Tensor, batch_keys: Tensor, queue_keys: Tensor, *_: object,
+                 **__: object) -> int:
     return 2 * 2 * q.numel() * (len(batch_keys) + len(queue_keys))  # q and q_m
 
 
 @register_flop_formula(_ops.contrastive_backward, get_raw=True)
-def _contrastive_backward(grad: Tensor, stats: Tensor, q: Tensor, q_m: Tensor, batch_keys: Tensor, queue_keys: Tensor,
-                          temperature: Tensor, alpha: float, ids: object, item_ids: object, first_own: int,
-                          need_keys: bool, *_: object, **__: object) -> int:
-    every = 3 * 2 * q.numel() * (len(batch_keys) + len(queue_keys))  # both again, and dq
+def _contrastive_backward(grad: Tensor, stats: Tensor, q: Tensor, q_m: Tensor, batch_keys: Tensor,
+                          queue_keys: Tensor, temperature: Tensor, alpha: float, ids: object,
+                          item_ids: object, first_own: int, need_keys: bool, *_: object, **__: object) -> int:
+    every = 3 * 2 * q.numel() * (len(batch_keys) + len(queue_keys))  # both recomputed, and dq
     return every + need_keys * 2 * q.numel() * len(batch_keys)
 
 
@@ -82,9 +84,10 @@ def _linear_cross_entropy(hidden: Tensor, weight: Tensor, *_: object, **__: obje
 
 
 @register_flop_formula(_ops.linear_cross_entropy_backward, get_raw=True)
-def _linear_cross_entropy_backward(d_losses: Tensor, hidden: Tensor, weight: Tensor, bias: object, targets: Tensor,
-                                   chunk_lse: Tensor, kept: Tensor, smoothing: float, ignore_index: int, dtype: object,
-                                   needs: Sequence[bool], *_: object, **__: object) -> int:
-    # The logits again (less the chunks that the forward kept), d hidden, d weight.
+def _linear_cross_entropy_backward(d_losses: Tensor, hidden: Tensor, weight: Tensor, bias: object,
+                                   targets: Tensor, chunk_lse: Tensor, kept: Tensor, smoothing: float,
+                                   ignore_index: int, dtype: object, needs: Sequence[bool], *_: object,
+                                   **__: object) -> int:
+    # The logits again (except the chunks that the forward kept), d hidden, d weight.
     again = hidden.numel() * len(weight) - kept.numel() * hidden.shape[1]
     return 2 * (again + (needs[0] + needs[1]) * hidden.numel() * len(weight))

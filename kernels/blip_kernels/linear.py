@@ -1,11 +1,12 @@
-"""A linear layer that keeps as little as it can for its backward.
+"""A linear layer that saves as little as possible for its backward.
 
     y = x wᵀ + b,    dx = dy w,    dw = dyᵀ x,    db = Σ dy
 
 `blip_kernels.cpu.products` says which library multiplies on a CPU.
 
-Kept are the weight as it is, where `F.linear` under autocast keeps a cast copy, and x; where x = cheap(source), by a
-norm or GELU, not x but its source, which the cheap operation's own backward keeps anyway.
+It saves x and the weight itself, where `F.linear` under autocast saves a cast copy of the weight. If x =
+cheap(source) by a norm or GELU, it saves the source instead of x: the backward of the cheap operation keeps
+the source anyway.
 """
 
 from __future__ import annotations
@@ -63,18 +64,19 @@ class _Linear(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *,
            made_by: tuple[Callable[[Tensor], Tensor], Tensor] | None = None) -> Tensor:
-    """`F.linear`, with gradients of the first order.
+    """`F.linear`, with first-order gradients.
 
-    While `torch.compile` traces, it is plain operations: what is kept and how they are computed is the compiler's.
+    While `torch.compile` traces, it is plain operations: the compiler decides what to save and how to
+    compute.
 
     Args:
         x: [..., in].
         weight: [out, in], in x's dtype or, under autocast, in any.
         bias: [out], as the weight.
-        made_by: (cheap, source) where x = cheap(source), without random draws: source is kept, and x computed again.
+        made_by: (cheap, source) if x = cheap(source) without random draws: source is saved and x recomputed.
 
     Returns:
-        [..., out] in x's dtype, under autocast in autocast's.
+        [..., out] in x's dtype, under autocast in autocast's dtype.
     """
     if torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
@@ -87,7 +89,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *,
     cheap, source = made_by or (None, None)
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
     if rows.device.type == "cpu" and torch.is_inference_mode_enabled():
-        out = linear_product(rows, weight.to(dtype), None if bias is None else bias.to(dtype), rows_alike=True)
+        out = linear_product(rows, weight.to(dtype), None if bias is None else bias.to(dtype),
+                             rows_alike=True)
     else:
         out = _Linear.apply(rows, weight, bias, source, cheap)
     return out.view(*x.shape[:-1], len(weight))

@@ -1,23 +1,27 @@
-"""The language model's head and its loss in one op: cross-entropy with label smoothing over logits that nobody stores.
+"""The language model's head and loss in one op: cross-entropy with label smoothing, without stored logits.
 
     x[t] = weight · hidden[t] + bias                                                [vocabulary]
-    loss[t] = logsumexp(x[t]) − (1 − ε) · x[t, target] − ε / V · Σ x[t]             0 where the target is ignored
+    loss[t] = logsumexp(x[t]) − (1 − ε) · x[t, target] − ε / V · Σ x[t]         0 if the target is ignored
     d x[t] = d loss[t] · (softmax(x[t]) − ε / V − (1 − ε) · onehot(target))
 
-with ε the label smoothing: the formula of `F.cross_entropy(F.linear(hidden, weight, bias).float(), …)`, whose logits
-and their copies take 30,524 × 12 bytes a token. Here the vocabulary passes in chunks, forward and backward.
+with ε the label smoothing: the formula of `F.cross_entropy(F.linear(hidden, weight, bias).float(), …)`, whose
+logits and their copies take 30,524 × 12 bytes per token. Here forward and backward process the vocabulary in
+chunks.
 
 What the backward computes and why (T tokens, width D, vocabulary V; a product of T × D × V costs 2TDV FLOPs):
-logits are computed again (2TDV), d logits of one chunk of the vocabulary are written in the input dtype, and two
-products read them: d hidden += d logits · weight and d weight = d logitsᵀ · hidden (2TDV each), 8TDV with the forward
-against 6TDV of the plain form. Kernels that fuse the recomputation into both products would write nothing between, but
-a program that makes all of a row's d hidden holds D = 768 accumulators a row: 64 rows fill three quarters of an SM's
-registers. With D split over n programs each computes the logits anew, for either product: (6 + 4n)TDV, 18TDV at 256
-columns a program. A chunk of 32 MiB stays in an A100's or H100's L2, is written once and read twice: T × V × 6 bytes,
-which at 5 TB/s take as long as 2TDV FLOPs of D = 400 at 700 TFLOP/s (data sheets and estimates, not measurements).
-The other way round, gradients made in the forward over chunks of rows (6TDV), reads and writes a float32 d weight
-(94 MB) for each chunk and knows one gradient of the loss for all rows: no `reduction="none"`.
-Sums over chunks are float32 and rounded once; d weight's rows are complete within one chunk.
+
+- Here: logits are computed again (2TDV), d logits of one chunk of the vocabulary are written in the input
+  dtype, and two products read them, d hidden += d logits · weight and d weight = d logitsᵀ · hidden (2TDV
+  each). With the forward that is 8TDV, against 6TDV of the plain form. A chunk of 32 MiB stays in an A100's
+  or H100's L2, is written once and read twice: T × V × 6 bytes, which at 5 TB/s take as long as 2TDV FLOPs of
+  D = 400 at 700 TFLOP/s (data sheets and estimates, not measurements). Sums over chunks are float32 and
+  rounded once; rows of d weight are complete within one chunk.
+- Kernels that fuse the recomputation into both products would write no d logits. But a program that makes all
+  of a row's d hidden holds D = 768 accumulators per row: 64 rows fill three quarters of an SM's registers.
+  With D split over n programs, each recomputes the logits for both products: (6 + 4n)TDV, 18TDV at 256
+  columns per program.
+- Gradients made in the forward over chunks of rows (6TDV) would read and write a float32 d weight (94 MB) for
+  each chunk, and assume one gradient of the loss for all rows: no `reduction="none"`.
 """
 
 from __future__ import annotations
@@ -33,22 +37,24 @@ from blip_kernels.backends import op_backend
 from blip_kernels.cpu.products import matmul
 from blip_kernels.linear import linear
 
-# The twin's sizes, elements of float32. A tile is computed, summed up and turned into gradients while it is in a cache.
+# The twin's sizes, in float32 elements. A tile is computed, summed and turned into gradients while it is in a
+# cache.
 ROWS = 2048  # rows of a tile, at most
 TILE = 1 << 20
 WIDTHS = 256, 4096  # columns of a chunk, within these bounds
-# Softmax values that the forward may keep for the backward: a bounded part of the vocabulary is not computed again.
+# Softmax values that the forward may keep: the backward does not recompute this bounded part of the
+# vocabulary.
 KEPT = 1 << 23
-PLAIN = 1 << 20  # logits that are few enough to be left to PyTorch
+PLAIN = 1 << 20  # up to so many logits are left to PyTorch
 
 
-# ---------------------------------------------------------------------------------------------------- the eager twin
+# --------------------------------------------------------------------------------------------- the eager twin
 
 
 def _plan(rows: int, vocabulary: int, keep: bool) -> tuple[int, int, int]:
-    """Width of a chunk of the vocabulary, number of chunks, and how many columns are kept for the backward.
+    """Return the width of a chunk of the vocabulary, and the numbers of chunks and of columns that are kept.
 
-    Arithmetic alone: `rows` may be symbolic under torch.compile.
+    It is arithmetic only: `rows` may be symbolic under torch.compile.
     """
     tile_rows = torch.sym_max(torch.sym_min(rows, ROWS), 1)
     width = torch.sym_min(torch.sym_max(TILE // tile_rows, WIDTHS[0]), WIDTHS[1])
@@ -63,7 +69,7 @@ def _spans(end: int, step: int) -> Iterator[tuple[int, int]]:
 
 def _forward_reference(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, smoothing: float,
                        ignore_index: int, dtype: torch.dtype, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses [rows], log-sum-exp of each chunk [chunks, rows], softmax within the chunks that are kept (flat)."""
+    """Return losses [rows], log-sum-exp of each chunk [chunks, rows], softmax in the kept chunks (flat)."""
     rows, vocabulary = len(hidden), len(weight)
     _check_targets(targets, vocabulary, ignore_index)
     wide = torch.promote_types(dtype, torch.float32)
@@ -77,7 +83,7 @@ def _forward_reference(hidden: Tensor, weight: Tensor, bias: Tensor | None, targ
             logits = _logits(hidden[r0:r1], weight, bias, c0, c1)
             place = _kept_tile(kept, rows, c0, c1, r0, r1) if c1 <= kept_columns else None
             softmax = torch.softmax(logits, 1, out=place)
-            # logits = log softmax + log-sum-exp, read where it is exact: at the largest.
+            # logits = log softmax + log-sum-exp, which is exact at the largest logit: read it there.
             chunk_lse[number, r0:r1] = logits.amax(1) - softmax.amax(1).log_()
             if smoothing:
                 logit_sum[r0:r1] += logits.sum(1)
@@ -89,10 +95,10 @@ def _forward_reference(hidden: Tensor, weight: Tensor, bias: Tensor | None, targ
     return losses.masked_fill_(targets == ignore_index, 0.0), chunk_lse, kept
 
 
-def _backward_reference(d_losses: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
-                        chunk_lse: Tensor, kept: Tensor, smoothing: float, ignore_index: int, dtype: torch.dtype,
-                        needs: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias, each empty where `needs` says so."""
+def _backward_reference(d_losses: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None,
+                        targets: Tensor, chunk_lse: Tensor, kept: Tensor, smoothing: float, ignore_index: int,
+                        dtype: torch.dtype, needs: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of hidden, weight and bias; those that `needs` excludes are empty."""
     rows, vocabulary, wide = len(hidden), len(weight), chunk_lse.dtype
     width, kept_columns = _plan(rows, vocabulary, True)[0], len(kept) // max(rows, 1)
     per_row, unit = upstream(d_losses, targets, ignore_index, dtype)
@@ -109,7 +115,8 @@ def _backward_reference(d_losses: Tensor, hidden: Tensor, weight: Tensor, bias: 
             if c1 <= kept_columns:
                 d_logits = _kept_tile(kept, rows, c0, c1, r0, r1) * share[r0:r1, None]
             else:
-                d_logits = torch.softmax(_logits(low[r0:r1], weight, bias, c0, c1), 1).mul_(share[r0:r1, None])
+                d_logits = torch.softmax(_logits(low[r0:r1], weight, bias, c0, c1),
+                                         1).mul_(share[r0:r1, None])
             if smoothing:
                 d_logits -= (smoothing / vocabulary * per_row[r0:r1])[:, None]
             at, column = _targets_within(targets[r0:r1], c0, c1)
@@ -128,19 +135,20 @@ def _backward_reference(d_losses: Tensor, hidden: Tensor, weight: Tensor, bias: 
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, c0: int, c1: int) -> Tensor:
-    """Logits of a tile in float32 at least, computed in `hidden`'s dtype."""
-    part = linear(hidden, weight[c0:c1].to(hidden.dtype), None if bias is None else bias[c0:c1].to(hidden.dtype))
+    """Return the logits of a tile in float32 or wider, computed in `hidden`'s dtype."""
+    part = linear(hidden, weight[c0:c1].to(hidden.dtype),
+                  None if bias is None else bias[c0:c1].to(hidden.dtype))
     return part.to(torch.promote_types(hidden.dtype, torch.float32))
 
 
 def _kept_tile(kept: Tensor, rows: int, c0: int, c1: int, r0: int, r1: int) -> Tensor:
-    """The place [r1 − r0, c1 − c0] of a tile: chunk after chunk, each contiguous."""
+    """Return the view [r1 − r0, c1 − c0] of a tile; chunks are stored one after another, each contiguous."""
     width = c1 - c0
     return kept[rows * c0 + r0 * width : rows * c0 + r1 * width].view(r1 - r0, width)
 
 
 def _targets_within(targets: Tensor, c0: int, c1: int) -> tuple[Tensor, Tensor]:
-    """Rows whose target lies in a chunk, and its column there."""
+    """Return the rows whose target lies in a chunk, and its column there."""
     at = ((targets >= c0) & (targets < c1)).nonzero().flatten()
     return at, targets[at] - c0
 
@@ -153,11 +161,12 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += matmul(a, b)
 
 
-def upstream(d_losses: Tensor, targets: Tensor, ignore_index: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Gradient of each row's loss, 0 where ignored, and a unit that it is measured in (a scalar tensor).
+def upstream(d_losses: Tensor, targets: Tensor, ignore_index: int,
+             dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the gradient of each row's loss, 0 for ignored rows, in a unit, and that unit (a scalar tensor).
 
-    The mean of 2,000 rows asks for d logits near 1e-8, where float16 has nothing left: there the unit makes the largest
-    row 1,024. Products are multiplied by the unit in float32.
+    The mean of 2,000 rows needs d logits near 1e-8, which float16 cannot represent. In float16 the unit
+    therefore makes the largest row 1,024. Products are multiplied by the unit in float32.
     """
     per_row = torch.where(targets == ignore_index, 0.0, d_losses)
     if dtype != torch.float16 or per_row.numel() == 0:
@@ -167,12 +176,13 @@ def upstream(d_losses: Tensor, targets: Tensor, ignore_index: int, dtype: torch.
     return per_row / unit, unit
 
 
-# ----------------------------------------------------------------------------------------------------- registration
+# ----------------------------------------------------------------------------------------------- registration
 
 
 @torch.library.custom_op("blip_kernels::linear_cross_entropy", mutates_args=())
-def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, smoothing: float, ignore_index: int,
-             dtype: torch.dtype, keep: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, smoothing: float,
+             ignore_index: int, dtype: torch.dtype, keep: bool,
+             backend: str) -> tuple[Tensor, Tensor, Tensor]:
     if backend == "reference":
         return _forward_reference(hidden, weight, bias, targets, smoothing, ignore_index, dtype, keep)
     from blip_kernels.gpu.linear_cross_entropy_kernels import forward
@@ -182,8 +192,8 @@ def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tenso
 
 
 @_forward.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, smoothing: float, ignore_index: int,
-      dtype: torch.dtype, keep: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, smoothing: float,
+      ignore_index: int, dtype: torch.dtype, keep: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     rows, wide = hidden.shape[0], torch.promote_types(dtype, torch.float32)
     _, chunks, kept = _plan(rows, weight.shape[0], keep)
     if backend != "reference":
@@ -193,12 +203,12 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, smoo
 
 
 @torch.library.custom_op("blip_kernels::linear_cross_entropy_backward", mutates_args=())
-def _backward(d_losses: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk_lse: Tensor,
-              kept: Tensor, smoothing: float, ignore_index: int, dtype: torch.dtype, needs: Sequence[bool],
-              backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(d_losses: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
+              chunk_lse: Tensor, kept: Tensor, smoothing: float, ignore_index: int, dtype: torch.dtype,
+              needs: Sequence[bool], backend: str) -> tuple[Tensor, Tensor, Tensor]:
     if backend == "reference":
-        return _backward_reference(d_losses, hidden, weight, bias, targets, chunk_lse, kept, smoothing, ignore_index,
-                                   dtype, needs)
+        return _backward_reference(d_losses, hidden, weight, bias, targets, chunk_lse, kept, smoothing,
+                                   ignore_index, dtype, needs)
     from blip_kernels.gpu.linear_cross_entropy_kernels import backward
 
     per_row, unit = upstream(d_losses, targets, ignore_index, dtype)
@@ -206,9 +216,9 @@ def _backward(d_losses: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | N
 
 
 @_backward.register_fake
-def _(d_losses: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk_lse: Tensor,
-      kept: Tensor, smoothing: float, ignore_index: int, dtype: torch.dtype, needs: Sequence[bool],
-      backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _(d_losses: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
+      chunk_lse: Tensor, kept: Tensor, smoothing: float, ignore_index: int, dtype: torch.dtype,
+      needs: Sequence[bool], backend: str) -> tuple[Tensor, Tensor, Tensor]:
     width = hidden.shape[1]
     return (hidden.new_empty(hidden.shape[0] if needs[0] else 0, width),
             weight.new_empty(weight.shape[0] if needs[1] else 0, width),
@@ -227,14 +237,15 @@ def _gradients(ctx, d_losses: Tensor | None, *_):
     if d_losses is None:
         return (None,) * 9
     needs = list(ctx.needs_input_grad[:3])
-    found = _backward(d_losses, *ctx.saved_tensors, ctx.smoothing, ctx.ignore_index, ctx.dtype, needs, ctx.backend)
+    found = _backward(d_losses, *ctx.saved_tensors, ctx.smoothing, ctx.ignore_index, ctx.dtype, needs,
+                      ctx.backend)
     return *(x if needed else None for x, needed in zip(found, needs, strict=True)), *(None,) * 6
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
 
 
-# ----------------------------------------------------------------------------------------------- the public function
+# ---------------------------------------------------------------------------------------- the public function
 
 
 def linear_cross_entropy(
@@ -248,23 +259,24 @@ def linear_cross_entropy(
     reduction: Literal["mean", "sum", "none"] = "mean",
     backend: str | None = None,
 ) -> Tensor:
-    """`F.cross_entropy(F.linear(hidden, weight, bias).float(), targets, …)` without its logits (BLIP: the LM loss).
+    """`F.cross_entropy(F.linear(hidden, weight, bias).float(), targets, …)` without its logits: BLIP's LM loss.
 
-    Under autocast the products are computed in its dtype, as F.linear's are, and weights go in as they are: sums over
-    chunks reach float32 weights in float32. The twin computes logits in that dtype, the kernels keep them in float32;
-    softmax and losses are float32 (float64 for float64). Beyond inputs and gradients it takes memory for T × D and a
-    bounded tile, on a CPU up to 32 MiB more from forward to backward (`KEPT`). There, up to a million logits are left
-    to PyTorch (`PLAIN`), except in float16, whose d logits need a unit (`upstream`).
+    Under autocast the products are computed in its dtype, as in F.linear. Pass weights uncast: float32
+    weights then get sums over chunks in float32. The twin computes logits in that dtype, the kernels keep
+    them in float32; softmax and losses are float32 (float64 for float64). Besides inputs and gradients it
+    takes memory for T × D and a bounded tile, on a CPU up to 32 MiB more from forward to backward (`KEPT`).
+    On a CPU, up to a million logits are left to PyTorch (`PLAIN`), except in float16, whose d logits need a
+    unit (`upstream`).
 
     Args:
-        hidden: [rows, width], float32, bfloat16 or float16 (the twin: float64 too).
+        hidden: [rows, width], float32, bfloat16 or float16 (the twin takes float64 as well).
         weight: [vocabulary, width], same device as `hidden`, same dtype except under autocast.
         bias: [vocabulary] or None.
         targets: int64 [rows], 0 to vocabulary − 1, or `ignore_index`.
         label_smoothing: ε, the share of the target that is spread over the whole vocabulary.
-        ignore_index: the target of rows that count for nothing.
-        reduction: `mean` over rows that are not ignored (NaN if all are, as in PyTorch), `sum`, or `none`: each row's
-            loss, 0 where ignored.
+        ignore_index: the target of rows that are ignored.
+        reduction: `mean` over rows that are not ignored (NaN if all are, as in PyTorch), `sum`, or `none`:
+            each row's loss, 0 where ignored.
         backend: `auto` (default), `triton` or `reference`, see `blip_kernels.backends.op_backend`.
 
     Returns:
@@ -272,8 +284,8 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; the message names the argument. A target outside the
-            vocabulary is an error on a CPU and makes its row's loss NaN on a GPU. A row with a NaN or infinite logit
-            has a NaN or infinite loss.
+            vocabulary is an error on a CPU and makes its row's loss NaN on a GPU. A row with a NaN or
+            infinite logit has a NaN or infinite loss.
     """
     dtype = _check(hidden, weight, bias, targets, label_smoothing, reduction)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
@@ -282,15 +294,16 @@ def linear_cross_entropy(
         raise ValueError("backend 'triton' cannot run: hidden is float64; choose auto or reference")
     if chosen == "reference" and len(hidden) * len(weight) <= PLAIN and dtype != torch.float16:
         return _small(hidden, weight, bias, targets, label_smoothing, ignore_index, reduction)
-    losses, _, _ = _forward(hidden, weight, bias, targets, float(label_smoothing), ignore_index, dtype, keep, chosen)
+    losses, _, _ = _forward(hidden, weight, bias, targets, float(label_smoothing), ignore_index, dtype, keep,
+                            chosen)
     if reduction == "none":
         return losses
     return losses.sum() if reduction == "sum" else losses.sum() / (targets != ignore_index).sum()
 
 
-def _small(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, smoothing: float, ignore_index: int,
-           reduction: str) -> Tensor:
-    """The plain form, for few logits: nothing to chunk, and PyTorch's own backward costs the least."""
+def _small(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, smoothing: float,
+           ignore_index: int, reduction: str) -> Tensor:
+    """The plain form, for few logits: nothing needs chunks, and PyTorch's own backward is the cheapest."""
     if not torch.compiler.is_compiling():
         _check_targets(targets, len(weight), ignore_index)
     logits = linear(hidden, weight, bias)
@@ -300,7 +313,7 @@ def _small(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
 
 def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, smoothing: float,
            reduction: str) -> torch.dtype:
-    """Raise what `linear_cross_entropy` says; return the dtype of its products."""
+    """Raise what `linear_cross_entropy` documents; return the dtype of its products."""
     if hidden.ndim != 2:
         raise ValueError(f"hidden must be [rows, width], got shape {tuple(hidden.shape)}")
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[1] or weight.shape[0] == 0:

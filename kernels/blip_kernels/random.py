@@ -1,7 +1,7 @@
 """Philox 4×32, the counter-based generator that kernels and their eager twins share.
 
-The same counter gives the same bits, whatever the order, the tiling or the device (Salmon et al., "Parallel random
-numbers: as easy as 1, 2, 3", 2011). A kernel that recomputes a random choice in its backward needs the seed alone.
+The same counter gives the same bits in any order, tiling or device (Salmon et al., "Parallel random numbers:
+as easy as 1, 2, 3", 2011). A kernel that recomputes a random choice in its backward needs only the seed.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-ROUNDS = 7  # the fewest that pass BigCrush; `tl.philox` is called with as many
+ROUNDS = 7  # the fewest that pass BigCrush; `tl.philox` gets the same number
 _KEYS, _FACTORS, _WORD = (0x9E3779B9, 0xBB67AE85), (0xD2511F53, 0xCD9E8D57), 0xFFFFFFFF
 
 
 def philox(seed: int, c0: Tensor, c1: Tensor, c2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four random 32-bit words for each counter (c0, c1, c2, 0): the twin of `tl.philox(seed, c0, c1, c2, 0, ROUNDS)`.
+    """Four random 32-bit words per counter (c0, c1, c2, 0), as `tl.philox(seed, c0, c1, c2, 0, ROUNDS)`.
 
     Args:
         seed: 0 to 2⁶³ − 1, the key.
@@ -34,12 +34,12 @@ def philox(seed: int, c0: Tensor, c1: Tensor, c2: Tensor) -> tuple[Tensor, Tenso
 
 
 def _multiply(factor: int, x: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low word of factor · x, of 32-bit values held in int64, whose product needs 64 unsigned bits."""
+    """High and low word of factor · x: 32-bit values in int64, whose product needs 64 unsigned bits."""
     low = (x & 0xFFFF) * factor
     high = (x >> 16) * factor + (low >> 16)
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
 def new_seed() -> int:
-    """A seed from PyTorch's generator of the CPU: drawn without waiting for a GPU, set by `torch.manual_seed`."""
+    """Draw a seed from PyTorch's CPU generator, which needs no GPU; `torch.manual_seed` sets it."""
     return int(torch.randint(2**62, ()))

@@ -16,8 +16,8 @@ def make(segments, each, heads, head_dim, width, keys, dtype=torch.float32):
 
 
 def ours(q, states, lengths, weight, bias):
-    return absorbed_attention(q, states, lengths, weight[0].contiguous(), weight[1].transpose(1, 2).contiguous(),
-                              bias[1], q.shape[-1] ** -0.5)
+    return absorbed_attention(q, states, lengths, weight[0].contiguous(),
+                              weight[1].transpose(1, 2).contiguous(), bias[1], q.shape[-1] ** -0.5)
 
 
 def textbook(q, states, lengths, weight, bias):
@@ -51,4 +51,5 @@ def test_neighbours_change_no_bit(each):
     together = ours(q, states, lengths, weight, bias)
     for first, last in ((0, 1), (3, 4), (2, 4), (0, 5), (4, 9)):
         rows = slice(first * each, last * each)
-        assert torch.equal(ours(q[rows], states[first:last], lengths[first:last], weight, bias), together[rows])
+        assert torch.equal(ours(q[rows], states[first:last], lengths[first:last], weight, bias),
+                           together[rows])

@@ -16,7 +16,8 @@ lengths = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, 
 
 
 @settings(max_examples=40, deadline=None)
-@given(lengths=lengths, heads=st.sampled_from([1, 3]), head_dim=st.sampled_from([8, 32]), seed=st.integers(0, 99))
+@given(lengths=lengths, heads=st.sampled_from([1, 3]), head_dim=st.sampled_from([8, 32]),
+       seed=st.integers(0, 99))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_full_attention_equals_the_formula(backend, lengths, heads, head_dim, seed):
     check(backend, [n for n, _ in lengths], [m for _, m in lengths], heads, head_dim, seed, causal=False)
@@ -46,7 +47,8 @@ def check(backend, q_lengths, kv_lengths, heads, head_dim, seed, causal):
     for name, a, b in zip("qkv", fast, exact, strict=True):
         got = torch.zeros_like(a) if a.grad is None else a.grad
         want = torch.zeros_like(b) if b.grad is None else b.grad
-        torch.testing.assert_close(got.double(), want, atol=5e-6, rtol=1e-5, msg=lambda m, n=name: f"d{n}: {m}")
+        torch.testing.assert_close(got.double(), want, atol=5e-6, rtol=1e-5,
+                                   msg=lambda m, n=name: f"d{n}: {m}")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -63,7 +65,8 @@ def test_one_key_segment_serves_all_rows_of_its_query_segment():
     """Two texts of one image in one segment give what each text alone would."""
     k, v, q = torch.randn(5, 2, 8), torch.randn(5, 2, 8), torch.randn(6, 2, 8)
     together = attention(q, k, v, offsets_of([6]), offsets_of([5]))
-    apart = [attention(q[rows], k, v, offsets_of([3]), offsets_of([5])) for rows in (slice(0, 3), slice(3, 6))]
+    apart = [attention(q[rows], k, v, offsets_of([3]), offsets_of([5]))
+             for rows in (slice(0, 3), slice(3, 6))]
     torch.testing.assert_close(together, torch.cat(apart))
 
 
@@ -73,7 +76,8 @@ def test_dropout_keeps_the_mean(backend):
     q, k, v = torch.randn(64, 2, 8), torch.randn(64, 2, 8), torch.rand(64, 2, 8)
     offsets = offsets_of([64])
     clean = attention(q, k, v, offsets, offsets, backend=backend)
-    dropped = torch.stack([attention(q, k, v, offsets, offsets, dropout=0.3, backend=backend) for _ in range(400)])
+    dropped = torch.stack([attention(q, k, v, offsets, offsets, dropout=0.3, backend=backend)
+                           for _ in range(400)])
     assert not torch.equal(dropped[0], dropped[1])
     assert (dropped.mean(0) - clean).abs().max() < 6 * (dropped.std(0) / 20).max()
 

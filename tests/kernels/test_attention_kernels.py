@@ -1,9 +1,10 @@
-"""Triton's attention, interpreted on the CPU where there is no GPU: against the formula per segment in float64, and
-against its eager twin, whose dropout draws the same weights.
+"""Triton's attention, interpreted on the CPU where there is no GPU: against the formula per segment in
+float64, and against its eager twin, whose dropout draws the same weights.
 
-Tolerances: float32 kernels accumulate in another order than the formula: 2e-6 forward, as PyTorch's own attention in
-test_attention.py; gradients, sums of up to 130 products of size 5 that may cancel, 1e-5. float16 rounds what the
-products read, the weights and the results to 11 bits: 2⁻¹¹ of values of size 1 to 4, three roundings deep.
+Tolerances: float32 kernels accumulate in another order than the formula: 2e-6 forward, as PyTorch's own
+attention in test_attention.py; gradients, sums of up to 130 products of size 5 that may cancel, 1e-5. float16
+rounds what the products read, the weights and the results to 11 bits: 2⁻¹¹ of values of size 1 to 4, three
+roundings deep.
 """
 
 import sys
@@ -53,8 +54,9 @@ def check(q_lengths, kv_lengths, heads, head_dim, causal, dtype, seed=0):
 
 
 @settings(max_examples=8, deadline=None)
-@given(lengths=st.lists(st.tuples(LENGTH, LENGTH), min_size=1, max_size=4), head_dim=st.sampled_from([32, 64, 128]),
-       causal=st.booleans(), dtype=st.sampled_from([torch.float32, torch.float16]), seed=st.integers(0, 99))
+@given(lengths=st.lists(st.tuples(LENGTH, LENGTH), min_size=1, max_size=4),
+       head_dim=st.sampled_from([32, 64, 128]), causal=st.booleans(),
+       dtype=st.sampled_from([torch.float32, torch.float16]), seed=st.integers(0, 99))
 def test_equals_the_formula(lengths, head_dim, causal, dtype, seed):
     check([n for n, _ in lengths], [m for _, m in lengths], 2, head_dim, causal, dtype, seed)
 
@@ -75,17 +77,18 @@ def test_lengths_of_the_model(q_lengths, kv_lengths):
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU takes its own generation's launches")
-@pytest.mark.parametrize(("q_lengths", "kv_lengths", "head_dim", "causal"), [
-    ([577], [577], 64, False), ([130, 150], [300, 513], 64, True), ([140], [256], 32, False), ([129], [260], 128, True),
-    ([200], [0], 64, False)], ids=["image", "causal", "whole-tiles", "wide", "no-keys"])
+@pytest.mark.parametrize(("q_lengths", "kv_lengths", "head_dim", "causal"),
+                         [([577], [577], 64, False), ([130, 150], [300, 513], 64, True),
+                          ([140], [256], 32, False), ([129], [260], 128, True), ([200], [0], 64, False)],
+                         ids=["image", "causal", "whole-tiles", "wide", "no-keys"])
 def test_launches_of_the_newest_gpus(monkeypatch, q_lengths, kv_lengths, head_dim, causal):
     """Tiles of 256 keys by descriptors, then masked ones of 64 (their PTX: test_exponentials.py)."""
     from blip_kernels.gpu import attention_kernels as launches
 
     descriptors = []
     monkeypatch.setattr(launches, "generation", lambda device: 100)
-    monkeypatch.setattr(launches, "_descriptor", lambda *args, make=launches._descriptor: descriptors.append(args) or
-                        make(*args))
+    monkeypatch.setattr(launches, "_descriptor",
+                        lambda *args, make=launches._descriptor: descriptors.append(args) or make(*args))
     check(q_lengths, kv_lengths, 2, head_dim, causal, torch.float16)
     assert len(descriptors) == (2 if sum(kv_lengths) else 0)
 
@@ -100,8 +103,8 @@ def test_each_gpu_is_launched_as_its_generation(monkeypatch, capability, expecte
 
 
 def test_keys_that_a_descriptor_cannot_address_are_copied():
-    """Heads that lie apart, rows that start between multiples of 16 bytes: a copy. The slices of a fused projection,
-    as the model has them: in place."""
+    """Heads with gaps between them, or rows not at multiples of 16 bytes, are copied. The slices of a fused
+    projection, as in the model, stay in place."""
     from blip_kernels.gpu.attention_kernels import _heads_in_place
 
     fused = torch.randn(40, 3, 2, 64, dtype=torch.float16)
@@ -148,8 +151,8 @@ def test_dropout_keeps_its_share_and_the_mean_and_follows_the_seed():
 
 
 def test_philox_is_the_published_generator():
-    """Random123's known-answer vectors are for ten rounds; with as many ours gives them, so its seven are the same
-    generator's first seven."""
+    """Random123's known-answer vectors are for ten rounds. With ten rounds ours gives them, so our seven are the
+    first seven of the same generator."""
     from blip_kernels import random
 
     zero = torch.zeros((), dtype=torch.int64)
@@ -158,7 +161,8 @@ def test_philox_is_the_published_generator():
     try:
         random.ROUNDS = 10
         words = [int(w) for w in philox(0, zero, zero, zero)]
-        # Fourth counter 0 as in this module; the vector of all ones has it set, so it is checked by the words' range.
+        # Fourth counter 0 as in this module; the vector of all ones has it set, so it is checked by the
+        # words' range.
         assert words == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
         assert all(0 <= int(w) < 2**32 for w in philox(2**63 - 1, ones, ones, ones))
     finally:
@@ -174,8 +178,8 @@ def test_slices_of_a_fused_projection_are_read_in_place():
     torch.testing.assert_close(got, want, atol=2e-6, rtol=2e-6)
     transposed = torch.randn(64, 2, 40, device=DEVICE).permute(2, 1, 0)  # head_dim is not contiguous: copied
     got = attention(transposed, k, v, offsets, offsets, backend="triton")
-    torch.testing.assert_close(got, attention(transposed, k, v, offsets, offsets, backend="reference"), atol=2e-6,
-                               rtol=2e-6)
+    torch.testing.assert_close(got, attention(transposed, k, v, offsets, offsets, backend="reference"),
+                               atol=2e-6, rtol=2e-6)
 
 
 def test_a_nan_stays_in_its_segment():
@@ -209,7 +213,7 @@ def test_the_op_is_well_registered(triton):
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("backend", ["triton", "reference", None])
 def test_a_layer_compiles_whole(backend, dropout):
-    """Forward and backward of compiled code equal those of eager code; fullgraph: not one break."""
+    """Forward and backward of compiled code equal those of eager code; fullgraph: no graph break."""
     offsets = offsets_of([3, 6]).to(DEVICE)
     x = torch.randn(9, 96, device=DEVICE, requires_grad=True)
     linear = torch.nn.Linear(96, 192).to(DEVICE)
@@ -233,7 +237,8 @@ def test_a_layer_compiles_whole(backend, dropout):
 
 def test_backends_that_cannot_run_say_why(monkeypatch):
     q = torch.zeros(4, 2, 64)
-    for name, why in (("flash_attn", "not installed"), ("xformers", "not installed"), ("nonsense", "not known")):
+    for name, why in (("flash_attn", "not installed"), ("xformers", "not installed"),
+                      ("nonsense", "not known")):
         with pytest.raises(ValueError, match=why):
             attention_backend(q, name)
     with pytest.raises(ValueError, match=r"heads are 48 wide.*here can run: .*reference"):
@@ -261,11 +266,12 @@ def installed_stubs(monkeypatch):
     """Modules with the signatures of flash-attn 2.7 and xFormers 0.0.30 that compute the formula."""
     seen = SimpleNamespace()
 
-    def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
-               causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
-               return_attn_probs=False, block_table=None):
+    def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
+               softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
+               deterministic=False, return_attn_probs=False, block_table=None):
         seen.flash = (max_seqlen_q, max_seqlen_k, dropout_p)
-        return attention(q, k, v, cu_seqlens_q, cu_seqlens_k, causal=causal, scale=softmax_scale, backend="reference")
+        return attention(q, k, v, cu_seqlens_q, cu_seqlens_k, causal=causal, scale=softmax_scale,
+                         backend="reference")
 
     class BlockDiagonalMask:
         def __init__(self, q_seqlen, kv_seqlen, causal=False):
@@ -311,5 +317,5 @@ def test_installed_backends_agree(name):
     pytest.importorskip(name)
     x = [t.detach() for t in inputs([3, 70], [4, 90], 2, 64, torch.float16)]
     offsets = offsets_of([3, 70]).cuda(), offsets_of([4, 90]).cuda()
-    torch.testing.assert_close(attention(*x, *offsets, backend=name), attention(*x, *offsets, backend="reference"),
-                               atol=3e-3, rtol=3e-3)
+    torch.testing.assert_close(attention(*x, *offsets, backend=name),
+                               attention(*x, *offsets, backend="reference"), atol=3e-3, rtol=3e-3)

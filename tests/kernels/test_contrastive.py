@@ -1,4 +1,4 @@
-"""blip_kernels.contrastive, twin and kernels, against the loss written out in float64 with all its matrices."""
+"""blip_kernels.contrastive, twin and kernels, against the loss written out in float64 with all matrices."""
 
 import re
 import subprocess
@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 BACKENDS = ("reference", "triton")
 op = import_module("blip_kernels.contrastive")  # its name in the package is the function
 
-# Float32 against float64: logits up to 1/τ = 14 carry an error of 1e-6 each, losses about that. Gradients are sums of
-# terms that cancel, (softmax − target) · feature, so they are compared on the scale of the terms: |upstream| / τ, and
-# for the temperature, where a logit stands in the place of a feature, Σ |upstream| / τ². Float16 inputs are exact on
-# both sides; only a gradient's weights and its result are rounded, to 11 bits.
+# Float32 against float64: logits up to 1/τ = 14 carry an error of 1e-6 each, losses about that. Gradients are
+# sums of terms that cancel, (softmax − target) · feature, so they are compared on the scale of the terms:
+# |upstream| / τ, and for the temperature, where a logit stands in the place of a feature, Σ |upstream| / τ².
+# Float16 inputs are exact on both sides; only a gradient's weights and its result are rounded, to 11 bits.
 LOSS = 5e-6
 GRADIENT = {torch.float32: 2e-6, torch.float16: 5e-4}
 
@@ -44,7 +44,7 @@ def features(rows, width, dtype=torch.float32):
 
 
 def case(rows, keys, queued, width, kind, dtype=torch.float32, first_own_key=None):
-    """Tensors and options of a call; by id, row 0 has the id of empty slots and the last row an id of its own."""
+    """Tensors and options of a call; by id, row 0 has the id of empty slots, the last row an id of its own."""
     tensors = [features(rows, width, dtype), features(rows, width, dtype), features(keys, width, dtype),
                features(queued, width, dtype), torch.tensor([0.07])]
     if kind == "pair":
@@ -67,8 +67,8 @@ def check(backend, rows, keys, queued, width, kind, alpha, dtype=torch.float32, 
     torch.manual_seed(seed)
     tensors, options = case(rows, keys, queued, width, kind, dtype)
     upstream = torch.randn(rows)
-    loss, gradients = differentiate(lambda *a, **k: contrastive(*a, **k, backend=backend), tensors, alpha, options,
-                                    upstream)
+    loss, gradients = differentiate(lambda *a, **k: contrastive(*a, **k, backend=backend), tensors, alpha,
+                                    options, upstream)
     exact, exact_gradients = differentiate(textbook, [x.double() for x in tensors], alpha, options, upstream)
     torch.testing.assert_close(loss.double(), exact, atol=LOSS, rtol=LOSS)
     assert loss.dtype == torch.float32
@@ -120,7 +120,8 @@ def test_any_sizes(rows, more, queued, width, kind, alpha, seed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["pair", "id"])
 @pytest.mark.parametrize("width", [31, 128, 255])
-@pytest.mark.parametrize(("rows", "keys", "queued"), [(127, 127, 513), (128, 256, 512), (257, 300, 999), (64, 64, 900)])
+@pytest.mark.parametrize(("rows", "keys", "queued"),
+                         [(127, 127, 513), (128, 256, 512), (257, 300, 999), (64, 64, 900)])
 def test_a_wide_sweep(rows, keys, queued, width, kind, dtype):
     for backend in BACKENDS:
         check(backend, rows, keys, queued, width, kind, 0.4, dtype)
@@ -129,13 +130,13 @@ def test_a_wide_sweep(rows, keys, queued, width, kind, dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("temperature", [0.001, 0.5])
 def test_the_ends_of_the_temperatures_range(backend, temperature):
-    """At 0.001 logits reach ±1000 and most weights underflow: no overflow, no NaN, losses to the logits' last digit."""
+    """At 0.001 logits reach ±1000 and most weights underflow: no overflow, no NaN, losses exact to rounding."""
     torch.manual_seed(0)
     tensors, options = case(21, 21, 90, 16, "pair")
     tensors[4] = torch.tensor([temperature])
     upstream = torch.randn(21)
-    loss, gradients = differentiate(lambda *a, **k: contrastive(*a, **k, backend=backend), tensors, 0.4, options,
-                                    upstream)
+    loss, gradients = differentiate(lambda *a, **k: contrastive(*a, **k, backend=backend), tensors, 0.4,
+                                    options, upstream)
     exact, exact_gradients = differentiate(textbook, [x.double() for x in tensors], 0.4, options, upstream)
     torch.testing.assert_close(loss.double(), exact, atol=1e-6 / temperature, rtol=1e-5)
     close(gradients, exact_gradients, upstream, temperature, 2e-7 / temperature)
@@ -145,7 +146,8 @@ def test_the_ends_of_the_temperatures_range(backend, temperature):
 def test_strided_inputs_and_gradients(backend):
     torch.manual_seed(0)
     tensors, options = case(13, 20, 70, 16, "pair")
-    strided = [torch.stack([x, x], dim=1)[:, 0] for x in tensors[:3]] + [tensors[3].T.contiguous().T, tensors[4]]
+    strided = [torch.stack([x, x], dim=1)[:, 0]
+               for x in tensors[:3]] + [tensors[3].T.contiguous().T, tensors[4]]
     upstream = torch.randn(13, 2)
     call = lambda *a, **k: contrastive(*a, **k, backend=backend)  # noqa: E731
     plain, plain_gradients = differentiate(call, tensors, 0.4, options, upstream[:, 0].contiguous())
@@ -161,7 +163,7 @@ def test_strided_inputs_and_gradients(backend):
 
 @pytest.mark.parametrize("kind", ["pair", "id"])
 def test_finite_differences(kind):
-    """The twin in float64 against its own slopes; the targets, held constant by definition, are off (α = 0)."""
+    """The twin in float64 against finite differences; α = 0, because targets count as constants."""
     torch.manual_seed(0)
     tensors, options = case(4, 6, 9, 5, kind)
     q, q_m, keys, queue, temperature = (x.double() for x in tensors)
@@ -234,14 +236,14 @@ def test_the_size_of_slices_changes_nothing(monkeypatch, slice_elements):
 
 @pytest.mark.parametrize("units", [1, 7, 400])
 def test_the_number_of_shares_changes_nothing(monkeypatch, units):
-    """One program over all keys, or a share of a single tile each: the GPU's size is no part of the result."""
-    launchers = pytest.importorskip("blip_kernels.gpu.contrastive_kernels")
+    """One program over all keys, or one share per tile: the GPU's size does not change the result."""
+    streaming = pytest.importorskip("blip_kernels.gpu.streaming")
     torch.manual_seed(0)
     tensors, options = case(20, 40, 300, 16, "id")
     upstream = torch.randn(20)
-    monkeypatch.setattr(launchers, "MULTIPROCESSORS", {80: units})
-    loss, gradients = differentiate(lambda *a, **k: contrastive(*a, **k, backend="triton"), tensors, 0.4, options,
-                                    upstream)
+    monkeypatch.setattr(streaming, "MULTIPROCESSOR_COUNTS", {80: units})
+    loss, gradients = differentiate(lambda *a, **k: contrastive(*a, **k, backend="triton"), tensors, 0.4,
+                                    options, upstream)
     exact, exact_gradients = differentiate(textbook, [x.double() for x in tensors], 0.4, options, upstream)
     torch.testing.assert_close(loss.double(), exact, atol=LOSS, rtol=LOSS)
     close(gradients, exact_gradients, upstream, 0.07, GRADIENT[torch.float32])
@@ -258,7 +260,7 @@ def test_autocast_changes_nothing():
 
 
 def test_bfloat16_twin_computes_in_float32():
-    """The dtype rounds what comes in and the gradients that go out, nothing between."""
+    """The dtype rounds inputs and returned gradients, and nothing between them."""
     torch.manual_seed(0)
     tensors, options = case(9, 9, 50, 16, "pair", torch.bfloat16)
     got, gradients = differentiate(contrastive, tensors, 0.4, options, torch.ones(9))
@@ -274,8 +276,9 @@ def test_registration(backend, kind):
     (q, q_m, keys, queue, temperature), options = case(4, 6, 9, 16, kind)
     item_ids = torch.cat([options["key_ids"], options["queue_ids"]]) if kind == "id" else None
     inputs = [x.requires_grad_() for x in (q, keys, temperature)]
-    torch.library.opcheck(op._contrastive, (inputs[0], q_m, inputs[1], queue, inputs[2], 0.4, options.get("ids"),
-                                            item_ids, options.get("first_own_key", 0), backend))
+    torch.library.opcheck(op._contrastive,
+                          (inputs[0], q_m, inputs[1], queue, inputs[2], 0.4, options.get("ids"), item_ids,
+                           options.get("first_own_key", 0), backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -285,7 +288,8 @@ def test_compiles_whole(backend):
 
     def both_ways(q, q_m, keys, queue, temperature, alpha, **options):
         loss = contrastive(q * 1.0, q_m, keys, queue, temperature, alpha, backend=backend, **options)
-        return (loss + contrastive(keys, q_m, q * 2.0, queue, temperature, alpha, backend=backend, **options)) / 2
+        return (loss + contrastive(keys, q_m, q * 2.0, queue, temperature, alpha, backend=backend,
+                                   **options)) / 2
 
     compiled = torch.compile(both_ways, fullgraph=True, backend="aot_eager")
     upstream = torch.randn(6)
@@ -355,12 +359,14 @@ MEMORY = textwrap.dedent("""
 """)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process's memory is read and reset in /proc")
+@pytest.mark.skipif(sys.platform != "linux",
+                    reason="the peak of a process's memory is read and reset in /proc")
 @pytest.mark.parametrize(("form", "least", "most"), [("streamed", 0, 64), ("published", 700, 2000)])
 def test_memory_beyond_the_inputs(form, least, most):
-    """Forward and backward at 512 rows, 57,600 queued keys, 256 wide, float32, in a process of its own: the most
-    resident memory that the kernel has counted since the inputs were made, less what was resident then. One matrix of
-    logits would be 119 MB.
+    """Forward and backward at 512 rows, 57,600 queued keys, 256 wide, float32, in a process of its own: the
+    most resident memory that the kernel has counted since the inputs were made, less what was resident then.
+    One matrix of logits would be 119 MB.
     """
-    out = subprocess.run([sys.executable, "-c", MEMORY, form], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run([sys.executable, "-c", MEMORY, form], capture_output=True, text=True,
+                         check=True).stdout
     assert least <= float(out) <= most, f"{float(out):.0f} MB"

@@ -1,5 +1,5 @@
-"""One step of generation, `decode_attention` and `cached_attention`, against the formula in float64: twins and kernels
-(in the interpreter)."""
+"""One step of generation, `decode_attention` and `cached_attention`, against the formula in float64: twins
+and kernels (in the interpreter)."""
 
 import pytest
 import torch
@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 BACKENDS = ("reference", "triton")
-# float32: sums of up to 200 products, TF32 in three passes in the kernels. 16 bits: weights of at most 1 and values of
-# size 3 are rounded to 2⁻¹¹ (float16) or 2⁻⁸ (bfloat16), and so is the result.
+# float32: sums of up to 200 products, TF32 in three passes in the kernels. 16 bits: weights of at most 1 and
+# values of size 3 are rounded to 2⁻¹¹ (float16) or 2⁻⁸ (bfloat16), and so is the result.
 TOLERANCE = {torch.float32: {"atol": 3e-6, "rtol": 1e-5}, torch.float16: {"atol": 4e-3, "rtol": 2e-3},
              torch.bfloat16: {"atol": 3e-2, "rtol": 2e-2}}
 
@@ -45,8 +45,8 @@ def random(*shape, dtype, seed):
 
 
 def segments(each, lengths, heads, head_dim, dtype=torch.float32, seed=0, room=None):
-    """q, and k and v [segments, room, heads, head_dim] as they lie in the model: a head's keys together, layer 1 of the
-    keys and values of all layers. Behind the lengths lie numbers that must not be seen."""
+    """q, and k and v [segments, room, heads, head_dim] as they lie in the model: a head's keys together,
+    layer 1 of the keys and values of all layers. After each length come numbers that must not be seen."""
     q = random(each * len(lengths), heads, head_dim, dtype=dtype, seed=seed)
     kv = random(3, 2, len(lengths), heads, room or max(lengths), head_dim, dtype=dtype, seed=seed + 1)
     for segment, n in enumerate(lengths):
@@ -72,36 +72,42 @@ def test_decode_equals_the_formula(backend, lengths, head_dim, dtype):
         q, k, v = segments(each, lengths, 2, head_dim, dtype, seed=each, room=max(lengths) + each)
         out = decode_attention(q, k, v, int32(lengths), backend=backend)
         assert out.dtype == dtype and out.shape == q.shape and out.is_contiguous()
-        torch.testing.assert_close(out.double(), decode_textbook(q, k, v, lengths, head_dim**-0.5), **TOLERANCE[dtype])
+        torch.testing.assert_close(out.double(), decode_textbook(q, k, v, lengths, head_dim**-0.5),
+                                   **TOLERANCE[dtype])
 
 
 @settings(max_examples=15, deadline=None)
-@given(lengths=st.lists(st.integers(0, 150), min_size=1, max_size=4), each=st.sampled_from([1, 2, 5, 16, 17, 64]),
-       heads=st.integers(1, 3), seed=st.integers(0, 99), scale=st.sampled_from([0.05, 0.3]))
+@given(lengths=st.lists(st.integers(0, 150), min_size=1, max_size=4),
+       each=st.sampled_from([1, 2, 5, 16, 17, 64]), heads=st.integers(1, 3), seed=st.integers(0, 99),
+       scale=st.sampled_from([0.05, 0.3]))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_segments(backend, lengths, each, heads, seed, scale):
     q, k, v = segments(each, lengths, heads, 32, seed=seed)
     out = decode_attention(q, k, v, int32(lengths), scale=scale, backend=backend)
-    torch.testing.assert_close(out.double(), decode_textbook(q, k, v, lengths, scale), **TOLERANCE[torch.float32])
+    torch.testing.assert_close(out.double(), decode_textbook(q, k, v, lengths, scale),
+                               **TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("programs", [1, 8, 10**6])
 def test_the_number_of_splits_changes_nothing(monkeypatch, programs):
-    """Keys in one split, in two, in as many as there are tiles; a segment with fewer tiles than splits, and an empty
-    one."""
+    """Keys in one split, in two, in as many as there are tiles; a segment with fewer tiles than splits, and
+    an empty one."""
     gpu = pytest.importorskip("blip_kernels.gpu.decode_kernels")
     real, splits = gpu.config, []
-    monkeypatch.setattr(gpu, "config", lambda *a: real(*a) | ({"PROGRAMS": programs} if "decode" in a[1] else {}))
+    monkeypatch.setattr(gpu, "config",
+                        lambda *a: real(*a) | ({"PROGRAMS": programs} if "decode" in a[1] else {}))
     counting = gpu._splits
     monkeypatch.setattr(gpu, "_splits", lambda *a: splits.append(counting(*a)) or splits[-1])
     lengths = [700, 5, 0]
     q, k, v = segments(3, lengths, 1, 32)
     out = decode_attention(q, k, v, int32(lengths), backend="triton")
-    torch.testing.assert_close(out.double(), decode_textbook(q, k, v, lengths, 32**-0.5), **TOLERANCE[torch.float32])
+    torch.testing.assert_close(out.double(), decode_textbook(q, k, v, lengths, 32**-0.5),
+                               **TOLERANCE[torch.float32])
     assert splits == [{1: 1, 8: 2, 10**6: 8}[programs]]
     q, k, v = segments(9, [640], 1, 32)
     out = decode_attention(q, k, v, int32([640]), backend="triton")
-    torch.testing.assert_close(out.double(), decode_textbook(q, k, v, [640], 32**-0.5), **TOLERANCE[torch.float32])
+    torch.testing.assert_close(out.double(), decode_textbook(q, k, v, [640], 32**-0.5),
+                               **TOLERANCE[torch.float32])
     assert splits[1:] == [{1: 1, 8: 8, 10**6: 8}[programs]]
 
 
@@ -121,7 +127,7 @@ def test_cached_equals_the_formula(backend, length, head_dim, dtype):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_reordered_beams_move_indices_alone(backend):
-    """A beam that goes on from another row reads that row's history: the same result from the same cache."""
+    """A beam that continues another row reads that row's history: the same result from the same cache."""
     q, k, v = tensors(4, 40, 2, 32)
     slots = torch.randperm(40).view(4, 10)
     before = k.clone(), v.clone()
@@ -136,7 +142,7 @@ def test_reordered_beams_move_indices_alone(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_strides(backend):
-    """q of a fused projection, k and v with different strides, head_dim that is not contiguous, tables transposed."""
+    """q of a fused projection, different strides of k and v, head_dim not contiguous, transposed tables."""
     q = torch.randn(6, 3, 2, 32)[:, 1]
     k, v = torch.randn(2, 80, 32).transpose(0, 1), torch.randn(80, 32, 2).transpose(1, 2)
     slots = torch.randint(80, (9, 6)).T
@@ -152,7 +158,8 @@ def test_any_strides(backend):
 def test_twins_in_bfloat16(lengths):
     q, k, v = segments(3, lengths, 2, 64, torch.bfloat16)
     out = decode_attention(q, k, v, int32(lengths))
-    torch.testing.assert_close(out.double(), decode_textbook(q, k, v, lengths, 0.125), **TOLERANCE[torch.bfloat16])
+    torch.testing.assert_close(out.double(), decode_textbook(q, k, v, lengths, 0.125),
+                               **TOLERANCE[torch.bfloat16])
     q, k, v = tensors(6, 100, 2, 64, torch.bfloat16)
     slots, lengths = torch.randint(len(k), (6, 13)), int32([13, 1, 2, 7, 12, 13])
     out = cached_attention(q, k, v, slots, lengths)
@@ -166,7 +173,8 @@ def test_large_logits(backend):
     q, k, v = segments(3, [130], 1, 32)
     out = decode_attention(q * 100, k * 100, v, int32([130]), backend=backend)
     # A logit near 1e4 is exact to 1e-3, and so are weights.
-    torch.testing.assert_close(out.double(), decode_textbook(q * 100, k * 100, v, [130], 32**-0.5), atol=2e-2, rtol=0)
+    torch.testing.assert_close(out.double(), decode_textbook(q * 100, k * 100, v, [130], 32**-0.5), atol=2e-2,
+                               rtol=0)
 
 
 def test_both_equal_attention_as_the_model_uses_it():
@@ -191,13 +199,14 @@ def test_no_rows(backend):
     assert cached_attention(q, k, v, slots, int32([]), backend=backend).shape == q.shape
 
 
-# ------------------------------------------------------------------------------------------- registration, compiling
+# ------------------------------------------------------------------------------------ registration, compiling
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend):
     q, k, v = segments(3, [20, 30], 2, 32)
-    torch.library.opcheck(torch.ops.blip_kernels.decode_attention.default, (q, k, v, int32([20, 30]), 0.2, backend))
+    torch.library.opcheck(torch.ops.blip_kernels.decode_attention.default,
+                          (q, k, v, int32([20, 30]), 0.2, backend))
     q, k, v = tensors(6, 50, 2, 32)
     torch.library.opcheck(torch.ops.blip_kernels.cached_attention.default,
                           (q, k, v, torch.randint(50, (6, 7)), int32([7, 1, 2, 3, 4, 5]), 0.2, backend))
@@ -216,7 +225,7 @@ def test_compiles_whole(backend):
     torch.testing.assert_close(compiled(*arguments), step(*arguments))
 
 
-# ----------------------------------------------------------------------------------------------------------- errors
+# ----------------------------------------------------------------------------------------------------- errors
 
 
 def faulty_decodes():
@@ -252,8 +261,10 @@ def faulty_reads():
     yield "slots must be int64", (x, x, x, ok.int(), used)
     yield "slots must be int64", (x, x, x, ok[:3], used)
     yield "slots must be int64", (x, x, x, ok[:, :0], used)
-    yield "slots must lie in 0 to 3, the rows of k, got 0 to 4", (x, x, x, torch.tensor([[0, 1, 4]] * 4), used)
-    yield "slots must lie in 0 to 3, the rows of k, got -1 to 0", (x, x, x, torch.tensor([[0, -1, 0]] * 4), used)
+    yield "slots must lie in 0 to 3, the rows of k, got 0 to 4", (x, x, x, torch.tensor([[0, 1, 4]] * 4),
+                                                                  used)
+    yield "slots must lie in 0 to 3, the rows of k, got -1 to 0", (x, x, x, torch.tensor([[0, -1, 0]] * 4),
+                                                                   used)
     yield "slots is on meta", (x, x, x, ok.to("meta"), used)
     yield r"lengths must be int32 \[4\]", (x, x, x, ok, used[:3])
     yield "lengths must lie in 1 to 3, got 0 to 3", (x, x, x, ok, int32([0, 3, 3, 3]))
@@ -261,7 +272,8 @@ def faulty_reads():
     yield "requires grad", (x, x.clone().requires_grad_(), x, ok, used)
 
 
-@pytest.mark.parametrize(("message", "arguments"), list(faulty_reads()), ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize(("message", "arguments"), list(faulty_reads()),
+                         ids=lambda x: x if isinstance(x, str) else "")
 def test_bad_input_of_cached_is_named(message, arguments):
     with pytest.raises(ValueError, match=message):
         cached_attention(*arguments)

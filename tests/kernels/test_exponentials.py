@@ -1,7 +1,8 @@
-"""The PTX that sm_100 computes softmax weights by, run here instruction by instruction: accuracy, range, NaN.
+"""The PTX that computes softmax weights on sm_100, run here instruction by instruction: accuracy, range, NaN.
 
-The interpreter below knows the dozen instructions that the text uses, in float32 and with PTX's rounding (a fused
-multiply-add rounds once: float64 holds the product of two float32 exactly, and its sum but for the last bits).
+The interpreter below knows the dozen instructions that the text uses, in float32 and with PTX's rounding (a
+fused multiply-add rounds once: float64 holds the product of two float32 exactly, and its sum but for the last
+bits).
 """
 
 import re
@@ -64,8 +65,9 @@ def weights(logits, scale, reference):
 
 @pytest.mark.parametrize(("scale", "reference"), [(1.0, 0.0), (0.18033688, 3.7), (0.7, -41.25), (0.01, 5e6)])
 def test_weights_are_powers_of_two(scale, reference):
-    """Relative to what float32 makes of the exponent: 1.02e-4 of the cubic, 6e-8 × 2 of the MUFU's replacement here."""
-    logits = np.concatenate([np.linspace(reference - 125.9, reference, 20_001), [reference]]) / np.float32(scale)
+    """Relative to the float32 exponent: 1.02e-4 for the cubic, 6e-8 × 2 for the MUFU's replacement here."""
+    logits = np.concatenate([np.linspace(reference - 125.9, reference, 20_001),
+                             [reference]]) / np.float32(scale)
     logits = logits.astype(np.float32)
     exponent = (logits.astype(np.float64) * np.float32(scale) - np.float32(reference)).astype(np.float32)
     exact = np.exp2(exponent.astype(np.float64))
@@ -102,7 +104,7 @@ def test_pairs(operation, exact):
 
 
 def test_a_cubic_adds_nothing_to_float16s_rounding_of_the_weights():
-    """Attention of 577 keys with weights rounded to float16: the error beside float64 grows by under a twentieth."""
+    """Attention of 577 keys with float16 weights: the error against float64 grows by less than a twentieth."""
     rng = np.random.default_rng(0)
     logits, v = rng.standard_normal((512, 577)).astype(np.float32) * 2, rng.standard_normal((577, 64))
     reference = logits.max(axis=1, keepdims=True)
@@ -119,7 +121,7 @@ def test_a_cubic_adds_nothing_to_float16s_rounding_of_the_weights():
 
 
 def test_the_cubic_is_the_best_of_its_kind():
-    """Three free coefficients, of f, f² and f³: error / f reaches its extreme, 1.013e-4, four times in turn."""
+    """Three free coefficients, of f, f² and f³: error / f reaches its extreme, 1.013e-4, four times."""
     c = np.array(exponentials.CUBIC, np.uint32).view(np.float32).astype(np.float64)
     f = np.linspace(-0.5, 0.5, 100_000)  # without 0, where the error is 0
     error = (c[0] + f * (c[1] + f * (c[2] + f * c[3]))) / np.exp2(f) - 1

@@ -1,4 +1,4 @@
-"""FLOPs of the ops against the plain formulation's, counted by PyTorch, and of a step against the published code's."""
+"""FLOPs of ops against the plain formulation's, counted by PyTorch; of a step against the published code's."""
 
 import blip_kernels.flops  # noqa: F401 (registers the counts)
 import pytest
@@ -13,6 +13,7 @@ from blip_kernels import (
     linear_cross_entropy,
 )
 from blip_train.steps.pretraining import Batch, Objective, Pretraining
+from blip_train.steps.step import StepContext
 from torch.utils.flop_counter import FlopCounterMode
 
 from blip_fast.model.blip import BlipModel
@@ -36,7 +37,8 @@ def offsets(lengths):
 def test_attention(causal):
     """Forward and backward: two and five products over the pairs that see each other, none over padding."""
     q_lengths, kv_lengths = [3, 0, 7, 9], [5, 2, 7, 4]
-    q, k, v = (torch.randn(sum(n), HEADS, WIDTH, requires_grad=True) for n in (q_lengths, kv_lengths, kv_lengths))
+    q, k, v = (torch.randn(sum(n), HEADS, WIDTH, requires_grad=True)
+               for n in (q_lengths, kv_lengths, kv_lengths))
     seen = [torch.ones(n, m).tril(m - n) if causal else torch.ones(n, m)
             for n, m in zip(q_lengths, kv_lengths, strict=True)]
     pairs = int(sum(mask.sum() for mask in seen))
@@ -57,7 +59,8 @@ def test_generation():
                                              backend="reference"))
     assert found == 2 * 2 * 3 * 10 * HEADS * WIDTH  # three rows an image over ten keys in all
     slots = torch.arange(12).view(2, 6) % 10
-    found = counted(lambda: cached_attention(torch.randn(2, HEADS, WIDTH), k, k, slots, lengths, backend="reference"))
+    found = counted(lambda: cached_attention(torch.randn(2, HEADS, WIDTH), k, k, slots, lengths,
+                                             backend="reference"))
     assert found == 2 * 2 * (4 + 6) * HEADS * WIDTH
 
 
@@ -70,10 +73,11 @@ def test_losses():
     assert both == plain + plain * 3 // 2
     assert counted(lambda: hard_negatives(q, keys, tau, backend="reference")) == counted(lambda: q @ keys.T)
     hidden, weight, targets = torch.randn(7, WIDTH), torch.randn(50, WIDTH), torch.arange(7)
-    assert counted(lambda: linear_cross_entropy(hidden, weight, None, targets, backend="reference")) == counted(
-        lambda: hidden @ weight.T)
+    assert counted(lambda: linear_cross_entropy(hidden, weight, None, targets,
+                                                backend="reference")) == counted(lambda: hidden @ weight.T)
     hidden.requires_grad_(), weight.requires_grad_()
-    both = counted(lambda: linear_cross_entropy(hidden, weight, None, targets, backend="reference").backward())
+    both = counted(lambda: linear_cross_entropy(hidden, weight, None, targets,
+                                                backend="reference").backward())
     small = counted(lambda: F.cross_entropy(hidden @ weight.T, targets).backward())
     assert small <= both <= small * 4 // 3  # the logits a second time, unless the forward kept them
 
@@ -86,11 +90,12 @@ def test_a_step_of_the_base_model_takes_at_most_210_gflop_a_pair(monkeypatch):
     torch.manual_seed(0)
     pretraining = Pretraining(BlipModel(config), Objective(), seed=0)
     lengths = [14, 11, 17, 13, 12, 19, 10, 15]
-    texts = PackedTexts.from_lists([[101, *torch.randint(1000, 30000, (n - 2,)).tolist(), 102] for n in lengths])
+    texts = PackedTexts.from_lists([[101, *torch.randint(1000, 30000, (n - 2,)).tolist(), 102]
+                                    for n in lengths])
     batch = Batch(torch.randn(8, 3, 224, 224), texts, torch.arange(8))
 
     def step():
         pretraining.follow()
-        pretraining(batch, alpha=0.4).total.backward()
+        pretraining(batch, StepContext(alpha=0.4)).total.backward()
 
     assert 150e9 < counted(step) / 8 <= 210e9

@@ -1,4 +1,4 @@
-"""blip_kernels.hard_negatives, twin and kernels: the distribution of draws, who is excluded, equal draws of both."""
+"""blip_kernels.hard_negatives, twin and kernels: distribution of draws, excluded keys, equal draws of both."""
 
 import re
 from importlib import import_module
@@ -21,14 +21,14 @@ def features(rows, width):
 
 
 def distribution(queries, keys, temperature, floor, excluded):
-    """The definition in float64: (softmax over all keys + floor), nothing where excluded, rows summing to one."""
+    """The definition in float64: softmax over all keys + floor, 0 for excluded keys, rows sum to one."""
     weights = torch.softmax(queries.double() @ keys.double().T / temperature, dim=1) + floor
     weights = weights.masked_fill(excluded, 0.0)
     return weights / weights.sum(1, keepdim=True)
 
 
 def chi_squared_p(drawn, probabilities):
-    """Probability of a χ² at least as large; keys are pooled, rarest first, until each pool expects five draws."""
+    """Probability of a χ² at least as large; keys are pooled, rarest first, until a pool expects five draws."""
     counts = torch.bincount(drawn, minlength=len(probabilities)).double()
     assert not counts[probabilities == 0].any()
     expected, order = (probabilities * len(drawn)).sort()
@@ -41,7 +41,8 @@ def chi_squared_p(drawn, probabilities):
     pools[-1] = pools[-1] + seen
     want, got = torch.stack(pools).unbind(1)
     statistic = ((got - want) ** 2 / want).sum()
-    return float(torch.special.gammaincc(torch.tensor((len(pools) - 1) / 2, dtype=torch.float64), statistic / 2))
+    return float(torch.special.gammaincc(torch.tensor((len(pools) - 1) / 2, dtype=torch.float64),
+                                         statistic / 2))
 
 
 def test_chi_squared_of_known_values():
@@ -49,7 +50,8 @@ def test_chi_squared_of_known_values():
     probabilities = torch.full((10,), 0.1, dtype=torch.float64)
     drawn = torch.arange(10).repeat_interleave(100)
     assert chi_squared_p(drawn, probabilities) == pytest.approx(1.0)
-    shift = int((16.919 * 100 / 2) ** 0.5)  # one key gets `shift` more, another less: χ² = 2 · 29² / 100 = 16.8
+    # One key gets `shift` more, another less: χ² = 2 · 29² / 100 = 16.8.
+    shift = int((16.919 * 100 / 2) ** 0.5)
     drawn = torch.cat([drawn[: 1000 - shift], torch.zeros(shift, dtype=torch.int64)])
     assert chi_squared_p(drawn, probabilities) == pytest.approx(0.052, abs=0.002)
 
@@ -59,13 +61,13 @@ def test_chi_squared_of_known_values():
     (301, 64, 0.1, 1e-4), (8, 8, 0.01, 1e-4),
 ])  # fmt: skip
 def test_draws_follow_the_distribution(keys, width, temperature, floor):
-    """χ² of 50,000 rows with one query, by id: their draws are independent, each row has random numbers of its own."""
+    """χ² of 50,000 rows with one query, by id: draws are independent, each row has its own random numbers."""
     torch.manual_seed(keys)
     query, candidates, rows = features(1, width), features(keys, width), 50_000
     key_ids = torch.arange(keys) % 7
     ids = torch.zeros(rows, dtype=torch.int64)
-    drawn = hard_negatives(query.expand(rows, -1), candidates, torch.tensor(temperature), floor=floor, seed=11, ids=ids,
-                           key_ids=key_ids)
+    drawn = hard_negatives(query.expand(rows, -1), candidates, torch.tensor(temperature), floor=floor,
+                           seed=11, ids=ids, key_ids=key_ids)
     (probabilities,) = distribution(query, candidates, temperature, floor, (key_ids == 0)[None])
     assert chi_squared_p(drawn, probabilities) > 0.01
 
@@ -75,8 +77,8 @@ def test_seeds_and_streams_draw_alike_but_differently(seed, stream):
     torch.manual_seed(0)
     query, candidates, rows = features(1, 8), features(20, 8), 50_000
     ids, key_ids = torch.full((rows,), 3), torch.arange(20)
-    drawn = hard_negatives(query.expand(rows, -1), candidates, torch.tensor(0.2), floor=1e-3, seed=seed, stream=stream,
-                           ids=ids, key_ids=key_ids)
+    drawn = hard_negatives(query.expand(rows, -1), candidates, torch.tensor(0.2), floor=1e-3, seed=seed,
+                           stream=stream, ids=ids, key_ids=key_ids)
     (probabilities,) = distribution(query, candidates, 0.2, 1e-3, (key_ids == 3)[None])
     assert chi_squared_p(drawn, probabilities) > 0.01
     other = hard_negatives(query.expand(rows, -1), candidates, torch.tensor(0.2), floor=1e-3, seed=seed,
@@ -87,7 +89,7 @@ def test_seeds_and_streams_draw_alike_but_differently(seed, stream):
 
 @pytest.mark.parametrize("floor", [0.0, 1e-4])
 def test_own_pairs_across_seeds(floor):
-    """Pairs: each row of a gathered batch, over many seeds, follows its own distribution without its own key."""
+    """Pairs: over many seeds, each row of a gathered batch follows its own distribution without its own key."""
     torch.manual_seed(0)
     queries, candidates, first = features(3, 8), features(11, 8), 4
     draws = torch.stack([hard_negatives(queries, candidates, torch.tensor(0.2), floor=floor, seed=seed,
@@ -104,8 +106,8 @@ def test_excluded_ids_are_never_drawn_in_a_million_draws(floor):
     query = torch.tensor([[1.0, 0.0]])
     candidates = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [1.0, 0.0], [-1.0, 0.0]])
     ids, key_ids = torch.arange(rows) % 2, torch.tensor([0, 1, 2, 0, 1])
-    drawn = hard_negatives(query.expand(rows, -1), candidates, torch.tensor(0.05), floor=floor, seed=3, ids=ids,
-                           key_ids=key_ids)
+    drawn = hard_negatives(query.expand(rows, -1), candidates, torch.tensor(0.05), floor=floor, seed=3,
+                           ids=ids, key_ids=key_ids)
     assert ((drawn >= 0) & (drawn < keys)).all()
     assert (key_ids[drawn] != ids).all()
 
@@ -116,7 +118,8 @@ def test_a_row_without_admissible_key_gets_minus_one(backend):
     queries, keys, t = features(4, 8), features(6, 8), torch.tensor(0.1)
     ids, key_ids = torch.tensor([5, 1, 5, 2]), torch.full((6,), 5)
     for floor in (0.0, 1e-4):
-        drawn = hard_negatives(queries, keys, t, floor=floor, seed=0, ids=ids, key_ids=key_ids, backend=backend)
+        drawn = hard_negatives(queries, keys, t, floor=floor, seed=0, ids=ids, key_ids=key_ids,
+                               backend=backend)
         assert (drawn[[0, 2]] == -1).all() and (drawn[[1, 3]] >= 0).all()
         assert hard_negatives(queries[:1], keys[:1], t, floor=floor, seed=0, backend=backend).tolist() == [-1]
         assert hard_negatives(queries, keys[:0], t, floor=floor, seed=0, ids=ids, key_ids=key_ids[:0],
@@ -129,19 +132,20 @@ def test_empty_slots_are_equal_to_nothing(backend):
     """Id −100 on both sides does not exclude."""
     torch.manual_seed(0)
     ids = torch.full((3,), -100)
-    drawn = hard_negatives(features(3, 8), features(2, 8), torch.tensor(0.1), seed=0, ids=ids, key_ids=ids[:2],
-                           backend=backend)
+    drawn = hard_negatives(features(3, 8), features(2, 8), torch.tensor(0.1), seed=0, ids=ids,
+                           key_ids=ids[:2], backend=backend)
     assert (drawn >= 0).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_weights_that_underflow_are_still_drawn_by_their_odds(backend):
-    """τ = 0.001: the own key leaves exp(−1000) to all others, of which the second is e times as likely as the first."""
+    """τ = 0.001: the own key leaves exp(−1000) to the others; the second is e times as likely as the first."""
     rows = 4000 if backend == "reference" else 400
     query = torch.tensor([[1.0, 0.0, 0.0]])
     keys = torch.tensor([[0.0, 1.0, 0.0], [0.001, 1.0, 0.0], [1.0, 0.0, 0.0]])
     drawn = hard_negatives(query.expand(rows, -1), keys, torch.tensor(0.001), floor=0.0, seed=5,
-                           ids=torch.zeros(rows, dtype=torch.int64), key_ids=torch.tensor([1, 2, 0]), backend=backend)
+                           ids=torch.zeros(rows, dtype=torch.int64), key_ids=torch.tensor([1, 2, 0]),
+                           backend=backend)
     assert (drawn < 2).all()
     share = torch.e / (1 + torch.e)
     assert abs(drawn.double().mean() - share) < 4 * (0.2 / rows) ** 0.5
@@ -165,7 +169,8 @@ def test_nan_rows_draw_uniformly(backend, floor):
 def scores(queries, keys, temperature, seed, stream):
     """s/τ − log(−log(1 − v)) in float64, from the random numbers as the op's documentation places them."""
     rows, count = len(queries), len(keys)
-    words = [philox(seed, torch.tensor(j // 4), torch.arange(rows), torch.tensor(stream))[j % 4] for j in range(count)]
+    words = [philox(seed, torch.tensor(j // 4), torch.arange(rows), torch.tensor(stream))[j % 4]
+             for j in range(count)]
     v = ((torch.stack(words, 1) >> 1) + 0.5) / 2**31
     return queries.double() @ keys.double().T / temperature - torch.log(-torch.log1p(-v)), v
 
@@ -180,8 +185,8 @@ def check_against_scores(backend, rows, keys, width, kind, seed, stream=1):
     else:
         options = {"ids": torch.randint(0, 5, (rows,)), "key_ids": torch.randint(0, 5, (keys,))}
         excluded = options["ids"][:, None] == options["key_ids"]
-    drawn = hard_negatives(queries, candidates, torch.tensor([0.07]), seed=seed, stream=stream, backend=backend,
-                           **options)
+    drawn = hard_negatives(queries, candidates, torch.tensor([0.07]), seed=seed, stream=stream,
+                           backend=backend, **options)
     assert drawn.dtype == torch.int64
     exact = scores(queries, candidates, 0.07, seed, stream)[0].masked_fill(excluded, float("-inf"))
     possible = ~excluded.all(1)
@@ -201,8 +206,8 @@ def test_the_draw_is_the_best_score(backend, rows, keys, width, kind):
 
 
 @settings(max_examples=15, deadline=None)
-@given(rows=st.integers(1, 30), more=st.integers(0, 90), width=st.integers(1, 40), kind=st.sampled_from(["pair", "id"]),
-       seed=st.integers(0, 2**63 - 1))
+@given(rows=st.integers(1, 30), more=st.integers(0, 90), width=st.integers(1, 40),
+       kind=st.sampled_from(["pair", "id"]), seed=st.integers(0, 2**63 - 1))
 def test_any_sizes(rows, more, width, kind, seed):
     for backend in BACKENDS:
         check_against_scores(backend, rows, rows + more, width, kind, seed)
@@ -218,8 +223,8 @@ def test_kernel_and_twin_draw_the_same(floor, dtype):
         pytest.skip("Triton neither runs nor is interpreted here")
     torch.manual_seed(0)
     queries, keys = features(70, 32).to(dtype), features(300, 32).to(dtype)
-    twin, kernel = (hard_negatives(queries, keys, torch.tensor(0.07), floor=floor, seed=9, first_own_key=100, backend=b)
-                    for b in BACKENDS)
+    twin, kernel = (hard_negatives(queries, keys, torch.tensor(0.07), floor=floor, seed=9, first_own_key=100,
+                                   backend=b) for b in BACKENDS)
     assert (twin != kernel).sum() <= 1
 
 
@@ -234,11 +239,11 @@ def test_the_size_of_slices_changes_no_draw(monkeypatch, slice_elements):
 
 @pytest.mark.parametrize("units", [1, 7, 400])
 def test_the_number_of_shares_changes_no_draw(monkeypatch, units):
-    launchers = pytest.importorskip("blip_kernels.gpu.contrastive_kernels")
+    streaming = pytest.importorskip("blip_kernels.gpu.streaming")
     torch.manual_seed(0)
     queries, keys, t = features(9, 16), features(403, 16), torch.tensor(0.1)
     want = hard_negatives(queries, keys, t, floor=1e-3, seed=4, backend="triton")
-    monkeypatch.setattr(launchers, "MULTIPROCESSORS", {80: units})
+    monkeypatch.setattr(streaming, "MULTIPROCESSOR_COUNTS", {80: units})
     assert torch.equal(hard_negatives(queries, keys, t, floor=1e-3, seed=4, backend="triton"), want)
 
 
@@ -263,7 +268,8 @@ def test_the_default_seed_follows_pytorchs():
 
 def test_no_gradient():
     queries = features(5, 8).requires_grad_()
-    assert not hard_negatives(queries, features(6, 8), torch.tensor(0.1, requires_grad=True), seed=0).requires_grad
+    assert not hard_negatives(queries, features(6, 8), torch.tensor(0.1, requires_grad=True),
+                              seed=0).requires_grad
 
 
 def test_philox_known_words():
@@ -278,8 +284,8 @@ def test_philox_known_words():
 def test_registration(backend, kind):
     torch.manual_seed(0)
     ids = torch.arange(4) if kind == "id" else None
-    torch.library.opcheck(op._hard_negatives, (features(4, 16), features(4, 16), torch.tensor([0.1]), 1e-4, 5, 1, ids,
-                                               ids, 0, backend))
+    torch.library.opcheck(op._hard_negatives, (features(4, 16), features(4, 16), torch.tensor([0.1]), 1e-4, 5,
+                                               1, ids, ids, 0, backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

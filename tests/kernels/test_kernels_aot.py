@@ -1,6 +1,7 @@
-"""The ahead-of-time report: it compiles as a launch would, for three generations, and no kernel leaves its budget.
+"""The ahead-of-time report: it compiles like a launch, for three generations; no kernel exceeds its budget.
 
-Triton compiles nothing in a process that interprets kernels, as this one may: everything is compiled in others.
+Triton compiles nothing in a process that interprets kernels, as this one may: everything is compiled in
+others.
 """
 
 import json
@@ -23,10 +24,10 @@ from blip_fast.commands import kernels as command
 COMPILING = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 FIELDS = {"op", "kernel", "target", "dtype", "config", "registers", "spill_bytes", "shared_bytes",
           "tensor_core_instructions", "loop_instructions", "instructions_per_mma", "occupancy", "ceiling"}
-# What launches cost seconds, not minutes, and yet hold each kind of kernel
-QUICK = ["--launch", "*head_dim 64", "--launch", "*width 256, positives by pair", "--launch", "forward", "--launch",
-         "backward", "--launch", "decode, head_dim 64, 8 images", "--launch", "cached, head_dim 64", "--launch",
-         "draw, width 256, excluded by pair"]
+# Launches that compile in seconds, not minutes, and include each kind of kernel
+QUICK = ["--launch", "*head_dim 64", "--launch", "*width 256, positives by pair", "--launch", "forward",
+         "--launch", "backward", "--launch", "decode, head_dim 64, 8 images", "--launch",
+         "cached, head_dim 64", "--launch", "draw, width 256, excluded by pair"]
 
 GEMM = '''
 import torch, triton, triton.language as tl
@@ -46,9 +47,11 @@ def gemm(p_a, p_b, p_c, M, N, K, s_a, s_ak, s_b, s_bn, BLOCK: tl.constexpr, BLOC
 
 def launch(columns=1024, **meta):
     a, b = (torch.empty(1024, columns, dtype=torch.float16, device="meta") for _ in range(2))
-    args = (a, b, torch.empty(1024, 1024, device="meta"), 1024, 1024, 1024, *a.stride(), *b.stride())
+    sizes = {"M": 1024, "N": 1024, "K": 1024}
+    strides = {"s_a": a.stride(0), "s_ak": a.stride(1), "s_b": b.stride(0), "s_bn": b.stride(1)}
     meta = {"BLOCK": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2} | meta
-    return Launch("gemm", gemm, (8, 8), args, meta)
+    c = torch.empty(1024, 1024, device="meta")
+    return Launch("gemm", gemm, (8, 8), {"p_a": a, "p_b": b, "p_c": c, **sizes, **strides, **meta})
 
 def report(generation, columns=1024, **meta):
     return measure("test", launch(columns, **meta), generation, torch.float16)
@@ -81,23 +84,26 @@ def compile_all(*options: str) -> list[KernelReport]:
 
 
 def check(reports: list[KernelReport]) -> None:
-    """Budgets are of one version of Triton: another's compiler hands out other registers, and may spill a few."""
+    """Budgets hold for one version of Triton: others allocate registers differently, and may spill a few."""
     measured = version("triton").startswith(budgets.TRITON)
     if measured:
-        assert budgets.excesses(reports, budgets.load()) == [], "meant? then run blip-fast kernels --write-budgets"
+        assert budgets.excesses(reports,
+                                budgets.load()) == [], "meant? then run blip-fast kernels --write-budgets"
     for row in reports:
         where = f"{row.op}, {row.launch}, {row.kernel}, {row.target}"
         assert row.spill_bytes <= (0 if measured else 32), where
         assert 0 < row.occupancy <= 1 and 0 < row.registers <= 255, where
         assert row.ceiling is None or 0 < row.ceiling <= 1, where
     # a further variant may be one masked tile at the end, without a loop
-    kinds = {(row.op, row.launch, row.kernel, row.target, row.dtype) for row in reports if row.tensor_core_instructions}
-    looping = {(row.op, row.launch, row.kernel, row.target, row.dtype) for row in reports if row.instructions_per_mma}
+    kinds = {(row.op, row.launch, row.kernel, row.target, row.dtype)
+             for row in reports if row.tensor_core_instructions}
+    looping = {(row.op, row.launch, row.kernel, row.target, row.dtype)
+               for row in reports if row.instructions_per_mma}
     assert kinds == looping != set(), "tensor-core instructions in no loop"
 
 
 def test_the_tensor_cores_of_each_generation_are_used_in_the_loop(with_gemm):
-    """One process compiles for all three in turn: a cached kernel of one target is not taken for another's."""
+    """One process compiles for all three in turn: the cache does not mix up kernels of different targets."""
     rows = [KernelReport(**row) for row in with_gemm(
         "print(json.dumps([asdict(report(g)) for g in (90, 80, 100, 90)]))")]
     assert [row.target for row in rows] == ["sm_90", "sm_80", "sm_100", "sm_90"] and rows[0] == rows[3]
@@ -106,7 +112,8 @@ def test_the_tensor_cores_of_each_generation_are_used_in_the_loop(with_gemm):
     for row in rows:
         assert len(row.loops) == 1
         flops_of_a_warp = 2 * 128 * 128 * 64 / 4
-        assert row.instructions_per_mma == pytest.approx(row.loop_instructions / (flops_of_a_warp / 4096), abs=0.01)
+        assert row.instructions_per_mma == pytest.approx(row.loop_instructions / (flops_of_a_warp / 4096),
+                                                         abs=0.01)
         assert 0.5 < row.instructions_per_mma < 4
         assert row.config == {"BLOCK": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2}
         assert row.shared_bytes >= 2 * 128 * 64 * 2  # a stage of both operands at the least
@@ -172,7 +179,8 @@ def test_kernels_of_one_target_keep_to_their_budgets():
 
 @pytest.mark.slow
 def test_every_kernel_keeps_to_its_budget():
-    rows = compile_all("--dtype", "float16", "--dtype", "bfloat16", "--jobs", str(min(4, os.cpu_count() or 1)))
+    rows = compile_all("--dtype", "float16", "--dtype", "bfloat16", "--jobs",
+                       str(min(4, os.cpu_count() or 1)))
     check(rows)
     launched = {(row.op, row.target, name) for name, row in budgets.named(rows)}
     stale = [key for op, targets in budgets.load().items() for target, kernels in targets.items()
@@ -181,14 +189,14 @@ def test_every_kernel_keeps_to_its_budget():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op, launch, kernels, most", [
-    ("attention", "forward, head_dim 64", "forward_kernel", (5.5, 4.1, 3.9)),
-    ("attention", "backward, head_dim 64", "dq_kernel dkv_kernel", (4.9, 2.7, 2.7)),
-    ("contrastive", "forward, width 256, positives by pair", "_forward_kernel", (3.2, 2.4, 2.3)),
-    ("contrastive", "backward, width 256, positives by pair", "_queries_kernel _keys_kernel", (4.4, 4.4, 4.4)),
-])
+@pytest.mark.parametrize("op, launch, kernels, most",
+                         [("attention", "forward, head_dim 64", "forward_kernel", (5.5, 4.1, 3.9)),
+                          ("attention", "backward, head_dim 64", "dq_kernel dkv_kernel", (4.9, 2.7, 2.7)),
+                          ("contrastive", "forward, width 256, positives by pair", "_forward_kernel",
+                           (3.2, 2.4, 2.3)), ("contrastive", "backward, width 256, positives by pair",
+                                              "_queries_kernel _keys_kernel", (4.4, 4.4, 4.4)),])
 def test_loops_are_no_longer_than_those_of_published_kernels(op, launch, kernels, most):
-    """Instructions per m16n8k16 of the best published Triton kernels, by the same ptxas; ours take any size."""
+    """Instructions per m16n8k16 of the best published Triton kernels, same ptxas; ours take any size."""
     rows = compile_all("--op", op, "--launch", launch)
     for target, figure in zip(TARGETS, most, strict=True):
         ours = {row.kernel: row.instructions_per_mma for row in rows if row.target == target}
@@ -197,7 +205,7 @@ def test_loops_are_no_longer_than_those_of_published_kernels(op, launch, kernels
 
 @pytest.mark.slow
 def test_the_newest_forward_leaves_the_limit_of_the_mufu():
-    """Published forwards of head width 64 stop at 49 % of B200's tensor cores, where the MUFU is at its limit."""
+    """Published forwards of head width 64 stop at 49 % of B200's tensor cores, limited by the MUFU."""
     rows = compile_all("--op", "attention", "--launch", "forward, head_dim 64*", "--target", "sm_100")
     whole = [row for row in rows if row.kernel == "forward_kernel" and row.config["BLOCK_N"] == 256]
     assert len(whole) == 2 and all(row.ceiling >= 0.7 for row in whole)
@@ -214,7 +222,8 @@ def test_budgets_are_written_read_and_left(tmp_path):
     path = tmp_path / "budgets.json"
     path.write_text(json.dumps({"contrastive": {"sm_80": {"kept": {"registers": 1}}},
                                 "attention": {"sm_80": {"gone": {}}, "sm_90": {"kept": {}}}}))
-    rows = [report(), report(dtype="bfloat16", registers=104), report(registers=40, instructions_per_mma=None)]
+    rows = [report(), report(dtype="bfloat16", registers=104),
+            report(registers=40, instructions_per_mma=None)]
     budgets.write(rows, path)
     written = json.loads(path.read_text())
     assert written["contrastive"] == {"sm_80": {"kept": {"registers": 1}}}
@@ -248,31 +257,35 @@ def test_a_spill_gets_no_budget(tmp_path):
 def test_the_command_prints_an_object_a_line_even_where_triton_interprets(monkeypatch, capfd):
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert main(["kernels", "--json", "--op", "linear_cross_entropy", "--target", "sm_80", "--dtype", "bfloat16",
-                 "--launch", "forward", "--jobs", "2"]) == 0
+    assert main(["kernels", "--json", "--op", "linear_cross_entropy", "--target", "sm_80", "--dtype",
+                 "bfloat16", "--launch", "forward", "--jobs", "2"]) == 0
     rows = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
     assert rows and all(row.keys() >= FIELDS for row in rows)
-    assert {(row["op"], row["target"], row["dtype"]) for row in rows} == {("linear_cross_entropy", "sm_80", "bfloat16")}
+    assert {(row["op"], row["target"], row["dtype"])
+            for row in rows} == {("linear_cross_entropy", "sm_80", "bfloat16")}
 
 
 def test_the_table(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
-    rows = [asdict(replace(report(), loops=[], occupancy=0.125, ceiling=0.49, limit="MUFU", loop_instructions=300,
-                           tensor_core_instructions=16, ptxas="12.8"))]
-    command._print([*rows, rows[0] | {"launch": "another", "spill_bytes": 0}])  # the same kernel in another launch
+    rows = [asdict(replace(report(), loops=[], occupancy=0.125, ceiling=0.49, limit="MUFU",
+                           loop_instructions=300, tensor_core_instructions=16, ptxas="12.8"))]
+    # The same kernel in another launch.
+    command._print([*rows, rows[0] | {"launch": "another", "spill_bytes": 0}])
     shown = capsys.readouterr().out
-    assert all(text in shown for text in ("attention", "100", "0 B", "1 KiB", "4.00", "12%", "49% MUFU", "sm_80 12.8"))
+    assert all(text in shown
+               for text in ("attention", "100", "0 B", "1 KiB", "4.00", "12%", "49% MUFU", "sm_80 12.8"))
     assert "another" not in shown
 
 
-@pytest.mark.parametrize("options, said", [
-    (["--target", "sm_70"], "--target: 'sm_70' is not known, choose from sm_80, sm_90, sm_100"),
-    (["--op", "attention,atention"], "--op: 'atention' is not known"),
-    (["--dtype", "int8"], "--dtype: 'int8' is not known"),
-    (["--jobs", "0"], "--jobs is 0: at least 1"),
-    (["--write-budgets", "--dtype", "float16"], "drop --launch and --dtype"),
-    (["--op", "linear_cross_entropy", "--launch", "no such", "--jobs", "1"], "no launch of linear_cross_entropy"),
-])
+@pytest.mark.parametrize("options, said",
+                         [(["--target", "sm_70"],
+                           "--target: 'sm_70' is not known, choose from sm_80, sm_90, sm_100"),
+                          (["--op", "attention,atention"], "--op: 'atention' is not known"),
+                          (["--dtype", "int8"], "--dtype: 'int8' is not known"),
+                          (["--jobs", "0"], "--jobs is 0: at least 1"),
+                          (["--write-budgets", "--dtype", "float16"], "drop --launch and --dtype"),
+                          (["--op", "linear_cross_entropy", "--launch", "no such", "--jobs", "1"],
+                           "no launch of linear_cross_entropy"),])
 def test_bad_options_are_one_clear_line(capfd, options, said):
     pytest.importorskip("triton")
     assert main(["kernels", *options]) == 2
@@ -318,9 +331,10 @@ def test_candidates_differ_in_one_or_two_values_and_stay_in_bounds():
 def test_the_best_candidate_that_runs_is_chosen():
     def time(config):
         if config["BLOCK_M"] == 64:
-            return None  # as one that spills
+            return None  # like a configuration that spills
         return 10.0 - (config["num_warps"] == 8) * 2 - (config["num_stages"] == 2) * 0.01
-    assert tune.best(ENTRY, time) == (ENTRY | {"num_warps": 8}, 8.0, 10.0)  # a hair's breadth is no reason to change
+    # A tiny gain is no reason to change.
+    assert tune.best(ENTRY, time) == (ENTRY | {"num_warps": 8}, 8.0, 10.0)
     with pytest.raises(RuntimeError, match="cannot run"):
         tune.best(ENTRY, lambda config: None)
 
@@ -360,14 +374,14 @@ def test_results_may_differ_by_rounding_only():
 
 
 def test_every_entry_of_the_tables_is_tuned_by_a_workload(tmp_path):
-    """On a CPU, where launches are noted and none runs: which entries the workloads read, in 16 bit and float32."""
+    """Which entries the workloads read, in 16 bit and float32. On a CPU: launches are recorded, none runs."""
     pytest.importorskip("triton")
     code = """
 import json, torch
-from blip_kernels import tune, workloads
+from blip_kernels.compiled import tune, workloads
 from blip_kernels.compiled.aot import OPS
-from blip_kernels.gpu import configs, launch
-launch.why_not = lambda x: None
+from blip_kernels.gpu import configs, kernel_launch
+kernel_launch.why_not = lambda x: None
 unread, device = {}, torch.device("cpu")
 workloads._random = lambda *shape, dtype, device: torch.zeros(shape, dtype=dtype)  # at once
 for op in OPS:
@@ -375,7 +389,7 @@ for op in OPS:
     unread[op] = set(table)
     before = json.dumps(table)
     for dtype in (torch.bfloat16, torch.float32):
-        with launch.noting(80, lambda *noted: None):
+        with kernel_launch.noting(80, lambda *noted: None):
             calls = list(workloads.workloads(op, dtype, device))
         for label, run in calls:
             found = tune.entries_read(op, table, "sm_80", lambda: tune._noted(run, device))

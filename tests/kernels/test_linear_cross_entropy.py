@@ -1,4 +1,4 @@
-"""blip_kernels.linear_cross_entropy against the formula in float64: the twin, and the kernels (in the interpreter)."""
+"""blip_kernels.linear_cross_entropy against the formula in float64: the twin, and the interpreted kernels."""
 
 import pytest
 import torch
@@ -14,7 +14,8 @@ def tiles(monkeypatch):
     small_tiles(monkeypatch)
 
 
-SIZES = [(1, 1, 1), (1, 7, 2), (2, 16, 31), (7, 64, 64), (17, 33, 65), (64, 65, 127), (65, 128, 129), (129, 31, 257)]
+SIZES = [(1, 1, 1), (1, 7, 2), (2, 16, 31), (7, 64, 64), (17, 33, 65), (64, 65, 127), (65, 128, 129),
+         (129, 31, 257)]
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -33,8 +34,9 @@ def test_float16(backend, reduction):
 
 
 @settings(max_examples=30, deadline=None)
-@given(rows=st.integers(1, 30), width=st.integers(1, 20), vocabulary=st.integers(1, 80), seed=st.integers(0, 99),
-       smoothing=st.sampled_from([0.0, 0.1, 1.0]), kept=st.sampled_from([0, 300, 10**6]), bias=st.booleans())
+@given(rows=st.integers(1, 30), width=st.integers(1, 20), vocabulary=st.integers(1, 80),
+       seed=st.integers(0, 99), smoothing=st.sampled_from([0.0, 0.1, 1.0]),
+       kept=st.sampled_from([0, 300, 10**6]), bias=st.booleans())
 def test_any_size_of_the_twin(rows, width, vocabulary, seed, smoothing, kept, bias):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "KEPT", kept)
@@ -60,7 +62,7 @@ def test_ignore_index_within_the_vocabulary(backend):
 @pytest.mark.parametrize("rows", [0, 5])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_counts(backend, rows, reduction):
-    """All rows ignored, or none there: what F.cross_entropy makes of it, NaN for the mean; gradients are zeros."""
+    """All rows ignored, or no rows: as F.cross_entropy, NaN for the mean; gradients are zeros."""
     (hidden, weight, bias), _ = inputs(rows, 8, 40)
     targets = torch.full((rows,), -100)
     loss = linear_cross_entropy(hidden, weight, bias, targets, reduction=reduction, backend=backend)
@@ -112,10 +114,12 @@ def test_finite_differences(reduction):
 def test_kernel_has_the_slope_of_its_own_loss():
     """Finite differences of the kernels' float32 loss along a random direction, summed up in float64."""
     tensors, targets = inputs(19, 40, 70)
-    grads = torch.autograd.grad(linear_cross_entropy(*tensors, targets, reduction="sum", backend="triton"), tensors)
+    grads = torch.autograd.grad(linear_cross_entropy(*tensors, targets, reduction="sum", backend="triton"),
+                                tensors)
     steps = [torch.randn_like(x) * 1e-2 for x in tensors]
-    ends = [linear_cross_entropy(*(x.detach() + sign * s for x, s in zip(tensors, steps, strict=True)), targets,
-                                 reduction="none", backend="triton").double().sum() for sign in (1, -1)]
+    ends = [linear_cross_entropy(*(x.detach() + sign * s for x, s in zip(tensors, steps, strict=True)),
+                                 targets, reduction="none", backend="triton").double().sum()
+            for sign in (1, -1)]
     slope = sum((g.double() * s.double()).sum() for g, s in zip(grads, steps, strict=True))
     # Third-order terms of a step of 1e-2 and float32's rounding of a difference near 1: below a hundredth.
     torch.testing.assert_close((ends[0] - ends[1]) / 2, slope, atol=1e-3, rtol=1e-2)
@@ -123,7 +127,7 @@ def test_kernel_has_the_slope_of_its_own_loss():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_backward_twice_gives_the_same(backend):
-    """What the forward keeps is not used up."""
+    """The backward can run twice on what the forward keeps."""
     tensors, targets = inputs(9, 12, 60)
     loss = linear_cross_entropy(*tensors, targets, backend=backend)
     first = torch.autograd.grad(loss, tensors, retain_graph=True)

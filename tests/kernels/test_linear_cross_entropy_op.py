@@ -1,4 +1,4 @@
-"""blip_kernels.linear_cross_entropy as an op: registered and compiled, bad input, and the memory that it takes."""
+"""blip_kernels.linear_cross_entropy as an op: registration, compilation, bad input, and memory."""
 
 import os
 import subprocess
@@ -44,7 +44,7 @@ def test_compiles_whole(backend, dynamic):
             torch.testing.assert_close(a, b)
 
 
-# ----------------------------------------------------------------------------------------------------------- errors
+# ----------------------------------------------------------------------------------------------------- errors
 
 
 def faulty_calls():
@@ -85,7 +85,7 @@ def test_kernel_marks_a_bad_target():
     assert loss.isnan().tolist() == [False, False, True, False, False]
 
 
-# ----------------------------------------------------------------------------------------------------------- memory
+# ----------------------------------------------------------------------------------------------------- memory
 
 MEMORY = textwrap.dedent("""
     import re, sys, torch, torch.nn.functional as F
@@ -103,8 +103,8 @@ MEMORY = textwrap.dedent("""
         else:
             loss = linear_cross_entropy(hidden[:rows], weight, bias, targets[:rows])
         return torch.autograd.grad(loss, tensors)
-    step(64)  # libraries and threads are there
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    step(64)  # loads libraries and starts threads
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = status("VmRSS")
     gradients = step(2048)
     print(status("VmHWM") - before - sum(x.nbytes for x in gradients) / 2**20)
@@ -113,8 +113,9 @@ MEMORY = textwrap.dedent("""
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak from Linux's /proc")
 def test_memory_is_an_eighth_of_the_plain_form():
-    """Peak of forward and backward, 2,048 tokens × 30,524 words, MiB beyond the inputs; the size of the gradients is
-    taken off both forms alike (the plain form's peak comes before it makes that of the weight, so it gains by that)."""
+    """Peak of forward and backward, 2,048 tokens × 30,524 words, MiB beyond the inputs; the size of the
+    gradients is taken off both forms alike (the plain form's peak comes before it makes that of the weight,
+    so it gains by that)."""
     peak = {}
     for form in ("plain", "ours"):
         run = subprocess.run([sys.executable, "-c", MEMORY, form], capture_output=True, text=True, check=True,

@@ -1,4 +1,4 @@
-"""Packed linear layers: F.linear's results, a row's bits whatever the number of rows, and a whole model of them."""
+"""Packed linear layers: F.linear's results, a row's bits for any number of rows, and a whole model of them."""
 
 import pytest
 import torch
@@ -16,9 +16,10 @@ def layer(rows, width, out, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("rows", "width", "out"), [(577, 768, 96), (33, 50, 70), (1, 96, 2), (7, 3, 1), (0, 16, 8)])
+@pytest.mark.parametrize(("rows", "width", "out"),
+                         [(577, 768, 96), (33, 50, 70), (1, 96, 2), (7, 3, 1), (0, 16, 8)])
 def test_equals_float64(rows, width, out, dtype):
-    """Held to float64: as near as the type's own rounding allows, with and without bias, with GELU."""
+    """Against float64: as close as the type's rounding allows, with and without bias, with GELU."""
     x, weight, bias = layer(rows, width, out, dtype)
     packed = pack_weight(weight)
     tolerance = 1e-5 if dtype == torch.float32 else 8e-3  # bfloat16 rounds the result to 8 bits
@@ -35,7 +36,8 @@ def test_equals_float64(rows, width, out, dtype):
 @pytest.mark.processor
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize(("width", "out"), [(768, 3072), (3072, 768), (48, 144), (128, 512), (100, 48), (64, 30)])
+@pytest.mark.parametrize(("width", "out"),
+                         [(768, 3072), (3072, 768), (48, 144), (128, 512), (100, 48), (64, 30)])
 def test_rows_do_not_depend_on_their_number(width, out, dtype, threads):
     """F.linear in float32 gives one row other bits alone than in a batch; so does AMX in bfloat16."""
     x, weight, bias = layer(300, width, out, dtype)
@@ -53,24 +55,25 @@ def test_rows_do_not_depend_on_their_number(width, out, dtype, threads):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_blocks_of_rows(dtype):
-    """Rows in blocks of a size of their own: the same values, and a whole block is what it is alone."""
+    """Rows in blocks of another size: the same values, and a whole block gives the same bits alone."""
     x, weight, bias = layer(84, 96, 64, dtype)
     packed = pack_weight(weight)
     with row_blocks(21):
         together = packed_linear(x, packed, bias)
         assert torch.equal(packed_linear(x[:21], packed, bias), together[:21])
     tolerance = 1e-5 if dtype == torch.float32 else 8e-3
-    torch.testing.assert_close(together.double(), F.linear(x.double(), weight.double(), bias.double()), rtol=tolerance,
-                               atol=tolerance)
+    torch.testing.assert_close(together.double(), F.linear(x.double(), weight.double(), bias.double()),
+                               rtol=tolerance, atol=tolerance)
 
 
 def test_shapes_and_strides():
     x, weight, bias = layer(30, 64, 24, torch.float32)
     packed = pack_weight(weight)
     found = packed_linear(x.view(2, 15, 64).transpose(0, 1), packed, bias)
-    torch.testing.assert_close(found, F.linear(x, weight, bias).view(2, 15, 24).transpose(0, 1), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(packed_linear(x[:, ::2], pack_weight(weight[:, ::2])), x[:, ::2] @ weight[:, ::2].T,
-                               rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, F.linear(x, weight, bias).view(2, 15, 24).transpose(0, 1), rtol=1e-5,
+                               atol=1e-5)
+    torch.testing.assert_close(packed_linear(x[:, ::2], pack_weight(weight[:, ::2])),
+                               x[:, ::2] @ weight[:, ::2].T, rtol=1e-5, atol=1e-5)
 
 
 def test_the_weight_comes_back():

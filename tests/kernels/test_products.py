@@ -18,11 +18,12 @@ def draw(*shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).bfloat16()
 
 
-@pytest.mark.parametrize(("mkl", "intel", "vectors", "wanted"), [
-    (True, True, "avx512", True), (True, True, "avx2", True), (True, True, "sse", False), (True, False, "avx2", True),
-    (True, False, "avx512", False), (False, True, "avx2", False)])
+@pytest.mark.parametrize(("mkl", "intel", "vectors", "wanted"),
+                         [(True, True, "avx512", True), (True, True, "avx2", True),
+                          (True, True, "sse", False), (True, False, "avx2", True),
+                          (True, False, "avx512", False), (False, True, "avx2", False)])
 def test_who_multiplies_float32(monkeypatch, mkl, intel, vectors, wanted):
-    """MKL, but for AMD with AVX-512, below AVX2, and where PyTorch has none."""
+    """MKL, except on AMD with AVX-512, below AVX2, and if PyTorch has no MKL."""
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
     monkeypatch.setattr(processor, "is_intel", lambda: intel)
     monkeypatch.setattr(processor, "has_avx512", lambda: vectors == "avx512")
@@ -68,6 +69,6 @@ def test_slow_types_have_gradients(without_bfloat16):
     theirs = attention(q.double(), k.double(), v.double(), *offsets, backend="reference")
     assert mine.dtype == torch.bfloat16
     torch.testing.assert_close(mine.double(), theirs, rtol=2e-2, atol=2e-2)
-    for a, b in zip(torch.autograd.grad(mine.float().sum(), (q, v)), torch.autograd.grad(theirs.sum(), (q, v)),
-                    strict=True):
+    for a, b in zip(torch.autograd.grad(mine.float().sum(), (q, v)),
+                    torch.autograd.grad(theirs.sum(), (q, v)), strict=True):
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)

@@ -1,4 +1,4 @@
-"""Linear layers in 8 bits: near float64, and a row's bits whatever its neighbours."""
+"""Linear layers in 8 bits: close to float64, and a row's bits do not depend on its neighbours."""
 
 import pytest
 import torch
@@ -9,7 +9,8 @@ from blip_kernels.cpu import processor
 
 def layer(rows, width, out, dtype):
     generator = torch.Generator().manual_seed(rows + out)
-    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((rows, width), (out, width), (out,)))
+    x, weight, bias = (torch.randn(shape, generator=generator)
+                       for shape in ((rows, width), (out, width), (out,)))
     return x.to(dtype), weight.to(dtype), bias.to(dtype)
 
 
@@ -20,7 +21,8 @@ def test_a_processor_without_products_is_refused(monkeypatch):
 
 
 class TestWithProducts:
-    pytestmark = pytest.mark.skipif(not processor.has_int8(), reason="this processor multiplies no 8-bit integers")
+    pytestmark = pytest.mark.skipif(not processor.has_int8(),
+                                    reason="this processor multiplies no 8-bit integers")
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("gelu", [False, True])

@@ -1,4 +1,4 @@
-"""Counting in disassemblies written by hand, and what an SM's limits make of the counts."""
+"""Counts in disassemblies written by hand, and the limits of an SM that follow from them."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ from blip_kernels.compiled.sass import CodeLoop, Instruction, Listing, Mma, loop
 
 
 def listing(text: str) -> tuple[Instruction, ...]:
-    """A line an instruction, as `cuobjdump -sass` prints them; `name:` before one, and `name` as its address."""
+    """One line per instruction, as `cuobjdump -sass` prints them; `name:` labels one, `name` is its address."""
     lines = [line.strip() for line in text.strip().splitlines()]
     names = {line.partition(":")[0]: 16 * i for i, line in enumerate(lines) if ":" in line}
     printed = []
@@ -28,11 +28,12 @@ def hot(text: str) -> list[list[str]]:
 def test_a_line_of_a_disassembly():
     first, second = listing("@!UP1 BRA.U 0x20\nHMMA.16816.F32.BF16 R4, R8.reuse, R6, R4")
     assert first == Instruction(0, "!UP1", "BRA.U", "0x20")
-    assert second == Instruction(16, None, "HMMA.16816.F32.BF16", "R4, R8.reuse, R6, R4") and second.base == "HMMA"
+    assert second == Instruction(16, None, "HMMA.16816.F32.BF16",
+                                 "R4, R8.reuse, R6, R4") and second.base == "HMMA"
 
 
 def test_the_loop_is_found_among_retries_subroutines_and_far_jumps():
-    """As ptxas lays it out: the wait's retry behind the end, the loop's exit a CALL.REL, a division called inside."""
+    """As ptxas writes it: the wait's retry after the end, the loop's exit as CALL.REL, a division called inside."""
     assert hot("""
                MOV R1, R2
         head:  SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR9+0x10000], R4
@@ -96,7 +97,7 @@ def test_a_branch_that_only_diverged_warps_take_leads_nowhere():
 
 
 def test_a_way_into_the_middle_makes_no_natural_loop():
-    """The header must be passed on every way from the entry: here the jump at the top goes around it."""
+    """Every path from the entry must pass the header: here the jump at the top skips it."""
     assert hot("@P0 BRA middle\nhead: MOV R1, R2\nmiddle: HMMA.16816.F32 R4, R8, R6, R4\n@P1 BRA head\nEXIT") == []
 
 
@@ -114,7 +115,7 @@ def test_flops_of_a_warp(opcode, flops, tf32):
 
 
 def test_a_blackwell_instruction_is_known_by_its_descriptor():
-    """0x8110010: M = 128, N = 64 in fp16; 0x8200910: M = 128, N = 128 in TF32, K = 8; shared by eight warps."""
+    """0x8110010: M = 128, N = 64, fp16; 0x8200910: M = 128, N = 128, TF32, K = 8; shared by eight warps."""
     code = listing("""
         UMOV UR29, 0x8110010
         UMOV UR28, 0x0
@@ -135,7 +136,7 @@ def test_an_unknown_shape_is_an_error_and_no_guess(text):
 
 
 def test_what_one_warp_issues_for_all_is_issued_once():
-    """A block with UTCHMMA that a pass can go around is one warp's; one that every pass takes is everyone's."""
+    """A block with UTCHMMA that a pass can skip belongs to one warp; one in every pass belongs to all."""
     text = """
         head: FADD R1, R1, R2
               @P0 BRA join
@@ -153,7 +154,8 @@ def test_what_one_warp_issues_for_all_is_issued_once():
     assert (len(loop.code), loop.elected) == (8, 0)
     work = [Mma(4 * 128 * 64 * 64 / 4, False)]
     everyone, one = (replace(loop_of(work, FADD=200, UIADD3=300), elected=n) for n in (0, 300))
-    assert ceiling(everyone, 4, 100).share == 256 / 500 and ceiling(one, 4, 100).share == 256 / (200 + 300 / 4)
+    assert ceiling(everyone, 4,
+                   100).share == 256 / 500 and ceiling(one, 4, 100).share == 256 / (200 + 300 / 4)
 
 
 def test_spilled_bytes_are_what_is_stored_to_local_memory():
@@ -173,7 +175,7 @@ def loop_of(mma: list[Mma], **counts: int) -> CodeLoop:
 
 
 def test_instructions_per_m16n8k16_compares_generations():
-    """The same work and the same overhead is the same figure, whoever issues the tensor-core instructions."""
+    """The same work and the same overhead give the same figure, whichever warp issues the tensor-core instructions."""
     ampere = loop_of([Mma(4096, False)] * 32, HMMA=32, FADD=128)
     hopper = loop_of([Mma(131072 / 4, False)] * 4, HGMMA=4, FADD=156)
     assert ampere.instructions_per_mma == hopper.instructions_per_mma == 5.0
@@ -187,11 +189,13 @@ def test_the_ceiling_is_set_by_the_busiest_pipe():
     bound = ceiling(loop_of(work, MUFU=exponentials), 4, 100)
     assert (bound.share, bound.pipe) == (0.5, "MUFU")
     bound = ceiling(loop_of(work, HGMMA=1, FADD=128, FFMA2=128, MUFU=1), 4, 100)
-    assert (bound.pipe, bound.share) == ("FMA", 256 / (128 + 2 * 128))  # a packed instruction is two lanes' work
+    # A packed instruction is two lanes' work.
+    assert (bound.pipe, bound.share) == ("FMA", 256 / (128 + 2 * 128))
     bound = ceiling(loop_of(work, ISETP=512, UIADD3=512), 4, 90)
     assert (bound.pipe, bound.share) == ("issue", 512 / 1024)
     assert ceiling(loop_of(work, ISETP=512), 4, 90).pipe == "ALU"
-    assert ceiling(loop_of([Mma(work[0].flops, True)], MUFU=exponentials), 4, 100).share == 1.0  # TF32: half the rate
+    # TF32: half the rate.
+    assert ceiling(loop_of([Mma(work[0].flops, True)], MUFU=exponentials), 4, 100).share == 1.0
 
 
 @pytest.mark.parametrize("resources, share, why", [

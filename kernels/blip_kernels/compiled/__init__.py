@@ -1,1 +1,1 @@
-"""What compilers make of the kernels, for GPUs that need not be here: code, registers, budgets, configurations."""
+"""The kernels compiled for GPUs that need not be present: code, registers, budgets, configurations."""

@@ -1,8 +1,9 @@
-"""The ahead-of-time report: every kernel in every configuration that it is launched in, compiled with no GPU.
+"""The ahead-of-time report: every kernel in every configuration that is launched, compiled without a GPU.
 
-Each op's `samples` run their launchers on `meta` tensors while `gpu.launch.noting` takes note of the launches; the
-JIT itself then compiles each, specialisation hints included (divisibility by 16, strides of 1: without them it is
-another kernel), for a GPU that a stand-in driver claims to have. `blip_kernels.compiled.sass` counts what came out.
+Each op's `samples` run its launchers on `meta` tensors while `gpu.kernel_launch.noting` records the launches.
+The JIT then compiles each of them, including specialisation hints (divisibility by 16, strides of 1: without
+them it is another kernel), for a GPU that a stand-in driver reports. `blip_kernels.compiled.sass` counts the
+instructions of the result.
 
     python -m blip_kernels.compiled.aot --target sm_90 --dtype bfloat16 --op attention
 """
@@ -29,7 +30,15 @@ import torch
 from blip_kernels.compiled import sass
 from blip_kernels.compiled.hardware import ceiling, occupancy
 
-OPS = ("attention", "decode_attention", "contrastive", "hard_negatives", "linear_cross_entropy")
+# Each op's module of launchers, in `blip_kernels.gpu`.
+LAUNCHERS = {
+    "attention": "attention_kernels",
+    "decode_attention": "decode_kernels",
+    "contrastive": "contrastive_kernels",
+    "hard_negatives": "hard_negative_kernels",
+    "linear_cross_entropy": "linear_cross_entropy_kernels",
+}
+OPS = tuple(LAUNCHERS)
 TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -42,7 +51,7 @@ class HotLoop:
     instructions: int
     tensor_core_instructions: int
     instructions_per_mma: float | None  # as `sass.CodeLoop` defines it
-    ceiling: float | None  # bound on the share of the tensor cores' peak
+    ceiling: float | None  # upper bound on the share of the tensor cores' peak
     limit: str | None  # the pipe that sets the ceiling: tensor, issue, MUFU, FMA or ALU
 
 
@@ -73,17 +82,22 @@ class KernelReport:
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch that was noted down instead of run."""
+    """A launch that was recorded instead of run."""
 
     name: str
     kernel: Any
     grid: tuple[int, ...]
-    args: tuple[Any, ...]
-    meta: dict[str, Any]
+    arguments: dict[str, Any]  # by name, with num_warps and num_stages
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """The constexprs, num_warps and num_stages: arguments that are fixed when a kernel is compiled."""
+        runtime = {parameter.name for parameter in self.kernel.params if not parameter.is_constexpr}
+        return {name: value for name, value in self.arguments.items() if name not in runtime}
 
 
 class _StandIn:
-    """A driver of a GPU that is not here: enough for the JIT to compile for it."""
+    """A driver of a GPU that is not present, with just enough for the JIT to compile for it."""
 
     def __init__(self, generation: int) -> None:
         self.generation = generation
@@ -94,7 +108,7 @@ class _StandIn:
         return GPUTarget("cuda", self.generation, 32)
 
     def get_current_device(self) -> int:
-        return -self.generation  # the JIT caches compiled kernels by device: no real one has this number
+        return -self.generation  # the JIT caches kernels by device; no real device has this number
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -102,7 +116,7 @@ class _StandIn:
 
 @contextmanager
 def pretending(generation: int) -> Iterator[None]:
-    """Within, Triton compiles for a GPU of `generation`; it can run nothing."""
+    """Inside, Triton compiles for a GPU of `generation` and cannot run kernels."""
     from triton.runtime import driver
 
     before = driver._active  # `active` would look for a GPU
@@ -114,14 +128,13 @@ def pretending(generation: int) -> Iterator[None]:
 
 
 def launches(op: str, generation: int, dtype: torch.dtype, patterns: Sequence[str] = ("*",)) -> list[Launch]:
-    """Every launch that the samples of an op make on a GPU of `generation`, if its name matches a pattern."""
+    """Return the launches of an op's samples on a GPU of `generation` whose names match a pattern."""
     from blip_kernels.gpu.kernel_launch import noting
 
     noted: list[Launch] = []
-    for name, call in import_module(f"blip_kernels.gpu.{op}").samples(dtype):
-        def note(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any],
-                 name: str = name) -> None:
-            noted.append(Launch(name, kernel, grid, args, meta))
+    for name, call in import_module(f"blip_kernels.gpu.{LAUNCHERS[op]}").samples(dtype):
+        def note(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], name: str = name) -> None:
+            noted.append(Launch(name, kernel, grid, arguments))
 
         if any(fnmatchcase(name, pattern) for pattern in patterns):
             with noting(generation, note):
@@ -130,13 +143,13 @@ def launches(op: str, generation: int, dtype: torch.dtype, patterns: Sequence[st
 
 
 def compiled(launch: Launch, generation: int) -> Any:
-    """The kernel that the JIT would launch, `triton.compiler.CompiledKernel`."""
+    """Return the kernel that the JIT would launch, a `triton.compiler.CompiledKernel`."""
     with pretending(generation):
-        return launch.kernel.run(*launch.args, grid=launch.grid, warmup=True, **launch.meta)
+        return launch.kernel.run(grid=launch.grid, warmup=True, **launch.arguments)
 
 
 def measure(op: str, launch: Launch, generation: int, dtype: torch.dtype) -> KernelReport:
-    """Compile a launch and count.
+    """Compile a launch and count its instructions and resources.
 
     Raises:
         ValueError: it needs more registers, shared or tensor memory than such a GPU has.
@@ -150,7 +163,8 @@ def measure(op: str, launch: Launch, generation: int, dtype: torch.dtype) -> Ker
     columns = getattr(binary.metadata, "tmem_size", 0) or 0
     target = f"sm_{generation}"
     try:
-        share = occupancy(generation, binary.metadata.num_warps, listing.registers, binary.metadata.shared, columns)
+        share = occupancy(generation, binary.metadata.num_warps, listing.registers, binary.metadata.shared,
+                          columns)
     except ValueError as error:
         where = f"{op}, {launch.name}, {binary.name}"
         raise ValueError(f"{where} cannot be launched on {target}: it needs {error}") from None
@@ -177,7 +191,8 @@ def _main_first(loop: HotLoop) -> tuple[float, int]:
 
 def _configuration(launch: Launch, binary: Any) -> dict[str, Any]:
     """The launch's constexprs, warps and stages."""
-    plain = {name: value for name, value in launch.meta.items() if isinstance(value, int | float | str | bool)}
+    plain = {name: value
+             for name, value in launch.meta.items() if isinstance(value, int | float | str | bool)}
     return plain | {"num_warps": binary.metadata.num_warps, "num_stages": binary.metadata.num_stages}
 
 
@@ -189,7 +204,7 @@ def _ptxas(generation: int) -> str:
 
 def _reports(op: str, target: str, dtype: str, patterns: Sequence[str]) -> list[KernelReport]:
     generation, measured = TARGETS[target], {}
-    found: dict[tuple[str, str], KernelReport] = {}  # a kernel that one launcher launches twice is one row
+    found: dict[tuple[str, str], KernelReport] = {}  # one row for a kernel launched twice
     for launch in launches(op, generation, DTYPES[dtype], patterns):
         binary = compiled(launch, generation).hash
         if binary not in measured:
@@ -198,13 +213,13 @@ def _reports(op: str, target: str, dtype: str, patterns: Sequence[str]) -> list[
     return list(found.values())
 
 
-def reports(ops: Sequence[str], targets: Sequence[str], dtypes: Sequence[str], patterns: Sequence[str] = ("*",),
-            jobs: int = 1) -> Iterator[KernelReport]:
-    """Compile and measure every kernel of every launch whose name matches one of `patterns`, in `jobs` processes.
+def reports(ops: Sequence[str], targets: Sequence[str], dtypes: Sequence[str],
+            patterns: Sequence[str] = ("*",), jobs: int = 1) -> Iterator[KernelReport]:
+    """Compile and measure all kernels of launches whose name matches one of `patterns`, in `jobs` processes.
 
     Raises:
-        ValueError: Triton would interpret kernels instead of compiling them, a kernel exceeds its GPU's limits, or no
-            launch is of such a name.
+        ValueError: Triton would interpret kernels instead of compiling them, a kernel exceeds its GPU's
+            limits, or no launch has such a name.
     """
     work = list(product(ops, targets, dtypes, [tuple(patterns)]))
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
@@ -221,7 +236,7 @@ def _parts(work: Sequence[tuple[str, str, str, tuple[str, ...]]], jobs: int) -> 
     if jobs == 1:
         yield from starmap(_reports, work)
         return
-    # workers leave Ctrl-C to this process, which gives them no more work then
+    # Workers ignore Ctrl-C. This process handles it and gives them no more work.
     pool = ProcessPoolExecutor(jobs, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
     try:
         yield from pool.map(_reports, *zip(*work, strict=True))
@@ -254,7 +269,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _line(row: KernelReport) -> str:
     loops = "; ".join(f"{loop.instructions} instructions, {loop.tensor_core_instructions} MMA, per "
-                      f"{loop.instructions_per_mma}, ceiling {loop.ceiling} {loop.limit}" for loop in row.loops)
+                      f"{loop.instructions_per_mma}, ceiling {loop.ceiling} {loop.limit}"
+                      for loop in row.loops)
     return (f"{row.op} | {row.launch} | {row.kernel} {row.target} {row.dtype} {row.config}: {row.registers} registers, "
             f"{row.spill_bytes} B spilled, {row.shared_bytes} B shared, occupancy {row.occupancy:.2f}; {loops}")
 

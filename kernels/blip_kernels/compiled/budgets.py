@@ -1,10 +1,10 @@
-"""What each kernel may use, `gpu/budgets.json`: a kernel that asks for more than it did is noticed before a GPU is.
+"""What each kernel may use, `gpu/budgets.json`: tests notice without a GPU if a kernel needs more.
 
     {"attention": {"sm_80": {"forward, head_dim 64 · _forward_kernel":
         {"registers": 128, "spill_bytes": 0, "shared_bytes": 49152, "instructions_per_mma": 5.6}}}}
 
-Written by `blip-fast kernels --write-budgets` after an intended change. `tests/kernels/test_kernels_aot.py`
-compares.
+`blip-fast kernels --write-budgets` writes the file after an intended change.
+`tests/kernels/test_kernels_aot.py` compares kernels with it.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from pathlib import Path
 from blip_kernels.compiled.aot import KernelReport
 
 FILE = Path(__file__).parents[1] / "gpu" / "budgets.json"
-TRITON = "3.7."  # the version whose compiler the budgets are of
-SLACK = 1.02  # of instructions per MMA: another address computation is no event
+TRITON = "3.7."  # the budgets were measured with this version's compiler
+SLACK = 1.02  # factor on instructions per MMA: one more address computation is acceptable
 
 Budget = dict[str, float | None]
 Budgets = dict[str, dict[str, dict[str, Budget]]]  # op → target → launch · kernel → its budget
 
 
 def load() -> Budgets:
-    """The budgets that are checked in."""
+    """Return the budgets that are checked in."""
     return json.loads(FILE.read_text(encoding="utf-8"))
 
 
 def named(reports: Iterable[KernelReport]) -> Iterator[tuple[str, KernelReport]]:
-    """Each report with its kernel's name in the table; further variants of a kernel in one launch are numbered."""
+    """Yield each report with its name in the table; more variants of a kernel in one launch are numbered."""
     seen: Counter[tuple[str, ...]] = Counter()
     for row in reports:
         place = (row.op, row.target, row.dtype, row.launch, row.kernel)
@@ -39,7 +39,7 @@ def named(reports: Iterable[KernelReport]) -> Iterator[tuple[str, KernelReport]]
 
 
 def excesses(reports: Iterable[KernelReport], budgets: Budgets) -> list[str]:
-    """A sentence for each kernel that has no budget or leaves it."""
+    """Return a sentence for each kernel that has no budget or exceeds it."""
     found = []
     for name, row in named(reports):
         where = f"{row.op}, {name}, {row.target}, {row.dtype}"
@@ -55,9 +55,9 @@ def excesses(reports: Iterable[KernelReport], budgets: Budgets) -> list[str]:
 
 
 def write(reports: Iterable[KernelReport], path: Path = FILE) -> None:
-    """Make the figures of `reports` the budgets of the ops and targets that they cover, and keep the others'.
+    """Make the figures of `reports` the budgets of the ops and targets that they cover; keep all others.
 
-    Spilled bytes have no budget but 0. What differs between dtypes is granted at its largest.
+    The budget of spilled bytes is always 0. If dtypes differ, the larger figure is the budget.
     """
     budgets: Budgets = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     fresh: Budgets = {}
@@ -75,7 +75,7 @@ def write(reports: Iterable[KernelReport], path: Path = FILE) -> None:
 
 
 def _text(budgets: Budgets) -> str:
-    """JSON with a line for a kernel."""
+    """Format budgets as JSON with one line per kernel."""
     ops = []
     for op, targets in sorted(budgets.items()):
         parts = []

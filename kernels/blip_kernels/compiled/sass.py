@@ -1,14 +1,15 @@
-"""What a compiled kernel will do, read from its machine code: registers, spills, loops and what they hold.
+"""What a compiled kernel does, read from its machine code: registers, spills, loops and their instructions.
 
-The hot loop of a GEMM-like kernel is the innermost *natural* loop that holds tensor-core instructions: a back edge to a
-block that dominates its source, and all blocks from which that edge is reached. "The last backward branch" would be
-another one: mbarrier retries branch backwards too, ptxas puts cold blocks behind the kernel's end, and `CALL.REL` is
-how it writes far jumps. Kernels of different generations are compared by
+The hot loop of a GEMM-like kernel is the innermost *natural* loop with tensor-core instructions. A natural
+loop is a back edge to a block that dominates its source, and all blocks from which that edge can be reached.
+Taking the last backward branch would find other loops: mbarrier retries also branch backwards, ptxas puts
+cold blocks after the kernel's end, and it writes far jumps as `CALL.REL`. Kernels of different generations
+are compared by
 
-    instructions per m16n8k16 equivalent = loop instructions that a warp issues / (MMA FLOPs that it owns / 4,096)
+    instructions per m16n8k16 equivalent = loop instructions of a warp / (MMA FLOPs that it owns / 4,096)
 
-and not by instructions per tensor-core instruction: an HMMA.16816 is 4,096 FLOPs of one warp, an HGMMA.64x64x16
-131,072 of four warps, and a UTCHMMA belongs to a whole CTA.
+and not by instructions per tensor-core instruction: an HMMA.16816 is 4,096 FLOPs of one warp, an
+HGMMA.64x64x16 131,072 of four warps, and a UTCHMMA belongs to a whole CTA.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-MMA_FLOPS = 4096  # of one m16n8k16, a multiply and an add counted apart
+MMA_FLOPS = 4096  # of one m16n8k16, counting multiplies and adds
 
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z]\w*(?:\.\w+)*)\s*([^;]*?)\s*;", re.M)
 _FUNCTION = re.compile(r"^\s*Function : (\S+)\s*$", re.M)
 _BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
-_ENDS = ("EXIT", "RET", "BRX", "JMX", "KILL")  # nothing known follows, unless guarded
+_ENDS = ("EXIT", "RET", "BRX", "JMX", "KILL")  # no known successor, unless guarded
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Mma:
-    """What one tensor-core instruction does: the FLOPs that a warp owns of it, and whether at TF32's half rate."""
+    """The FLOPs of one tensor-core instruction that a warp owns, and whether it runs at TF32's half rate."""
 
     flops: float
     tf32: bool
@@ -56,14 +57,14 @@ class Mma:
 class CodeLoop:
     """A natural loop: every instruction in it once, nested loops included."""
 
-    address: int  # of the block that every pass begins with
+    address: int  # of the header, the first block of every pass
     code: tuple[Instruction, ...]
     mma: tuple[Mma, ...] = ()
-    elected: int = 0  # instructions that one warp of the CTA issues for all: blocks around a UTCHMMA that others skip
+    elected: int = 0  # instructions that one warp issues for the whole CTA: blocks around a UTCHMMA
 
     @property
     def instructions_per_mma(self) -> float:
-        """Instructions that a warp issues in a pass per 4,096 MMA FLOPs that it owns."""
+        """Instructions that a warp issues in one pass, per 4,096 MMA FLOPs that it owns."""
         return len(self.code) / (sum(mma.flops for mma in self.mma) / MMA_FLOPS)
 
 
@@ -77,19 +78,19 @@ class Listing:
 
     @property
     def spill_bytes(self) -> int:
-        """Bytes that the stores to local memory write, what `ptxas -v` calls spill stores."""
+        """Bytes written by stores to local memory; `ptxas -v` calls them spill stores."""
         return sum(_width(i.opcode) for i in self.code if i.base == "STL")
 
 
 def disassemble(cubin: bytes, kernel: str) -> Listing:
-    """The listing of one kernel, by the cuobjdump in Triton's wheel."""
+    """Return the listing of one kernel, made by the cuobjdump in Triton's wheel."""
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
         command = [knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", str(file)]
-        # it finds its nvdisasm beside itself, and warns of ELF flavours on stderr
+        # it finds nvdisasm in its own folder, and warns about ELF flavours on stderr
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     usage = re.search(rf"^ *Function {re.escape(kernel)}:\s+REG:(\d+) STACK:(\d+)", text, re.M)
     if usage is None:
@@ -100,15 +101,15 @@ def disassemble(cubin: bytes, kernel: str) -> Listing:
 
 
 def parse(text: str) -> tuple[Instruction, ...]:
-    """The instructions of a `cuobjdump -sass` text of one function."""
+    """Return the instructions in a `cuobjdump -sass` text of one function."""
     return tuple(Instruction(int(address, 16), guard or None, opcode, operands)
                  for address, guard, opcode, operands in _INSTRUCTION.findall(text))
 
 
 def loops(code: Sequence[Instruction]) -> list[CodeLoop]:
-    """The innermost natural loops with tensor-core instructions, or without any such loop the innermost of all.
+    """Return the innermost natural loops with tensor-core instructions; if there are none, of all loops.
 
-    Their `mma` is left for `with_shapes` to fill.
+    `with_shapes` fills their `mma`.
     """
     blocks = _blocks(code)
     successors = _successors(code, blocks)
@@ -118,9 +119,15 @@ def loops(code: Sequence[Instruction]) -> list[CodeLoop]:
               for header, body in found.items()}
     hot = {header for header in found if any(is_mma(i) for i in bodies[header])} or set(found)
     innermost = [h for h in hot if not any(other != h and other in found[h] for other in hot)]
-    return [CodeLoop(bodies[h][0].address, bodies[h], elected=sum(
-        stop - start for start, stop in (blocks[block] for block in _passed_by(h, found[h], successors, dominators))
-        if any(i.base == "UTCHMMA" for i in code[start:stop]))) for h in sorted(innermost)]
+    return [CodeLoop(bodies[h][0].address, bodies[h],
+                     elected=_elected(code, blocks, _passed_by(h, found[h], successors, dominators)))
+            for h in sorted(innermost)]
+
+
+def _elected(code: Sequence[Instruction], blocks: Sequence[tuple[int, int]], skipped: set[int]) -> int:
+    """Count the instructions of the `skipped` blocks that contain a UTCHMMA."""
+    ranges = (blocks[block] for block in skipped)
+    return sum(stop - start for start, stop in ranges if any(i.base == "UTCHMMA" for i in code[start:stop]))
 
 
 def is_mma(instruction: Instruction) -> bool:
@@ -129,18 +136,18 @@ def is_mma(instruction: Instruction) -> bool:
 
 
 def mma_shapes(code: Sequence[Instruction], warps: int) -> dict[int, Mma]:
-    """What each tensor-core instruction (by address) of a kernel does. `warps`: of a CTA."""
+    """Return what each tensor-core instruction of a kernel does, by address. `warps`: of a CTA."""
     return {i.address: _mma(code, index, warps) for index, i in enumerate(code) if is_mma(i)}
 
 
 def with_shapes(loop: CodeLoop, shapes: dict[int, Mma]) -> CodeLoop:
-    """The loop with what its tensor-core instructions do, of `mma_shapes`."""
+    """Return the loop with its `mma` filled from `mma_shapes`."""
     return replace(loop, mma=tuple(shapes[i.address] for i in loop.code if i.address in shapes))
 
 
 def _mma(code: Sequence[Instruction], index: int, warps: int) -> Mma:
     opcode = code[index].opcode
-    if opcode.startswith("UTCHMMA"):  # of a CTA: each of its warps owns a part
+    if opcode.startswith("UTCHMMA"):  # one per CTA: each warp owns a part
         m, n, tf32 = _descriptor(code, index)
         return Mma(2 * m * n * (8 if tf32 else 16) / warps, tf32)
     if shape := re.match(r"HMMA\.168(16|8|4)\b", opcode):
@@ -151,10 +158,11 @@ def _mma(code: Sequence[Instruction], index: int, warps: int) -> Mma:
 
 
 def _descriptor(code: Sequence[Instruction], index: int) -> tuple[int, int, bool]:
-    """M, N and whether in TF32 of a UTCHMMA, which names a register that holds its instruction descriptor.
+    """Return M, N and whether TF32 of a UTCHMMA, from the register that holds its instruction descriptor.
 
-    ptxas loads it with an immediate, `UMOV UR29, 0x4100010`, a few instructions before. Its bits (PTX ISA, section
-    "Instruction descriptor" of tcgen05.mma): 7–9 the left operand's type (2 is TF32), 17–22 N / 8, 24–28 M / 16.
+    ptxas loads the register with an immediate, `UMOV UR29, 0x4100010`, a few instructions before. The bits of
+    the descriptor (PTX ISA, section "Instruction descriptor" of tcgen05.mma): 7–9 the left operand's type (2
+    is TF32), 17–22 N / 8, 24–28 M / 16.
     """
     register = re.search(r"idesc\[(UR\d+)\]", code[index].operands)
     for earlier in reversed(code[:index]):
@@ -172,9 +180,9 @@ def _width(opcode: str) -> int:
 
 
 def _target(instruction: Instruction) -> int | None:
-    """Where a direct branch goes. A call of a subroutine is an edge too: it is how ptxas writes some far jumps."""
+    """Return the target of a direct branch. Calls count too: ptxas writes some far jumps as calls."""
     if instruction.base not in ("BRA", "JMP", "CALL") or instruction.opcode.startswith("BRA.DIV"):
-        return None  # BRA.DIV: taken only by diverged warps, to a slow copy of the code behind it
+        return None  # BRA.DIV: only diverged warps take it, to a slow copy of the code after it
     address = re.search(r"\b0x([0-9a-f]+)$", instruction.operands)
     return int(address[1], 16) if address else None
 
@@ -186,7 +194,7 @@ def _falls_through(instruction: Instruction) -> bool:
 
 
 def _blocks(code: Sequence[Instruction]) -> list[tuple[int, int]]:
-    """Basic blocks as ranges of indices."""
+    """Return the basic blocks as ranges of indices."""
     index = {instruction.address: i for i, instruction in enumerate(code)}
     starts = {0}
     for i, instruction in enumerate(code):
@@ -210,8 +218,9 @@ def _successors(code: Sequence[Instruction], blocks: Sequence[tuple[int, int]]) 
     return following
 
 
-def _natural_loops(successors: Sequence[Sequence[int]], dominators: dict[int, set[int]]) -> dict[int, set[int]]:
-    """Header → blocks, loops of one header merged. Block 0 is the entry."""
+def _natural_loops(successors: Sequence[Sequence[int]],
+                   dominators: dict[int, set[int]]) -> dict[int, set[int]]:
+    """Return header → blocks, with loops of one header merged. Block 0 is the entry."""
     predecessors = _predecessors(successors)
     found: dict[int, set[int]] = {}
     for source in predecessors:
@@ -223,12 +232,12 @@ def _natural_loops(successors: Sequence[Sequence[int]], dominators: dict[int, se
 
 def _passed_by(header: int, body: set[int], successors: Sequence[Sequence[int]],
                dominators: dict[int, set[int]]) -> set[int]:
-    """The blocks of a loop that some way from its header back to it goes around."""
+    """Return the blocks of a loop that some path from its header back to it skips."""
     return body - set.intersection(*(dominators[block] for block in body if header in successors[block]))
 
 
 def _predecessors(successors: Sequence[Sequence[int]]) -> dict[int, list[int]]:
-    """Of every block that the entry reaches."""
+    """Return the predecessors of every block that the entry reaches."""
     order = _postorder(successors)
     found: dict[int, list[int]] = {block: [] for block in order}
     for block in order:
@@ -252,7 +261,7 @@ def _postorder(successors: Sequence[Sequence[int]]) -> list[int]:
 
 
 def _dominators(successors: Sequence[Sequence[int]]) -> dict[int, set[int]]:
-    """The blocks on every way from the entry to each block, itself included."""
+    """Return for each block the blocks on every path from the entry to it, itself included."""
     order, predecessors = _postorder(successors)[::-1], _predecessors(successors)
     found = {block: set(order) for block in order}
     found[order[0]] = {order[0]}

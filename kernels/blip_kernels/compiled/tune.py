@@ -1,9 +1,10 @@
 """Launch configurations measured on the GPU at hand: `blip-fast kernels --tune`.
 
-For every entry of an op's table that a workload reads, small variations (block sizes, warps, stages) are compiled;
-those that spill no register and give the same result are timed with the whole workload, forward and backward. The best
-go to a file that `BLIP_FAST_KERNEL_CONFIGS` may name, see `blip_kernels.gpu.configs`. One pass over the entries: they
-are tuned one after the other, each beside the best so far of those before it.
+For every entry of an op's table that a workload reads, small variations (block sizes, warps, stages) are
+compiled. Those that spill no register and give the same result are timed with the whole workload, forward and
+backward. The best are written to a file that `BLIP_FAST_KERNEL_CONFIGS` may name, see
+`blip_kernels.gpu.configs`. There is one pass over the entries: each is tuned with the best found so far for
+the entries before it.
 
     python -m blip_kernels.compiled.tune --op attention --output kernel-configs.json
 """
@@ -27,12 +28,12 @@ from blip_kernels.compiled.workloads import workloads
 
 Config = dict[str, int]
 BLOCKS, WARPS, STAGES = (16, 256), (1, 16), (1, 6)  # smallest and largest tried
-TOLERANCE = 0.02  # relative to the result's norm: other tiles round 16-bit sums in another order
-FASTER = 0.99  # a candidate must take less than this share of the time to replace what stands in the table
+TOLERANCE = 0.02  # relative to the result's norm: 16-bit sums round differently in other tiles
+FASTER = 0.99  # a candidate replaces the table's entry if it takes less than this share of its time
 
 
 def candidates(entry: Config) -> Iterator[Config]:
-    """Variations of an entry in one or two of its values: blocks and warps halved or doubled, a stage more or less."""
+    """Yield variations of one or two values of an entry: blocks and warps halved or doubled, stages ± 1."""
     def steps(name: str) -> list[int]:
         value = entry[name]
         low, high = WARPS if name == "num_warps" else STAGES if name == "num_stages" else BLOCKS
@@ -49,7 +50,7 @@ def candidates(entry: Config) -> Iterator[Config]:
 
 def entries_read(op: str, table: dict[str, dict[str, Config]], target: str,
                  noted: Callable[[], list[Launch]]) -> list[str]:
-    """The launches' names in `table` whose entry shows in what a workload launches: a change there is a change here."""
+    """Return the names in `table` whose entry a workload reads: changing it changes what is launched."""
     before = _metas(noted())
     found = []
     for name, generations in table.items():
@@ -64,7 +65,10 @@ def entries_read(op: str, table: dict[str, dict[str, Config]], target: str,
 
 
 def best(entry: Config, time: Callable[[Config], float | None]) -> tuple[Config, float, float]:
-    """The fastest of an entry and its candidates, its time and the entry's. `time`: None for one that cannot run."""
+    """Return the fastest of an entry and its candidates, its time, and the entry's.
+
+    `time` returns None for a configuration that cannot run.
+    """
     start = time(entry)
     if start is None:
         raise RuntimeError(f"the configuration in the table cannot run: {entry}")
@@ -77,7 +81,7 @@ def best(entry: Config, time: Callable[[Config], float | None]) -> tuple[Config,
 
 
 def tune(ops: Sequence[str], dtypes: Sequence[str], output: Path, say: Callable[[str], None] = print) -> None:
-    """Measure on the current GPU and write `output`, after every entry; entries of an earlier run there are kept.
+    """Measure on the current GPU and write `output` after every entry. It keeps entries of earlier runs.
 
     Raises:
         ValueError: there is no NVIDIA GPU that the kernels run on.
@@ -114,7 +118,10 @@ def _gpu() -> torch.device:
 
 def _timer(run: Callable[[], Sequence[Tensor]], generations: dict[str, Config], target: str,
            device: torch.device) -> Callable[[Config], float | None]:
-    """Milliseconds of a workload with a configuration in place of the table's, None where it spills, fails or errs."""
+    """Return a function from a configuration to the workload's milliseconds with it.
+
+    It returns None if the configuration spills registers, fails, or gives another result.
+    """
     from triton.testing import do_bench
 
     entry = generations[target]
@@ -128,7 +135,7 @@ def _timer(run: Callable[[], Sequence[Tensor]], generations: dict[str, Config], 
             if not all(_same(x, y) for x, y in zip(run(), right, strict=True)):
                 return None
             return float(do_bench(run, warmup=50, rep=200, return_mode="median"))  # pyright: ignore[reportArgumentType]
-        except Exception:  # whatever the compiler or the driver says of a configuration, it is none for this GPU
+        except Exception:  # whatever the error of compiler or driver, this GPU cannot use the configuration
             if config == entry:
                 raise
             return None
@@ -139,13 +146,13 @@ def _timer(run: Callable[[], Sequence[Tensor]], generations: dict[str, Config], 
 
 
 def _noted(run: Callable[[], object], device: torch.device) -> list[Launch]:
-    """The launches of a workload, none of which runs."""
+    """Record the launches of a workload without running them."""
     from blip_kernels.gpu.kernel_launch import generation, noting
 
     found: list[Launch] = []
 
-    def note(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any]) -> None:
-        found.append(Launch("", kernel, grid, args, meta))
+    def note(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+        found.append(Launch("", kernel, grid, arguments))
 
     with noting(generation(device), note):
         run()
@@ -159,7 +166,7 @@ def _spills(launch: Launch, device: torch.device) -> bool:
 
 
 def _same(x: Tensor, y: Tensor) -> bool:
-    if not x.is_floating_point():  # indices that were drawn: ties within rounding may fall otherwise
+    if not x.is_floating_point():  # drawn indices: rounding may decide ties differently
         return bool((x == y).float().mean() >= 1 - TOLERANCE)
     return bool((x.float() - y.float()).norm() <= TOLERANCE * y.float().norm())
 

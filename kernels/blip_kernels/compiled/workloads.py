@@ -1,4 +1,4 @@
-"""Calls of the ops at the sizes of BLIP's training and generation, on random data: what tuning measures."""
+"""Calls of the ops on random data, at the sizes of BLIP's training and generation. Tuning measures them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from itertools import product
 import torch
 from torch import Tensor
 
-Workload = tuple[str, Callable[[], Sequence[Tensor]]]  # a name; a call, forward and backward, that returns its results
+# A name; a call, forward and backward, that returns its results.
+Workload = tuple[str, Callable[[], Sequence[Tensor]]]
 
 
 def workloads(op: str, dtype: torch.dtype, device: torch.device) -> Iterator[Workload]:
-    """The workloads of an op. Between them they use every kind of launch of its table.
+    """Yield the workloads of an op. Together they use every kind of launch in its table.
 
     Raises:
         ValueError: the op has none.
@@ -30,7 +31,7 @@ def _attention(dtype: torch.dtype, device: torch.device) -> Iterator[Workload]:
     offsets = torch.arange(0, 64 * 577 + 1, 577, dtype=torch.int32, device=device)
 
     def call(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-        torch.manual_seed(0)  # the same weights are dropped each time
+        torch.manual_seed(0)  # drops the same weights each time
         return attention(q, k, v, offsets, offsets, dropout=dropout, backend="triton")
 
     for head_dim, dropout in product((32, 64, 128), (0.0, 0.1)):
@@ -41,7 +42,7 @@ def _attention(dtype: torch.dtype, device: torch.device) -> Iterator[Workload]:
 
 
 def _decode_attention(dtype: torch.dtype, device: torch.device) -> Iterator[Workload]:
-    """A step of generation: three beams of 8 images of 577 tokens, layer 0 of 12, and their 20 tokens so far."""
+    """One step of generation: three beams of 8 images of 577 tokens, layer 0 of 12; their 20 tokens so far."""
     from blip_kernels.decode_attention import cached_attention, decode_attention
 
     images, beams = 8, 3
@@ -74,12 +75,12 @@ def _contrastive(dtype: torch.dtype, device: torch.device) -> Iterator[Workload]
 
 
 def _hard_negatives(dtype: torch.dtype, device: torch.device) -> Iterator[Workload]:
-    """A draw for each of 512 rows among 16,384 keys, those of 32 ranks."""
+    """One draw for each of 512 rows among 16,384 keys, the keys of 32 ranks."""
     from blip_kernels.hard_negatives import hard_negatives
 
     for width in (64, 128, 256):
-        queries, keys = (torch.nn.functional.normalize(_random(rows, width, dtype=dtype, device=device), dim=1)
-                         for rows in (512, 16384))
+        queries, keys = (torch.nn.functional.normalize(_random(rows, width, dtype=dtype, device=device),
+                                                       dim=1) for rows in (512, 16384))
         temperature = torch.tensor(0.07, device=device)
         yield f"width {width}", lambda queries=queries, keys=keys, temperature=temperature: [
             hard_negatives(queries, keys, temperature, floor=1e-4, seed=1, backend="triton")]
@@ -102,7 +103,7 @@ def _random(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _with_gradients(call: Callable[..., Tensor], *inputs: Tensor) -> Callable[[], Sequence[Tensor]]:
-    """The call and the gradients of its inputs for a random upstream gradient, always the same."""
+    """Return the call with the gradients of its inputs, for one fixed random upstream gradient."""
     inputs = tuple(x.detach().requires_grad_() for x in inputs)
     with torch.no_grad():
         out = call(*inputs)

@@ -1,1 +1,1 @@
-"""What CPUs compute: products of matrices, packed weights, attention without Triton."""
+"""Implementations for CPUs: matrix products, packed and quantised weights, attention without Triton."""

@@ -1,11 +1,12 @@
-"""Attention of one step of generation over states whose keys and values are never computed. For CPUs; no gradient.
+"""Attention of one step of generation over states, without computing keys and values. For CPUs; no gradient.
 
-    k = s wᵏᵀ + bᵏ,  v = s wᵛᵀ + bᵛ                                         keys and values of states s, never computed
+    k = s wᵏᵀ + bᵏ,  v = s wᵛᵀ + bᵛ                                keys and values of states s, never computed
     out[r] = softmax(scale · q[r] kᵀ) v = (softmax(scale · (q[r] wᵏ) sᵀ) s) wᵛᵀ + bᵛ
 
-The projections move from the many states to the few queries (DeepSeek-V2, arXiv 2405.04434, section 2.1). bᵏ adds the
-same number to all logits of a query, which softmax does not see. One query costs 1 / head_dim of what projecting all
-states costs, and a step reads the states, which fit a cache, where it would read keys and values of every layer.
+The projections move from the many states to the few queries (DeepSeek-V2, arXiv 2405.04434, section 2.1). bᵏ
+adds the same number to all logits of a query, which does not change the softmax. One query costs 1 / head_dim
+of projecting all states. A step reads the states, which fit a cache, instead of keys and values of every
+layer.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from blip_kernels.cpu.products import matmul
 
-# Rows of each product with a head's weight: its bits depend on their number.
+# Rows of each product with a head's weight. The number is fixed because a row's bits depend on it.
 ROWS_TOGETHER = 24
 
 
@@ -27,10 +28,10 @@ def absorbed_attention(q: Tensor, states: Tensor, lengths: Tensor, key_weight: T
 
     Args:
         q: [rows, heads, head_dim]; row r reads segment r // (rows / segments).
-        states: [segments, keys, width], one dtype with `q`. All of it must be finite.
+        states: [segments, keys, width], same dtype as `q`. All values must be finite.
         lengths: int32 [segments]: how many of its states each segment uses, 1 to all.
         key_weight: [heads, head_dim, width].
-        value_weight: [heads, width, head_dim], the transposed weight of each head, so that it is read in rows.
+        value_weight: [heads, width, head_dim], each head's weight transposed, so that it is read in rows.
         value_bias: [heads, head_dim].
         scale: factor of the logits.
 
@@ -41,7 +42,7 @@ def absorbed_attention(q: Tensor, states: Tensor, lengths: Tensor, key_weight: T
     heads, each = q.shape[1], len(q) // segments
     asked = _by_head((q * scale).transpose(0, 1), key_weight)  # [heads, rows, width]
     asked = asked.unflatten(1, (segments, each)).movedim(0, 2).reshape(segments, each * heads, width)
-    if alone := segments == 1:  # a batch of one is computed in another way than one of several
+    if alone := segments == 1:  # PyTorch computes a batch of one in another way than larger ones
         asked, states = asked.expand(2, -1, -1), states.expand(2, -1, -1)
     logits = matmul(asked, states.transpose(1, 2)).float()
     if int(lengths.min()) < keys:

@@ -1,6 +1,6 @@
-"""Attention over segments by FlashAttention and xFormers, where they are installed. Both differentiate themselves.
+"""Attention over segments by FlashAttention and xFormers, if installed. Both bring their own backward.
 
-They want lengths on the host, so each call waits for the GPU once: reasons to take `triton` where it runs.
+They need lengths on the host, so each call waits for the GPU once; `triton` does not.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ Adapter = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, bool, float, float],
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, kv_offsets: Tensor, causal: bool,
                     dropout: float, scale: float) -> Tensor:
-    """`flash_attn_varlen_func` (flash-attn 2.7); causal masks are aligned bottom right, as ours."""
+    """`flash_attn_varlen_func` (flash-attn 2.7); causal masks are aligned bottom right, like ours."""
     from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
     longest_q, longest_kv = (int(offsets.diff().max()) for offsets in (q_offsets, kv_offsets))

@@ -1,18 +1,18 @@
-"""Linear layers on a CPU whose weight was brought into the order in which products read it. Inference alone.
+"""Linear layers on a CPU with packed weights: stored in the order that products read. For inference only.
 
     out = x weightᵀ + bias,  or its GELU (the exact one, by erf) before it is rounded
 
-A plain `F.linear` brings a weight into that order in every call, which for the few rows of a decoding step takes as
-long as the product. `blip_kernels.cpu.products` says which library packs: MKL or oneDNN. Where 16 bits have no
-products, the weight is packed in float32, and each result is rounded once.
+A plain `F.linear` packs the weight in every call, which for the few rows of a decoding step takes as long as
+the product. `blip_kernels.cpu.products` says which library packs: MKL or oneDNN. If the processor has no
+16-bit products, the weight is packed in float32, and each result is rounded once.
 
-A row's result is the same to the last bit whatever the number of rows. Each library needs something for that:
+A row's result is the same to the last bit for any number of rows. Each library needs something for that:
 
-- MKL computes what is left of a multiple of `MKL_ROWS_TOGETHER` rows in another way, so it gets a multiple. Widths that
-  its vectors do not divide (`MKL_MULTIPLE`) are left to oneDNN.
-- oneDNN computes one row alone in another way, so that row is computed together with a copy of itself.
-- oneDNN by AMX sums in an order that depends on the number of rows. There rows are computed in blocks of one size,
-  `row_blocks`, and the last block is filled up.
+- MKL computes the remainder of a multiple of `MKL_ROWS_TOGETHER` rows in another way, so it gets a multiple.
+  Widths that its vectors do not divide (`MKL_MULTIPLE`) are left to oneDNN.
+- oneDNN computes a single row in another way, so that row is computed together with a copy of itself.
+- oneDNN with AMX sums in an order that depends on the number of rows. So rows are computed in blocks of one
+  size, `row_blocks`, and the last block is filled up.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from blip_kernels.cpu import processor, products
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
 MKL_ROWS_TOGETHER = 4
 MKL_MULTIPLE = 16  # of inputs and outputs
-ROWS = 64  # for which a weight is packed unless told otherwise; it then takes any number
-BLOCK = 128  # rows that AMX multiplies together unless `row_blocks` says otherwise
+ROWS = 64  # default number of rows to pack a weight for; the packed weight takes any number
+BLOCK = 128  # rows that AMX multiplies together by default, see `row_blocks`
 
 # Rows of a block, and whether a block is one input.
 _block: ContextVar[tuple[int, bool]] = ContextVar("row_blocks", default=(BLOCK, False))
@@ -40,15 +40,15 @@ _block: ContextVar[tuple[int, bool]] = ContextVar("row_blocks", default=(BLOCK, 
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A weight [out, in] as a library reads it."""
+    """A weight [out, in] in the order in which a library reads it."""
 
     tensor: Tensor  # opaque (layout `torch._mkldnn`)
     library: Literal["mkl", "onednn"]
     shape: torch.Size  # [out, in]
-    dtype: torch.dtype  # of the weight, and of what it multiplies; the products of slow types are float32's
+    dtype: torch.dtype  # of the weight and the activations; slow types are multiplied as float32
 
     def to_dense(self) -> Tensor:
-        """The weight back, to the bit."""
+        """Return the original weight, to the bit."""
         if self.library == "onednn":
             return self.tensor.to_dense().to(self.dtype)
         identity = torch.eye(self.shape[1])  # products with 1 and 0 are exact
@@ -57,8 +57,10 @@ class PackedWeight:
 
 @contextmanager
 def row_blocks(rows: int, one_input: bool = False) -> Iterator[None]:
-    """Inside, rows come in blocks of this many: AMX multiplies a block at a time. `one_input`: rows always come as one
-    whole block, which is an input by itself, an image: nothing has to be filled up, and rows may depend on all of it.
+    """Inside, rows come in blocks of this size, and AMX multiplies one block at a time.
+
+    With `one_input`, rows always come as one whole block that is an input by itself (an image). Then nothing
+    is filled up, and a row's result may depend on the whole block.
     """
     before = _block.set((rows, one_input))
     try:
@@ -68,18 +70,18 @@ def row_blocks(rows: int, one_input: bool = False) -> Iterator[None]:
 
 
 def is_one_input(rows: Tensor) -> bool:
-    """Whether these rows [rows, in] are one block, which is an input by itself."""
+    """Whether these rows [rows, in] are one block that is an input by itself."""
     size, one_input = _block.get()
     return one_input and len(rows) == size
 
 
 def sums_depend_on_rows(dtype: torch.dtype) -> bool:
-    """Whether a packed product of this dtype sums in an order that depends on the number of rows and threads."""
+    """Whether packed products of this dtype sum in an order that depends on the numbers of rows and threads."""
     return dtype == torch.bfloat16 and processor.has_amx()
 
 
 def packing_cannot(weight: Tensor) -> str | None:
-    """Why a weight cannot be packed here; None where it can."""
+    """Return why a weight cannot be packed here, or None if it can."""
     if weight.device.type != "cpu":
         return f"it is for a CPU, and the weight is on {weight.device}"
     if weight.dtype not in PACKED_DTYPES:
@@ -94,10 +96,10 @@ def pack_weight(weight: Tensor, rows: int = ROWS) -> PackedWeight:
 
     Args:
         weight: [out, in], float32 or bfloat16, on a CPU.
-        rows: for how many rows it should be fast.
+        rows: the number of rows to be fast for.
 
     Raises:
-        ValueError: it is no matrix, or cannot be packed here; the message says why.
+        ValueError: it is not a matrix, or cannot be packed here; the message says why.
     """
     if weight.ndim != 2 or 0 in weight.shape:
         raise ValueError(f"weight must be [out, in], got shape {tuple(weight.shape)}")
@@ -113,18 +115,19 @@ def pack_weight(weight: Tensor, rows: int = ROWS) -> PackedWeight:
     return PackedWeight(packed, "mkl" if by_mkl else "onednn", weight.shape, weight.dtype)
 
 
-def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
+def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, *,
+                  gelu: bool = False) -> Tensor:
     """x [..., in] → [..., out] in x's dtype.
 
     Args:
-        x: float32 or bfloat16 as the weight.
+        x: float32 or bfloat16, same as the weight.
         packed: [out, in], from `pack_weight`.
         bias: [out], same dtype.
         gelu: apply GELU to the result before it is rounded.
 
     Raises:
-        ValueError: shapes or dtypes do not fit, or an argument requires grad while gradients are recorded: use
-            `F.linear`, or `torch.no_grad()`.
+        ValueError: shapes or dtypes do not fit, or an argument requires grad while gradients are recorded:
+            use `F.linear`, or `torch.no_grad()`.
     """
     if not isinstance(packed, PackedWeight):
         raise ValueError("packed must come from pack_weight, got a plain tensor: use F.linear")
@@ -143,7 +146,7 @@ def _parts(rows: Tensor) -> Sequence[Tensor]:
 
 
 def _fill(rows: Tensor, library: str) -> Tensor:
-    """Rows whose number gives each the bits that it always has: copies of the last one stand after the others."""
+    """Append copies of the last row, up to a number of rows that gives each row the same bits as always."""
     number = len(rows)
     if number == 0 or is_one_input(rows):
         return rows
@@ -167,14 +170,14 @@ def _product(rows: Tensor, packed: PackedWeight, bias: Tensor | None, gelu: bool
 
 
 def _mkl(rows: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
-    # The operator falls back to the plain weight for another number of rows than it is told, and reads the plain
-    # weight's shape alone otherwise: one number stands for all of it.
+    # The operator reads the plain weight only if the number of rows differs from the one passed. Otherwise it
+    # needs just its shape: one expanded number is enough.
     shape_alone = rows.new_zeros(1).expand(packed.shape)
     return torch.ops.mkl._mkl_linear(rows.contiguous(), packed.tensor, shape_alone, bias, len(rows))
 
 
 def check_operands(x: Tensor, bias: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> None:
-    """Raises ValueError as `packed_linear`, for a weight of this shape and dtype."""
+    """Raise ValueError as `packed_linear` does, for a weight of this shape and dtype."""
     if x.shape[-1:] != shape[1:] or x.dtype != dtype:
         raise ValueError(f"x must be {dtype} [..., {shape[1]}] as the weight, got {x.dtype} {tuple(x.shape)}")
     if bias is not None and (bias.shape != shape[:1] or bias.dtype != dtype):

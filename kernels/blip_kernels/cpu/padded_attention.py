@@ -1,5 +1,6 @@
-"""Attention over segments by implementations that know rectangles only: segments are padded into a batch, and equal
-lengths are a view that costs nothing. On a CPU this is how attention runs.
+"""Attention over segments by implementations that need rectangular batches. On a CPU attention runs this way.
+
+Segments are padded into a batch; if their lengths are equal, the batch is a view and costs nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
 
 def padded_attention(core: Core, q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, kv_offsets: Tensor,
                       causal: bool, dropout: float, scale: float) -> Tensor:
-    """Segments padded into a batch for `core`; equal lengths are a view and cost nothing."""
+    """Pad segments into a batch for `core`; with equal lengths the batch is a view and costs nothing."""
     q_lengths, kv_lengths = q_offsets.diff(), kv_offsets.diff()
     longest_q, longest_kv = int(q_lengths.max()), int(kv_lengths.max())
     if longest_q == 0 or longest_kv == 0:
@@ -38,7 +39,8 @@ def padded_attention(core: Core, q: Tensor, k: Tensor, v: Tensor, q_offsets: Ten
     k_batch = _pad(k, len(kv_lengths), longest_kv, kv_places)
     v_batch = _pad(v, len(kv_lengths), longest_kv, kv_places)
 
-    # With equal query and key segments the causal mask alone keeps real rows from padded keys, which stand behind them.
+    # With equal query and key segments the causal mask alone hides padded keys, which come after the real
+    # rows.
     same_segments = kv_offsets is q_offsets or torch.equal(q_offsets, kv_offsets)
     mask = None
     if causal and not same_segments:
@@ -56,7 +58,7 @@ def padded_attention(core: Core, q: Tensor, k: Tensor, v: Tensor, q_offsets: Ten
 
 
 def _ragged_causal_mask(q_lengths: Tensor, kv_lengths: Tensor, longest_q: int, longest_kv: int) -> Tensor:
-    """[segments, 1, longest_q, longest_kv], bottom-right aligned in each segment."""
+    """Return a mask [segments, 1, longest_q, longest_kv], aligned bottom right in each segment."""
     queries = torch.arange(longest_q, device=q_lengths.device)[None, :, None]
     keys = torch.arange(longest_kv, device=q_lengths.device)[None, None, :]
     ends = queries + (kv_lengths - q_lengths)[:, None, None]
@@ -64,19 +66,20 @@ def _ragged_causal_mask(q_lengths: Tensor, kv_lengths: Tensor, longest_q: int, l
 
 
 def _places(offsets: Tensor, lengths: Tensor, longest: int) -> Tensor:
-    """int64 [rows]: where each packed row stands in the padded batch [segments × longest]."""
+    """Return the index of each packed row in the padded batch [segments × longest], int64 [rows]."""
     shift = torch.arange(len(lengths), device=offsets.device) * longest - offsets[:-1]
-    return torch.arange(int(offsets[-1]), device=offsets.device) + torch.repeat_interleave(shift, lengths.long())
+    return torch.arange(int(offsets[-1]),
+                        device=offsets.device) + torch.repeat_interleave(shift, lengths.long())
 
 
 def _pad(x: Tensor, segments: int, longest: int, places: Tensor | None) -> Tensor:
-    """[rows, heads, head_dim] → [segments, heads, longest, head_dim], zeros behind the shorter segments."""
+    """[rows, heads, head_dim] → [segments, heads, longest, head_dim], with zeros after shorter segments."""
     rows = x if places is None else _Pad.apply(x, places, segments * longest)
     return rows.reshape(segments, longest, *x.shape[1:]).transpose(1, 2)
 
 
 class _Pad(torch.autograd.Function):
-    """Rows to their places in a padded batch. Places are unique, so the gradient is a plain gather."""
+    """Copy rows to their places in a padded batch. Places are unique, so the gradient is a plain gather."""
 
     @staticmethod
     def forward(ctx, x: Tensor, places: Tensor, padded_rows: int) -> Tensor:  # type: ignore[override]
@@ -99,18 +102,22 @@ class _Unpad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        return grad.new_zeros(ctx.padded_rows, *grad.shape[1:]).index_copy_(0, ctx.saved_tensors[0], grad), None
+        return grad.new_zeros(ctx.padded_rows,
+                              *grad.shape[1:]).index_copy_(0, ctx.saved_tensors[0], grad), None
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float, scale: float) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float,
+         scale: float) -> Tensor:
     dtype = q.dtype
-    if q.device.type == "cpu":  # rows of a head that lie apart take it a quarter longer than the copies do
+    if q.device.type == "cpu":  # without these copies, strided rows of a head cost it a quarter more time
         wide = torch.float32 if is_slow(q) else dtype
         q, k, v = (x.to(wide).contiguous() for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=causal, scale=scale).to(dtype)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=causal,
+                                          scale=scale).to(dtype)
 
 
-def sliced(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float, scale: float) -> Tensor:
+def sliced(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float,
+           scale: float) -> Tensor:
     if causal:
         mask = causal_mask(q.shape[2], k.shape[2], q.device).expand(len(q), 1, -1, -1)
     return SlicedAttention.apply(q, k, v, mask, dropout, scale)

@@ -1,7 +1,7 @@
 """What this machine's processor multiplies in hardware, as far as oneDNN may use it.
 
-`ONEDNN_MAX_CPU_ISA` lowers what oneDNN uses: a better processor then counts as the lesser one here. oneDNN
-reads it once, and so does this module.
+`ONEDNN_MAX_CPU_ISA` limits what oneDNN uses; a better processor then counts as the lesser one here. oneDNN
+reads the variable once, and so does this module.
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ _NO_INT8 = frozenset({"SSE41", "AVX", "AVX2", "AVX512_CORE"})
 def has_bfloat16() -> bool:
     """Whether the CPU multiplies bfloat16 (AVX-512 BF16, AMX, AVX-NE-CONVERT, ARM BF16) faster than float32.
 
-    oneDNN computes bfloat16 on any AVX-512, but converts it to float32 first: such processors have no products of it.
+    oneDNN computes bfloat16 on any AVX-512 processor, but where it converts to float32 first, this says
+    False.
     """
     if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     if platform.machine() not in ("x86_64", "AMD64"):
         return True
     known = capabilities()
-    return _allowed(_NO_BFLOAT16) and any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "avx_ne_convert"))
+    return _allowed(_NO_BFLOAT16) and any(known.get(name)
+                                          for name in ("avx512_bf16", "amx_bf16", "avx_ne_convert"))
 
 
 @cache
@@ -54,8 +56,9 @@ def has_int8() -> bool:
 
 @cache
 def has_amx() -> bool:
-    """Whether oneDNN multiplies 16-bit types by AMX tiles, whose sums depend on how many rows are multiplied."""
-    return has_bfloat16() and bool(capabilities().get("amx_bf16")) and _allowed(_NO_FLOAT16 | {"AVX512_CORE_FP16"})
+    """Whether oneDNN multiplies 16-bit types with AMX tiles, whose sums depend on the number of rows."""
+    return has_bfloat16() and bool(capabilities().get("amx_bf16")) and _allowed(_NO_FLOAT16
+                                                                                | {"AVX512_CORE_FP16"})
 
 
 @cache
@@ -72,23 +75,23 @@ def has_avx2() -> bool:
 
 @cache
 def is_intel() -> bool:
-    """Whether Intel made the processor; MKL takes its AVX-512 kernels on those alone."""
+    """Whether Intel made the processor: MKL uses its AVX-512 kernels only on those."""
     return "GenuineIntel" in _cpu_info() or "GenuineIntel" in platform.processor()
 
 
 def instruction_set() -> str:
-    """What products run on here, for people: "AVX2", "AVX-512 with bfloat16, int8 and AMX"."""
+    """Describe for people what products run on: "AVX2", "AVX-512 with bfloat16, int8 and AMX"."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return platform.machine() + (" with bfloat16" if has_bfloat16() else "")
     base = "AVX-512" if has_avx512() else "AVX2" if has_avx2() else "SSE"
-    more = [name for name, there in (("bfloat16", has_bfloat16()), ("float16", has_float16()), ("int8", has_int8()),
-                                     ("AMX", has_amx())) if there]
+    more = [name for name, there in (("bfloat16", has_bfloat16()), ("float16", has_float16()),
+                                     ("int8", has_int8()), ("AMX", has_amx())) if there]
     return base + (" with " + ", ".join(more) if more else "")
 
 
 @cache
 def capabilities() -> dict[str, Any]:
-    """The processor's own features, by PyTorch's names for them; empty where PyTorch cannot tell."""
+    """Return the processor's features by PyTorch's names; empty if PyTorch cannot tell."""
     return dict(torch.cpu.get_capabilities()) if hasattr(torch.cpu, "get_capabilities") else _from_cpu_info()
 
 

@@ -1,11 +1,11 @@
-"""Linear layers with 8-bit weights and activations, on CPUs that multiply 8-bit integers (VNNI, AMX). Inference alone.
+"""Linear layers with 8-bit weights and activations, for CPUs with 8-bit products (VNNI, AMX) and inference.
 
     w ≈ wₛ[out] · w₈,   x ≈ xₛ · (x₈ − 128),   out = xₛ wₛ Σ (x₈ − 128) w₈ + bias,   or its GELU
 
-Activations are unsigned: without AMX, oneDNN multiplies signed ones a thousand times slower. Weights have a scale for
-each output. Activations are measured in every call: nothing has to be calibrated, and nothing is clipped. One scale
-serves a whole block of rows (an image, see `row_blocks`); otherwise each row has its own. So a row's result depends on
-its block alone, to the last bit: sums of integers are exact in any order.
+Activations are unsigned: without AMX, oneDNN multiplies signed ones a thousand times slower. Weights have one
+scale per output. Activations are measured in every call, so nothing is calibrated and nothing is clipped. A
+whole block of rows (an image, see `row_blocks`) has one scale; otherwise each row has its own. So a row's
+result depends only on its block, to the last bit: sums of integers are exact in any order.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 from blip_kernels.cpu import processor
 from blip_kernels.cpu.packed_linear import check_operands, is_one_input
 
-ZERO = 128  # of unsigned activations
-TINY = torch.finfo(torch.float32).tiny  # scale of what is all zeros
+ZERO = 128  # zero point of unsigned activations
+TINY = torch.finfo(torch.float32).tiny  # scale of all zeros
 
 
 @dataclass(frozen=True)
@@ -30,16 +30,16 @@ class QuantisedWeight:
     tensor: Tensor  # opaque (layout `torch._mkldnn`)
     scale: Tensor  # float32 [out]
     shape: torch.Size  # [out, in]
-    dtype: torch.dtype  # of what it multiplies
+    dtype: torch.dtype  # of the activations that it multiplies
 
     def to_dense(self) -> Tensor:
-        """The weight that it stands for."""
+        """Return the weight that it represents."""
         identity = torch.eye(self.shape[1], dtype=torch.uint8) + ZERO
         return _product(identity, 1.0, self, None, False, torch.float32).t().contiguous().to(self.dtype)
 
 
 def quantise_weight(weight: Tensor) -> QuantisedWeight:
-    """weight [out, in] in 8 bits, rounded. Raises ValueError where the processor has no such products."""
+    """Round weight [out, in] to 8 bits. Raises ValueError if the processor has no 8-bit products."""
     if not processor.has_int8():
         raise ValueError("8-bit products need a processor with VNNI or AMX: pack the weight in another precision")
     dense = weight.detach().float()
@@ -48,8 +48,9 @@ def quantise_weight(weight: Tensor) -> QuantisedWeight:
     return QuantisedWeight(torch.ops.onednn.qlinear_prepack(rounded, None), scale, weight.shape, weight.dtype)
 
 
-def quantised_linear(x: Tensor, weight: QuantisedWeight, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
-    """x [..., in] → [..., out] in x's dtype, with GELU where asked for. bias: [out], same dtype.
+def quantised_linear(x: Tensor, weight: QuantisedWeight, bias: Tensor | None = None, *,
+                     gelu: bool = False) -> Tensor:
+    """x [..., in] → [..., out] in x's dtype, with GELU on request. bias: [out], same dtype.
 
     Raises ValueError as `packed_linear`.
     """
@@ -69,9 +70,10 @@ def quantised_linear(x: Tensor, weight: QuantisedWeight, bias: Tensor | None = N
 
 
 def _in_8_bits(numbers: Tensor) -> Tensor:
-    """round(numbers) + ZERO as uint8, for numbers up to ±127, which it overwrites. bfloat16 tells these integers apart.
+    """Return round(numbers) + ZERO as uint8, for numbers up to ±127, which it overwrites.
 
-    By way of int8, to which PyTorch converts four times as fast as to uint8; its highest bit stands for ZERO.
+    bfloat16 represents all these integers. The way goes through int8, to which PyTorch converts four times as
+    fast as to uint8; flipping its highest bit adds ZERO.
     """
     return numbers.round_().to(torch.int8).view(torch.uint8).bitwise_xor_(ZERO)
 
@@ -79,5 +81,6 @@ def _in_8_bits(numbers: Tensor) -> Tensor:
 def _product(rows: Tensor, scale: float, weight: QuantisedWeight, bias: Tensor | None, gelu: bool,
              dtype: torch.dtype) -> Tensor:
     zeros = torch.zeros(1, dtype=torch.int32)
-    return torch.ops.onednn.qlinear_pointwise(rows, scale, ZERO, weight.tensor, weight.scale, zeros, bias, 1.0, 0,
-                                              dtype, "gelu" if gelu else "none", [], "none" if gelu else "")
+    return torch.ops.onednn.qlinear_pointwise(rows, scale, ZERO, weight.tensor, weight.scale, zeros, bias,
+                                              1.0, 0, dtype, "gelu" if gelu else "none", [],
+                                              "none" if gelu else "")

@@ -1,13 +1,14 @@
 """Attention on a CPU in cache-sized slices: a few heads at a time, by plain matrix products.
 
-In 16-bit types PyTorch's fused CPU attention is slow, its backward above all; matrix products over slices whose
-weights stay in the cache are several times faster. The backward recomputes the weights, so nothing of size
-queries × keys outlives a slice.
+In 16-bit types PyTorch's fused CPU attention is slow, especially its backward. Matrix products over slices
+whose weights stay in the cache are several times faster. The backward recomputes the weights, so nothing of
+size queries × keys outlives a slice.
 
     weights = softmax((scale · q) kᵀ),  out = dropout(weights) v
-    d logits = weights · (d weights − Σ weights · d weights),  dq = scale · d logits k,  dk = d logitsᵀ (scale · q)
+    d logits = weights · (d weights − Σ weights · d weights)
+    dq = scale · d logits k,  dk = d logitsᵀ (scale · q)
 
-The scale meets the queries, never the logits: they are as many times larger as there are keys for each of head_dim.
+The scale multiplies the queries, not the logits, which are keys / head_dim times as large.
 """
 
 from __future__ import annotations
@@ -33,11 +34,12 @@ class SlicedAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, mask)
         ctx.dropout, ctx.scale, ctx.seed = dropout, scale, seed
         q, k, v = _scaled(q, scale), k.contiguous(), v.contiguous()
-        out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)  # rows first
+        # Rows before heads in memory.
+        out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
         for number, part in enumerate(_slices(q, k)):
             weights = _weights(q[part], k[part], mask, part)
             if dropout:
-                weights = weights * _kept(weights, dropout, seed + number)
+                weights = weights * _dropout_factors(weights, dropout, seed + number)
             out[part] = weights @ v[part]
         return out
 
@@ -52,7 +54,7 @@ class SlicedAttention(torch.autograd.Function):
             d_weights = grad[part] @ v[part].transpose(-1, -2)
             dropped = weights
             if ctx.dropout:
-                kept = _kept(weights, ctx.dropout, ctx.seed + number)
+                kept = _dropout_factors(weights, ctx.dropout, ctx.seed + number)
                 dropped, d_weights = weights * kept, d_weights * kept
             dv[part] = dropped.transpose(-1, -2) @ grad[part]
             d_logits = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype)
@@ -62,7 +64,7 @@ class SlicedAttention(torch.autograd.Function):
 
 
 def _slices(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
-    """(segments, heads) whose weights fit a slice: several segments, or some heads of one."""
+    """Yield (segments, heads) whose weights fit a slice: several segments, or some heads of one segment."""
     segments, heads = q.shape[:2]
     room = max(SLICE_ELEMENTS // (q.shape[2] * k.shape[2]), 1)
     per_heads = min(heads, room)
@@ -73,20 +75,21 @@ def _slices(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 def _scaled(q: Tensor, scale: float) -> Tensor:
-    """Contiguous, as k and v are: copied once, where each slice's product would copy its own."""
+    """Return scale · q, contiguous as k and v: one copy here instead of one in each slice's product."""
     return q.contiguous().mul(scale)
 
 
 def _weights(q: Tensor, k: Tensor, mask: Tensor | None, part: tuple[slice, slice]) -> Tensor:
-    """Attention weights of one slice [segments, heads, queries, keys]; q is scaled."""
+    """Return the attention weights of one slice [segments, heads, queries, keys]; q must be scaled."""
     logits = q @ k.transpose(-1, -2)
     if mask is not None:
-        # The smallest number, not −∞: a row that may look nowhere gets no NaN (its output is set to 0 outside).
+        # The smallest number, not −∞, so that a row that may look nowhere gets no NaN. The caller sets its
+        # output to 0.
         logits.masked_fill_(~mask[part[0]], torch.finfo(logits.dtype).min)
     return torch.softmax(logits, dim=-1)
 
 
-def _kept(weights: Tensor, dropout: float, seed: int) -> Tensor:
+def _dropout_factors(weights: Tensor, dropout: float, seed: int) -> Tensor:
     """1 / (1 − dropout) where a weight stays, 0 where it is dropped; the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     return torch.empty_like(weights).bernoulli_(1.0 - dropout, generator=generator).div_(1.0 - dropout)

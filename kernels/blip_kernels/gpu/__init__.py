@@ -1,1 +1,1 @@
-"""Triton kernels, one file an op. Imported only where an op runs through Triton, so that a CPU needs no Triton."""
+"""Triton kernels and their launches. Imported only when an op runs through Triton: a CPU needs no Triton."""

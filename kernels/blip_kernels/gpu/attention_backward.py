@@ -6,13 +6,14 @@ import triton
 import triton.language as tl
 
 from blip_kernels.gpu.dropout import keep
+from blip_kernels.gpu.streaming import KERNEL_LN2
 from blip_kernels.gpu.tiles import rows_of_tile
 
 
 @triton.jit
-def _dq_tiles(acc, b_q, b_do, b_lse, b_delta, p_k, p_v, s_k, s_v, o_q, o_n, o_d, lo, hi, n_kv, shift, scale, seed,
-              i_head, o_row, threshold, keep_scale, MASKED: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
-              PRECISION: tl.constexpr, BLOCK_N: tl.constexpr):
+def _dq_tiles(acc, b_q, b_do, b_lse, b_delta, p_k, p_v, s_k, s_v, o_q, o_n, o_d, lo, hi, n_kv, shift, scale,
+              seed, i_head, o_row, threshold, keep_scale, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
+              DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr):
     """dq / scale of keys lo to hi."""
     for start in range(lo, hi, BLOCK_N):
         start = tl.multiple_of(start, BLOCK_N)
@@ -42,11 +43,11 @@ def _dq_tiles(acc, b_q, b_do, b_lse, b_delta, p_k, p_v, s_k, s_v, o_q, o_n, o_d,
 
 
 @triton.jit
-def dq_kernel(p_q, p_k, p_v, p_out, p_do, p_lse, p_delta, p_dq, p_tiles, p_q_offsets, p_kv_offsets, n_rows, s_q, s_qh,
-              s_k, s_kh, s_v, s_vh, s_o, s_oh, scale, seed, threshold, keep_scale, D: tl.constexpr,
+def dq_kernel(p_q, p_k, p_v, p_out, p_do, p_lse, p_delta, p_dq, p_tiles, p_q_offsets, p_kv_offsets, n_rows,
+              s_q, s_qh, s_k, s_kh, s_v, s_vh, s_o, s_oh, scale, seed, threshold, keep_scale, D: tl.constexpr,
               CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
               BLOCK_N: tl.constexpr):
-    """dq of a tile of queries, and their δ for the kernel of dk and dv. out, dout and dq have the strides s_o, s_oh."""
+    """dq of a tile of queries, and their δ for `dkv_kernel`. out, dout and dq have the strides s_o, s_oh."""
     i_tile, i_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i_segment = tl.load(p_tiles + 2 * i_tile)
     if i_segment < 0:
@@ -59,7 +60,8 @@ def dq_kernel(p_q, p_k, p_v, p_out, p_do, p_lse, p_delta, p_dq, p_tiles, p_q_off
     o_row = q_first + o_q
     p_k += kv_first.to(tl.int64) * s_k + i_head * s_kh
     p_v += kv_first.to(tl.int64) * s_v + i_head * s_vh
-    b_q = tl.load(p_q + i_head * s_qh + o_row[:, None].to(tl.int64) * s_q + o_d[None, :], mask=m_q[:, None], other=0.0)
+    b_q = tl.load(p_q + i_head * s_qh + o_row[:, None].to(tl.int64) * s_q + o_d[None, :], mask=m_q[:, None],
+                  other=0.0)
     o_out = i_head * s_oh + o_row[:, None].to(tl.int64) * s_o + o_d[None, :]
     b_do = tl.load(p_do + o_out, mask=m_q[:, None], other=0.0)
     b_out = tl.load(p_out + o_out, mask=m_q[:, None], other=0.0)
@@ -73,17 +75,20 @@ def dq_kernel(p_q, p_k, p_v, p_out, p_do, p_lse, p_delta, p_dq, p_tiles, p_q_off
         whole = tl.minimum(tl.maximum(row + shift + 1, 0), n_kv)
         end = tl.minimum(tl.maximum(row + BLOCK_M + shift, 0), n_kv)
     whole = whole // BLOCK_N * BLOCK_N
-    acc = _dq_tiles(acc, b_q, b_do, b_lse, b_delta, p_k, p_v, s_k, s_v, o_q, o_n, o_d, 0, whole, n_kv, shift, scale,
-                    seed, i_head, o_row, threshold, keep_scale, False, CAUSAL, DROPOUT, PRECISION, BLOCK_N)
-    acc = _dq_tiles(acc, b_q, b_do, b_lse, b_delta, p_k, p_v, s_k, s_v, o_q, o_n, o_d, whole, end, n_kv, shift, scale,
-                    seed, i_head, o_row, threshold, keep_scale, True, CAUSAL, DROPOUT, PRECISION, BLOCK_N)
-    tl.store(p_dq + o_out, (acc * (scale * 0.6931471805599453)).to(p_dq.dtype.element_ty), mask=m_q[:, None])
+    acc = _dq_tiles(acc, b_q, b_do, b_lse, b_delta, p_k, p_v, s_k, s_v, o_q, o_n, o_d, 0, whole, n_kv, shift,
+                    scale, seed, i_head, o_row, threshold, keep_scale, False, CAUSAL, DROPOUT, PRECISION,
+                    BLOCK_N)
+    acc = _dq_tiles(acc, b_q, b_do, b_lse, b_delta, p_k, p_v, s_k, s_v, o_q, o_n, o_d, whole, end, n_kv,
+                    shift, scale, seed, i_head, o_row, threshold, keep_scale, True, CAUSAL, DROPOUT,
+                    PRECISION, BLOCK_N)
+    tl.store(p_dq + o_out, (acc * (scale * KERNEL_LN2)).to(p_dq.dtype.element_ty), mask=m_q[:, None])
 
 
 @triton.jit
-def _dkv_tiles(acc_k, acc_v, b_k, b_v, p_q, p_do, p_lse, p_delta, s_q, s_o, o_key, o_m, o_d, lo, hi, n_q, shift, scale,
-               seed, i_head, q_first, column, threshold, keep_scale, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
-               DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _dkv_tiles(acc_k, acc_v, b_k, b_v, p_q, p_do, p_lse, p_delta, s_q, s_o, o_key, o_m, o_d, lo, hi, n_q,
+               shift, scale, seed, i_head, q_first, column, threshold, keep_scale, MASKED: tl.constexpr,
+               CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+               BLOCK_N: tl.constexpr):
     """dk / scale and dv of queries lo to hi, in transposed tiles [keys, queries]."""
     for start in range(lo, hi, BLOCK_M):
         o_q = start + o_m
@@ -117,11 +122,11 @@ def _dkv_tiles(acc_k, acc_v, b_k, b_v, p_q, p_do, p_lse, p_delta, s_q, s_o, o_ke
 
 
 @triton.jit
-def dkv_kernel(p_q, p_k, p_v, p_do, p_lse, p_delta, p_dk, p_dv, p_tiles, p_q_offsets, p_kv_offsets, n_rows, s_q, s_qh,
-               s_k, s_kh, s_v, s_vh, s_o, s_oh, s_dk, s_dkh, scale, seed, threshold, keep_scale, D: tl.constexpr,
-               CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
-               BLOCK_N: tl.constexpr):
-    """dk and dv of a tile of keys. They have the strides s_dk, s_dkh."""
+def dkv_kernel(p_q, p_k, p_v, p_do, p_lse, p_delta, p_dk, p_dv, p_tiles, p_q_offsets, p_kv_offsets, n_rows,
+               s_q, s_qh, s_k, s_kh, s_v, s_vh, s_o, s_oh, s_dk, s_dkh, scale, seed, threshold, keep_scale,
+               D: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """dk and dv of a tile of keys. Both have the strides s_dk, s_dkh."""
     i_tile, i_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i_segment = tl.load(p_tiles + 2 * i_tile)
     if i_segment < 0:
@@ -141,22 +146,22 @@ def dkv_kernel(p_q, p_k, p_v, p_do, p_lse, p_delta, p_dk, p_dv, p_tiles, p_q_off
     acc_k = tl.zeros([BLOCK_N, D], tl.float32)
     acc_v = tl.zeros([BLOCK_N, D], tl.float32)
     shift = n_kv - n_q
-    # Queries `first` to `whole` meet a diagonal; from there to the last full tile all see all of these keys.
+    # Queries `first` to `whole` cross the diagonal; from there to the last full tile, each sees all of these
+    # keys.
     first, whole = n_q * 0, n_q * 0
     if CAUSAL:
         first = tl.maximum(key - shift, 0) // BLOCK_M * BLOCK_M
         whole = tl.minimum(tl.maximum(key + BLOCK_N - 1 - shift + BLOCK_M - 1, 0) // BLOCK_M * BLOCK_M, n_q)
-        acc_k, acc_v = _dkv_tiles(
-            acc_k, acc_v, b_k, b_v, p_q, p_do, p_lse, p_delta, s_q, s_o, o_key, o_m, o_d, first, whole, n_q, shift,
-            scale, seed, i_head, q_first, key, threshold, keep_scale, True, CAUSAL, DROPOUT, PRECISION, BLOCK_M,
-            BLOCK_N)
+        acc_k, acc_v = _dkv_tiles(acc_k, acc_v, b_k, b_v, p_q, p_do, p_lse, p_delta, s_q, s_o, o_key, o_m,
+                                  o_d, first, whole, n_q, shift, scale, seed, i_head, q_first, key, threshold,
+                                  keep_scale, True, CAUSAL, DROPOUT, PRECISION, BLOCK_M, BLOCK_N)
     full = tl.maximum(n_q // BLOCK_M * BLOCK_M, whole)
-    acc_k, acc_v = _dkv_tiles(
-        acc_k, acc_v, b_k, b_v, p_q, p_do, p_lse, p_delta, s_q, s_o, o_key, o_m, o_d, whole, full, n_q, shift, scale,
-        seed, i_head, q_first, key, threshold, keep_scale, False, CAUSAL, DROPOUT, PRECISION, BLOCK_M, BLOCK_N)
-    acc_k, acc_v = _dkv_tiles(
-        acc_k, acc_v, b_k, b_v, p_q, p_do, p_lse, p_delta, s_q, s_o, o_key, o_m, o_d, full, n_q, n_q, shift, scale,
-        seed, i_head, q_first, key, threshold, keep_scale, True, CAUSAL, DROPOUT, PRECISION, BLOCK_M, BLOCK_N)
+    acc_k, acc_v = _dkv_tiles(acc_k, acc_v, b_k, b_v, p_q, p_do, p_lse, p_delta, s_q, s_o, o_key, o_m, o_d,
+                              whole, full, n_q, shift, scale, seed, i_head, q_first, key, threshold,
+                              keep_scale, False, CAUSAL, DROPOUT, PRECISION, BLOCK_M, BLOCK_N)
+    acc_k, acc_v = _dkv_tiles(acc_k, acc_v, b_k, b_v, p_q, p_do, p_lse, p_delta, s_q, s_o, o_key, o_m, o_d,
+                              full, n_q, n_q, shift, scale, seed, i_head, q_first, key, threshold, keep_scale,
+                              True, CAUSAL, DROPOUT, PRECISION, BLOCK_M, BLOCK_N)
     o_out = i_head * s_dkh + o_kv * s_dk + o_d[None, :]
-    tl.store(p_dk + o_out, (acc_k * (scale * 0.6931471805599453)).to(p_dk.dtype.element_ty), mask=m_key[:, None])
+    tl.store(p_dk + o_out, (acc_k * (scale * KERNEL_LN2)).to(p_dk.dtype.element_ty), mask=m_key[:, None])
     tl.store(p_dv + o_out, acc_v.to(p_dv.dtype.element_ty), mask=m_key[:, None])

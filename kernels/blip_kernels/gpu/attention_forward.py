@@ -9,14 +9,16 @@ from blip_kernels.gpu.dropout import keep
 from blip_kernels.gpu.exponentials import row_sum, scaled, weights
 from blip_kernels.gpu.tiles import rows_of_tile
 
-MASKED_TILE = tl.constexpr(64)  # keys of a masked tile, where whole ones have 256: a mask would waste half of them
+# Keys of a masked tile if whole tiles have 256: masking would waste half of those.
+MASKED_TILE = tl.constexpr(64)
 
 
 @triton.jit
-def _forward_tiles(acc, b_max, b_sum, b_q, p_k, p_v, s_k, s_v, tiles_k, tiles_v, kv_first, o_q, o_d, lo, hi, n_kv,
-                   shift, scale, seed, i_head, o_row, threshold, keep_scale, MASKED: tl.constexpr,
-                   CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Online softmax over keys lo to hi; query o_q of the tile sees keys up to o_q + shift where causal."""
+def _forward_tiles(acc, b_max, b_sum, b_q, p_k, p_v, s_k, s_v, tiles_k, tiles_v, kv_first, o_q, o_d, lo, hi,
+                   n_kv, shift, scale, seed, i_head, o_row, threshold, keep_scale, MASKED: tl.constexpr,
+                   CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+                   BLOCK_N: tl.constexpr):
+    """Online softmax over keys lo to hi; with CAUSAL, query o_q of the tile sees keys up to o_q + shift."""
     o_n = tl.arange(0, BLOCK_N)
     for start in range(lo, hi, BLOCK_N):
         start = tl.multiple_of(start, BLOCK_N)
@@ -60,11 +62,14 @@ def _forward_tiles(acc, b_max, b_sum, b_q, p_k, p_v, s_k, s_v, tiles_k, tiles_v,
 
 
 @triton.jit
-def forward_kernel(p_q, p_k, p_v, tiles_k, tiles_v, p_out, p_lse, p_tiles, p_q_offsets, p_kv_offsets, n_rows, s_q,
-                   s_qh, s_k, s_kh, s_v, s_vh, s_o, s_oh, scale, seed, threshold, keep_scale, D: tl.constexpr,
-                   CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
-                   BLOCK_N: tl.constexpr):
-    """A tile of queries. `tiles_k`, `tiles_v`: descriptors of k and v [rows, heads × D] for whole tiles, or None."""
+def forward_kernel(p_q, p_k, p_v, tiles_k, tiles_v, p_out, p_lse, p_tiles, p_q_offsets, p_kv_offsets, n_rows,
+                   s_q, s_qh, s_k, s_kh, s_v, s_vh, s_o, s_oh, scale, seed, threshold, keep_scale,
+                   D: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Compute a tile of queries.
+
+    `tiles_k`, `tiles_v`: descriptors of k and v [rows, heads × D] for whole tiles, or None.
+    """
     i_tile, i_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i_segment = tl.load(p_tiles + 2 * i_tile)
     if i_segment < 0:
@@ -88,17 +93,18 @@ def forward_kernel(p_q, p_k, p_v, tiles_k, tiles_v, p_out, p_lse, p_tiles, p_q_o
         end = tl.minimum(tl.maximum(row + BLOCK_M + shift, 0), n_kv)
     whole = whole // BLOCK_N * BLOCK_N
     o_row = q_first + o_q
-    acc, b_max, b_sum = _forward_tiles(
-        acc, b_max, b_sum, b_q, p_k, p_v, s_k, s_v, tiles_k, tiles_v, kv_first, o_q, o_d, 0, whole, n_kv, shift, scale,
-        seed, i_head, o_row, threshold, keep_scale, False, CAUSAL, DROPOUT, PRECISION, BLOCK_N)
-    acc, b_max, b_sum = _forward_tiles(
-        acc, b_max, b_sum, b_q, p_k, p_v, s_k, s_v, None, None, kv_first, o_q, o_d, whole, end, n_kv, shift, scale,
-        seed, i_head, o_row, threshold, keep_scale, True, CAUSAL, DROPOUT, PRECISION,
-        MASKED_TILE if BLOCK_N > 128 else BLOCK_N)
-    # Rows that see no key: zeros, and a log-sum-exp of +∞ with which the backward's weights vanish.
+    acc, b_max, b_sum = _forward_tiles(acc, b_max, b_sum, b_q, p_k, p_v, s_k, s_v, tiles_k, tiles_v, kv_first,
+                                       o_q, o_d, 0, whole, n_kv, shift, scale, seed, i_head, o_row, threshold,
+                                       keep_scale, False, CAUSAL, DROPOUT, PRECISION, BLOCK_N)
+    acc, b_max, b_sum = _forward_tiles(acc, b_max, b_sum, b_q, p_k, p_v, s_k, s_v, None, None, kv_first, o_q,
+                                       o_d, whole, end, n_kv, shift, scale, seed, i_head, o_row, threshold,
+                                       keep_scale, True, CAUSAL, DROPOUT, PRECISION,
+                                       MASKED_TILE if BLOCK_N > 128 else BLOCK_N)
+    # Rows that see no key get zeros, and a log-sum-exp of +∞, which makes their weights 0 in the backward.
     seen = b_sum > 0
     acc = acc / tl.where(seen, b_sum, 1.0)[:, None]
     b_lse = tl.where(seen, b_max + tl.log2(tl.where(seen, b_sum, 1.0)), float("inf"))
     p_out += q_first.to(tl.int64) * s_o + i_head * s_oh
-    tl.store(p_out + o_q[:, None].to(tl.int64) * s_o + o_d[None, :], acc.to(p_out.dtype.element_ty), mask=m_q[:, None])
+    tl.store(p_out + o_q[:, None].to(tl.int64) * s_o + o_d[None, :], acc.to(p_out.dtype.element_ty),
+             mask=m_q[:, None])
     tl.store(p_lse + i_head * n_rows + o_row, b_lse, mask=m_q)

@@ -1,24 +1,25 @@
-"""Triton kernels of the contrastive loss: one streaming pass over the keys forward, one for each gradient.
+"""Triton kernels of the contrastive loss: a streaming pass over the keys for the loss, one for each gradient.
 
-Tiling. A program holds BLOCK_M rows of q and q_m and streams a share of the keys past them: tiles of the batch's keys,
-then tiles of the queue's, in one loop that chooses between two base pointers. Full tiles run without masks; what is
-left of batch and queue is a share of its own, a second launch with masks, so that the main loop has the registers to
-itself. Nothing of size rows × keys leaves a program:
+Tiling. A program holds BLOCK_M rows of q and q_m and streams a share of the keys past them: tiles of the
+batch's keys, then tiles of the queue's, in one loop that chooses between two base pointers. Full tiles run
+without masks. The remainders of batch and queue are a share of their own, a second launch with masks, so that
+masks take no registers from the main loop. Nothing of size rows × keys leaves a program:
 
              keys: batch │ queue ──────────────▶
     rows  ┌──────────────┬──────────────┬─────┐
     q,q_m │   share 0    │   share 1    │  …  │  each: max, Σ exp of both rows of logits, Σ exp(s_m) · s
-          └──────────────┴──────────────┴─────┘  then one small kernel merges the shares, in order: deterministic
+          └──────────────┴──────────────┴─────┘  then a small kernel merges the shares, in order: deterministic
 
-There are as many shares as fill the GPU (`shares_of`): 4,096 rows are 32 programs alone, and with 4 shares 128; 64 rows
-get a share for every multiprocessor. The gradient of the queries runs over the same tiling, with dq in registers; each
-share writes its part once, in float32, a merging kernel adds them up (at most one part a multiprocessor, so the parts
-together are bounded by the GPU's size, not by the batch's). The gradient of the batch's keys is the same tiling turned
-round: a program holds BLOCK_M keys and streams q and q_m past them. No atomics anywhere.
+There are as many shares as fill the GPU (`shares_of`): 4,096 rows alone make 32 programs, with 4 shares 128;
+64 rows get one share per multiprocessor. The gradient of the queries uses the same tiling, with dq in
+registers. Each share writes its part once, in float32, and a merging kernel adds the parts. There is at most
+one part per multiprocessor, so the size of the GPU bounds their memory, not the size of the batch. The
+gradient of the batch's keys exchanges the sides: a program holds BLOCK_M keys and streams q and q_m past
+them. There are no atomics.
 
-Positives are no business of the big loops, whether they are pairs or equal ids: the merging kernels add them
-(`contrastive_merge`). Gradients of softmax weights enter the
-tensor cores with a factor of 2¹⁴, which keeps weights of 1e-5 out of float16's subnormal numbers.
+The big loops ignore positives, whether pairs or equal ids: the merging kernels add them
+(`contrastive_merge`). Gradients of softmax weights enter the tensor cores with a factor of 2¹⁴, which keeps
+weights of 1e-5 out of float16's subnormal numbers.
 """
 
 from __future__ import annotations
@@ -34,26 +35,12 @@ import triton.language as tl
 from torch import Tensor
 
 from blip_kernels.gpu.configs import config
-from blip_kernels.gpu.contrastive_merge import cdiv, merge_forward, merge_gradient, positive_items
+from blip_kernels.gpu.contrastive_merge import merge_forward, merge_gradient, positive_items
 from blip_kernels.gpu.kernel_launch import generation, launch
+from blip_kernels.gpu.streaming import LOG2E, cdiv, load_rows, padded_width, shares_of
 
-LOG2E = math.log2(math.e)
 SHIFT = 14  # gradients of logits lie in [−1, 1]; in the big loops they are 2¹⁴ times as large
-SIZES = ["n_rows", "n_batch", "n_queue", "n_share", "i_first"]  # one compiled kernel for all of them
-MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}  # of A100, H100 and B200, where no GPU can be asked
-
-
-@triton.jit
-def load_rows(p_x, n_rows, first, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-               MASKED: tl.constexpr):
-    """[ROWS, COLUMNS] of x [n_rows, D] from column `first` on, zeros beyond; without MASKED all rows are there."""
-    o_row, o_d = tl.arange(0, ROWS)[:, None], first + tl.arange(0, COLUMNS)[None, :]
-    p_rows = p_x + o_row * D + o_d
-    if MASKED:
-        return tl.load(p_rows, mask=(o_row < n_rows) & (o_d < D), other=0.0)
-    if BLOCK_D != D:
-        return tl.load(p_rows, mask=(o_row >= 0) & (o_d < D), other=0.0)
-    return tl.load(p_rows)
+SIZES = ["n_rows", "n_batch", "n_queue", "n_share", "i_first"]  # one compiled kernel for all their values
 
 
 @triton.jit
@@ -72,7 +59,7 @@ def _load_values(p_x, n_rows, ROWS: tl.constexpr, MASKED: tl.constexpr):
 
 @triton.jit
 def _share(n_tiles, n_share, n_tails, MASKED: tl.constexpr):
-    """Range of this program's tiles: n_share full ones, or with MASKED all tails."""
+    """Range of this program's tiles: n_share full tiles, or with MASKED all tails."""
     if MASKED:
         return 0, n_tails
     first = tl.program_id(1) * n_share
@@ -82,9 +69,9 @@ def _share(n_tiles, n_share, n_tails, MASKED: tl.constexpr):
 @triton.jit
 def _keys_tile(p_batch, p_queue, n_batch, n_queue, i_tile, D: tl.constexpr, BLOCK_N: tl.constexpr,
                MASKED: tl.constexpr):
-    """Full tile i of the keys, the batch's first; with MASKED what is left of the batch (0) or of the queue (1).
+    """Full tile i of the keys, the batch's before the queue's; with MASKED the tail of batch (0) or queue (1).
 
-    Returns where it starts and how many keys it holds.
+    Returns a pointer to its first key, and how many keys it holds.
     """
     n_batch_tiles = n_batch // BLOCK_N
     if MASKED:
@@ -102,7 +89,7 @@ def _keys_tile(p_batch, p_queue, n_batch, n_queue, i_tile, D: tl.constexpr, BLOC
 @triton.jit
 def _logits(p_x, p_xm, n_x, p_y, p_ym, n_y, D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):
-    """x yᵀ and x_m y_mᵀ [BLOCK_M, BLOCK_N], CHUNK columns at a time: float32, split in two, fills the registers."""
+    """x yᵀ, x_m y_mᵀ [BLOCK_M, BLOCK_N], CHUNK columns at a time: float32, split in two, fills registers."""
     b_s, b_sm = tl.zeros([BLOCK_M, BLOCK_N], tl.float32), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for first in range(0, BLOCK_D, CHUNK):
         b_x = load_rows(p_x, n_x, first, D, BLOCK_D, BLOCK_M, CHUNK, True)
@@ -116,7 +103,7 @@ def _logits(p_x, p_xm, n_x, p_y, p_ym, n_y, D: tl.constexpr, BLOCK_D: tl.constex
 
 @triton.jit
 def _forward_step(b_s, b_sm, n_left, scale, b_top, b_sum, b_top_m, b_sum_m, b_mixed, MASKED: tl.constexpr):
-    """Logits of one tile of keys, n_left of them, into the running statistics."""
+    """Fold the logits of one tile of n_left keys into the running statistics."""
     b_seen, b_seen_m = b_s, b_sm
     if MASKED:
         m_key = (tl.arange(0, b_s.shape[1]) < n_left)[None, :]
@@ -136,9 +123,10 @@ def _forward_step(b_s, b_sm, n_left, scale, b_top, b_sum, b_top_m, b_sum_m, b_mi
 def _forward_kernel(p_q, p_qm, p_batch, p_queue, p_scale, p_parts, n_rows, n_batch, n_queue, n_share, i_first,
                     D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr,
                     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr):
-    """One share's statistics, parts [shares, 5, n_rows]: maximum and Σ exp of s, the same of s_m, Σ exp(s_m) · q·k.
+    """One share's statistics, parts [shares, 5, n_rows].
 
-    Maxima are base 2, with the temperature in them; the last sum's q·k is without.
+    They are maximum and Σ exp of s, the same of s_m, and Σ exp(s_m) · q·k. Maxima are base 2 and include the
+    temperature; q·k in the last sum does not.
     """
     i_m = tl.program_id(0).to(tl.int64)
     n_here = (n_rows - i_m * BLOCK_M).to(tl.int32)
@@ -159,10 +147,10 @@ def _forward_kernel(p_q, p_qm, p_batch, p_queue, p_scale, p_parts, n_rows, n_bat
             b_k = load_rows(p_k, n_left, 0, D, BLOCK_D, BLOCK_N, BLOCK_D, MASKED)
             b_s, b_sm = tl.dot(b_q, tl.trans(b_k)), tl.dot(b_qm, tl.trans(b_k))
         else:
-            b_s, b_sm = _logits(p_q, p_qm, n_here, p_k, p_k, n_left, D, BLOCK_D, CHUNK, BLOCK_M, BLOCK_N, MASKED,
-                                PRECISION)
-        b_top, b_sum, b_top_m, b_sum_m, b_mixed = _forward_step(b_s, b_sm, n_left, scale, b_top, b_sum, b_top_m,
-                                                                b_sum_m, b_mixed, MASKED)
+            b_s, b_sm = _logits(p_q, p_qm, n_here, p_k, p_k, n_left, D, BLOCK_D, CHUNK, BLOCK_M, BLOCK_N,
+                                MASKED, PRECISION)
+        b_top, b_sum, b_top_m, b_sum_m, b_mixed = _forward_step(b_s, b_sm, n_left, scale, b_top, b_sum,
+                                                                b_top_m, b_sum_m, b_mixed, MASKED)
     o_m = tl.arange(0, BLOCK_M)
     p_out = p_parts + (i_first + tl.program_id(1)).to(tl.int64) * 5 * n_rows + i_m * BLOCK_M + o_m
     m_m = o_m < n_here
@@ -174,9 +162,10 @@ def _forward_kernel(p_q, p_qm, p_batch, p_queue, p_scale, p_parts, n_rows, n_bat
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _queries_kernel(p_q, p_qm, p_batch, p_queue, p_scale, p_less, p_parts, n_rows, n_batch, n_queue, n_share, i_first,
-                    D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr,
-                    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr):
+def _queries_kernel(p_q, p_qm, p_batch, p_queue, p_scale, p_less, p_parts, n_rows, n_batch, n_queue, n_share,
+                    i_first, D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
+                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+                    MASKED: tl.constexpr):
     """One share's part of τ / g · dq, without the positives and times 2^SHIFT: parts [shares, n_rows, D].
 
     dq += (w · softmax(s) − α · softmax(s_m)) k
@@ -200,8 +189,8 @@ def _queries_kernel(p_q, p_qm, p_batch, p_queue, p_scale, p_less, p_parts, n_row
         if CHUNK == BLOCK_D:
             b_s, b_sm = tl.dot(b_q, tl.trans(b_k)), tl.dot(b_qm, tl.trans(b_k))
         else:
-            b_s, b_sm = _logits(p_q, p_qm, n_here, p_k, p_k, n_left, D, BLOCK_D, CHUNK, BLOCK_M, BLOCK_N, MASKED,
-                                PRECISION)
+            b_s, b_sm = _logits(p_q, p_qm, n_here, p_k, p_k, n_left, D, BLOCK_D, CHUNK, BLOCK_M, BLOCK_N,
+                                MASKED, PRECISION)
         b_ds = tl.math.exp2(b_s * scale - b_less[:, None]) - tl.math.exp2(b_sm * scale - b_less_m[:, None])
         if MASKED:
             b_ds = tl.where((tl.arange(0, BLOCK_N) < n_left)[None, :], b_ds, 0.0)
@@ -237,8 +226,8 @@ def _keys_kernel(p_q, p_qm, p_batch, p_scale, p_less, p_grad, p_parts, n_rows, n
             b_qm = load_rows(p_tile_m, n_left, 0, D, BLOCK_D, BLOCK_N, BLOCK_D, MASKED)
             b_s, b_sm = tl.dot(b_k, tl.trans(b_q)), tl.dot(b_k, tl.trans(b_qm))
         else:
-            b_s, b_sm = _logits(p_batch, p_batch, n_here, p_tile, p_tile_m, n_left, D, BLOCK_D, CHUNK, BLOCK_M,
-                                BLOCK_N, MASKED, PRECISION)
+            b_s, b_sm = _logits(p_batch, p_batch, n_here, p_tile, p_tile_m, n_left, D, BLOCK_D, CHUNK,
+                                BLOCK_M, BLOCK_N, MASKED, PRECISION)
         b_less = _load_values(p_less + o_first, n_left, BLOCK_N, MASKED)
         b_less_m = _load_values(p_less + n_rows + o_first, n_left, BLOCK_N, MASKED)
         b_grad = _load_values(p_grad + o_first, n_left, BLOCK_N, MASKED)
@@ -250,72 +239,60 @@ def _keys_kernel(p_q, p_qm, p_batch, p_scale, p_less, p_grad, p_parts, n_rows, n
 
 def _meta(launch_name: str, width: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """Constexprs and launch options of a big kernel."""
-    block = triton.next_power_of_2(max(width, 16))
+    block = padded_width(width)
     bits = "float32" if dtype == torch.float32 else "16 bit"
     chosen = config("contrastive", f"{launch_name}, width {max(block, 64)}, {bits}", generation(device))
     chunk = min(chosen.pop("CHUNK", block), block)
     return {"D": width, "BLOCK_D": block, "CHUNK": chunk, "PRECISION": "tf32x3", **chosen}
 
 
-def shares_of(blocks: int, tiles: int, device: torch.device, waves: int) -> int:
-    """Into how many shares to cut the streamed side, of `tiles` tiles, when the other side makes `blocks` programs.
-
-    The number that ends first if every multiprocessor runs one program at a time and a program costs its tiles and
-    four more; at most `waves` programs a multiprocessor. 0 where nothing is streamed.
-    """
-    if tiles == 0:
-        return 0
-    units = (torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda"
-             else MULTIPROCESSORS[generation(device)])
-    most = max(1, min(tiles, waves * units // max(blocks, 1)))
-    return min(range(1, most + 1), key=lambda n: (cdiv(blocks * n, units) * (cdiv(tiles, n) + 4), n))
-
-
 def _scale(temperature: Tensor) -> Tensor:
     return LOG2E / temperature.float().reshape(1)
 
 
-def _stream(kernel: Any, tensors: tuple[Tensor, ...], sizes: tuple[int, ...], rows: int, streamed: tuple[int, ...],
+def _stream(kernel: Any, arguments: dict[str, Any], rows: int, streamed: tuple[int, ...],
             part: tuple[int, ...], meta: dict[str, Any], waves: int) -> Tensor:
-    """Launch a big kernel: `rows` in blocks, `streamed` parts in shares of full tiles, their tails as one share more.
+    """Launch a big kernel: `rows` in blocks, `streamed` in shares of full tiles, their tails as an extra share.
 
     Returns what the shares wrote, [shares, *part].
     """
-    device, size = tensors[0].device, meta["BLOCK_N"]
+    device, size = arguments["p_q"].device, meta["BLOCK_N"]
     blocks, tiles = cdiv(rows, meta["BLOCK_M"]), sum(n // size for n in streamed)
     shares = shares_of(blocks, tiles, device, waves)
     tails = any(n % size for n in streamed)
     parts = torch.empty(shares + tails, *part, dtype=torch.float32, device=device)
     if shares:
-        n_share = cdiv(tiles, shares)
-        launch(kernel, (blocks, shares), *tensors, parts, *sizes, n_share, 0, MASKED=False, **meta)
+        launch(kernel, (blocks, shares), **arguments, p_parts=parts, n_share=cdiv(tiles, shares), i_first=0,
+               MASKED=False, **meta)
     if tails:
-        launch(kernel, (blocks, 1), *tensors, parts, *sizes, 0, shares, MASKED=True, **meta)
+        launch(kernel, (blocks, 1), **arguments, p_parts=parts, n_share=0, i_first=shares, MASKED=True,
+               **meta)
     return parts
 
 
-def forward(q: Tensor, q_m: Tensor, batch: Tensor, queue: Tensor, temperature: Tensor, alpha: float, ids: Tensor | None,
-            item_ids: Tensor | None, first_own: int) -> tuple[Tensor, Tensor]:
-    """Losses float32 [rows] and statistics float32 [3, rows] (lse, lse_m, positives). Arguments: contiguous, checked.
+def forward(q: Tensor, q_m: Tensor, batch: Tensor, queue: Tensor, temperature: Tensor, alpha: float,
+            ids: Tensor | None, item_ids: Tensor | None, first_own: int) -> tuple[Tensor, Tensor]:
+    """Return losses float32 [rows] and statistics float32 [3, rows]: lse, lse_m, number of positives.
 
-    `item_ids`: ids of all keys, the batch's and then the queue's; with `ids` None, row i's positive is key
-    i + `first_own`.
+    Arguments must be contiguous and checked. `item_ids`: ids of all keys, the batch's and then the queue's.
+    With `ids` None, row i's positive is key i + `first_own`.
     """
     (rows, width), device = q.shape, q.device
     loss = torch.empty(rows, dtype=torch.float32, device=device)
     stats = torch.empty(3, rows, dtype=torch.float32, device=device)
     scale, meta = _scale(temperature), _meta("forward", width, q.dtype, device)
-    parts = _stream(_forward_kernel, (q, q_m, batch, queue, scale), (rows, len(batch), len(queue)), rows,
-                    (len(batch), len(queue)), (5, rows), meta, waves=4)
+    arguments = {"p_q": q, "p_qm": q_m, "p_batch": batch, "p_queue": queue, "p_scale": scale, "n_rows": rows,
+                 "n_batch": len(batch), "n_queue": len(queue)}
+    parts = _stream(_forward_kernel, arguments, rows, (len(batch), len(queue)), (5, rows), meta, waves=4)
     positives = positive_items(ids, item_ids, (batch, queue), first_own)
     merge_forward(parts, q, positives, scale, alpha, loss, stats)
     return loss, stats
 
 
-def backward(grad: Tensor, stats: Tensor, q: Tensor, q_m: Tensor, batch: Tensor, queue: Tensor, temperature: Tensor,
-             alpha: float, ids: Tensor | None, item_ids: Tensor | None, first_own: int,
+def backward(grad: Tensor, stats: Tensor, q: Tensor, q_m: Tensor, batch: Tensor, queue: Tensor,
+             temperature: Tensor, alpha: float, ids: Tensor | None, item_ids: Tensor | None, first_own: int,
              need_keys: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, of the temperature [1], and of the batch's keys ([0, width] without `need_keys`)."""
+    """Return the gradients of q, temperature [1] and the batch's keys ([0, width] without `need_keys`)."""
     lse, lse_m, count = stats
     grad, shift = grad.float().contiguous(), 2.0**-SHIFT
     weight = torch.where(count > 0, 1.0, alpha)
@@ -324,9 +301,11 @@ def backward(grad: Tensor, stats: Tensor, q: Tensor, q_m: Tensor, batch: Tensor,
                         lse_m * LOG2E - (math.log2(alpha) if alpha > 0 else -math.inf)]) - SHIFT
     positive = grad * (1.0 - alpha) / count.clamp(min=1)
     scale = _scale(temperature)
+    arguments = {"p_q": q, "p_qm": q_m, "p_batch": batch, "p_scale": scale, "p_less": less, "n_rows": len(q),
+                 "n_batch": len(batch)}
     d_q, dots = torch.empty_like(q), torch.empty_like(grad)
     meta = _meta("gradient of queries", q.shape[1], q.dtype, q.device)
-    parts = _stream(_queries_kernel, (q, q_m, batch, queue, scale, less), (len(q), len(batch), len(queue)), len(q),
+    parts = _stream(_queries_kernel, {**arguments, "p_queue": queue, "n_queue": len(queue)}, len(q),
                     (len(batch), len(queue)), tuple(q.shape), meta, waves=1)
     positives = positive_items(ids, item_ids, (batch, queue), first_own)
     merge_gradient(parts, grad * shift, positive, positives, scale, d_q, q, dots)
@@ -336,24 +315,27 @@ def backward(grad: Tensor, stats: Tensor, q: Tensor, q_m: Tensor, batch: Tensor,
     largest = grad.abs().amax().clamp(min=1e-30) if len(grad) else grad.new_ones(())
     d_keys = torch.empty_like(batch)
     meta = _meta("gradient of keys", q.shape[1], q.dtype, q.device)
-    parts = _stream(_keys_kernel, (q, q_m, batch, scale, less, grad / largest), (len(q), len(batch)), len(batch),
-                    (len(q),), tuple(batch.shape), meta, waves=1)
-    positives = positive_items(None if item_ids is None else item_ids[: len(batch)], ids, (q, q[:0]), -first_own)
+    parts = _stream(_keys_kernel, {**arguments, "p_grad": grad / largest}, len(batch), (len(q),),
+                    tuple(batch.shape), meta, waves=1)
+    positives = positive_items(None if item_ids is None else item_ids[: len(batch)], ids, (q, q[:0]),
+                               -first_own)
     merge_gradient(parts, largest * shift, positive, positives, scale, d_keys)
     return d_q, d_temperature, d_keys
 
 
 def samples(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
-    """(name, call) of launches for ahead-of-time compilation, on `meta` tensors: 4,096 rows, 57,600 queued keys."""
+    """Yield (name, call) of launches to compile, on `meta` tensors: 4,096 rows, 57,600 queued keys."""
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     for width in (64, 128, 256):
         for kind, rows, queued in (("pair", 4096, 57600), ("id", 4095, 57599)):  # the latter with tails
             q, q_m, batch, queue = (empty(n, width) for n in (rows, rows, rows, queued))
-            temperature, grad, stats = (empty(*shape, dtype=torch.float32) for shape in ((1,), (rows,), (3, rows)))
+            temperature, grad, stats = (empty(*shape, dtype=torch.float32)
+                                        for shape in ((1,), (rows,), (3, rows)))
             ids, item_ids = ((empty(rows, dtype=torch.int64), empty(rows + queued, dtype=torch.int64))
                              if kind == "id" else (None, None))
             inputs = (q, q_m, batch, queue, temperature, 0.4, ids, item_ids, 0)
             yield f"forward, width {width}, positives by {kind}", partial(forward, *inputs)
-            yield f"backward, width {width}, positives by {kind}", partial(backward, grad, stats, *inputs, True)
+            yield f"backward, width {width}, positives by {kind}", partial(backward, grad, stats, *inputs,
+                                                                           True)

@@ -1,15 +1,15 @@
 """Triton kernels of one step of generation. What they compute: `blip_kernels.decode_attention`.
 
-`_decode_kernel`: a program takes one head of one segment, all its query rows (padded to the 16 of a tensor-core tile,
-or to the next power of two) and one split of its keys, whole tiles of `BLOCK_N`. The host knows the room for keys
-alone, so there are as many splits as bring `PROGRAMS` programs, at most one a tile of a full segment; a program of a
-short segment may find nothing to do. With one split it writes the output, else maximum, sum and unnormalised output,
-float32, which `_merge_kernel` puts together. Traffic is k and v once, plus 2 · splits · rows · heads · (head_dim + 2) ·
-4 bytes: 4 % of 16-bit k and v for three beams, 577 keys and four splits. Tiles that lie whole in a segment run without
-masks.
+`_decode_kernel`: a program takes one head of one segment, all its query rows (padded to the 16 of a
+tensor-core tile, or to the next power of two) and one split of its keys, in whole tiles of `BLOCK_N`. The
+host knows only the room for keys, so the number of splits is what gives `PROGRAMS` programs, at most one
+split per tile of a full segment. A program of a short segment may find nothing to do. With one split it
+writes the output, otherwise maximum, sum and unnormalised output in float32, which `_merge_kernel` combines.
+Traffic is k and v once, plus 2 · splits · rows · heads · (head_dim + 2) · 4 bytes: 4 % of 16-bit k and v for
+three beams, 577 keys and four splits. Tiles that lie completely in a segment run without masks.
 
-`_cached_kernel`: a program takes one head of one row; a table of a few dozen slots needs no split, and a single query
-row no tensor core: products are float32 multiplications and sums over loaded tiles.
+`_cached_kernel`: a program takes one head of one row. A table of a few dozen slots needs no split, and a
+single query row needs no tensor core: products are float32 multiplications and sums over loaded tiles.
 """
 
 from __future__ import annotations
@@ -23,15 +23,14 @@ import triton.language as tl
 from torch import Tensor
 
 from blip_kernels.gpu.configs import config
-from blip_kernels.gpu.kernel_launch import generation, launch
-
-LOG2E = 1.4426950408889634  # logits carry it as a factor: exponentials are powers of two
+from blip_kernels.gpu.kernel_launch import generation, launch, strides
+from blip_kernels.gpu.streaming import LOG2E, precision
 
 
 @triton.jit
 def _decode_tiles(acc, b_max, b_sum, b_q, p_k, p_v, s_k, s_v, first, end, n_kv, scale, MASKED: tl.constexpr,
                   PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr):
-    """Online softmax over keys first to end of a segment of n_kv."""
+    """Online softmax over keys first to end of a segment of n_kv keys."""
     o_n, o_d = tl.arange(0, BLOCK_N), tl.arange(0, D)
     for start in range(first, end, BLOCK_N):
         p_b_k = p_k + tl.cast(start, tl.int64) * s_k + (o_n[None, :] * s_k + o_d[:, None])
@@ -56,9 +55,9 @@ def _decode_tiles(acc, b_max, b_sum, b_q, p_k, p_v, s_k, s_v, first, end, n_kv, 
 
 
 @triton.jit(do_not_specialize=["group", "rows"])
-def _decode_kernel(p_q, p_k, p_v, p_lengths, p_out, p_parts, group, rows, s_q, s_qh, s_ks, s_k, s_kh, s_vs, s_v, s_vh,
-                   scale, SPLITS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
-                   D: tl.constexpr):
+def _decode_kernel(p_q, p_k, p_v, p_lengths, p_out, p_parts, group, rows, s_q, s_qh, s_ks, s_k, s_kh, s_vs,
+                   s_v, s_vh, scale, SPLITS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr,
+                   BLOCK_N: tl.constexpr, D: tl.constexpr):
     i_segment, i_head, i_split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     heads = tl.num_programs(1)
     n_kv = tl.load(p_lengths + i_segment)
@@ -69,20 +68,22 @@ def _decode_kernel(p_q, p_k, p_v, p_lengths, p_out, p_parts, group, rows, s_q, s
     o_q, o_d = tl.arange(0, BLOCK_Q), tl.arange(0, D)
     m_q = o_q < group
     o_row = i_segment.to(tl.int64) * group + o_q
-    b_q = tl.load(p_q + o_row[:, None] * s_q + i_head.to(tl.int64) * s_qh + o_d[None, :], mask=m_q[:, None], other=0.0)
+    b_q = tl.load(p_q + o_row[:, None] * s_q + i_head.to(tl.int64) * s_qh + o_d[None, :], mask=m_q[:, None],
+                  other=0.0)
     p_k += i_segment.to(tl.int64) * s_ks + i_head.to(tl.int64) * s_kh
     p_v += i_segment.to(tl.int64) * s_vs + i_head.to(tl.int64) * s_vh
     acc = tl.zeros([BLOCK_Q, D], tl.float32)
     b_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_Q], tl.float32)
-    acc, b_max, b_sum = _decode_tiles(acc, b_max, b_sum, b_q, p_k, p_v, s_k, s_v, first, whole, n_kv, scale, False,
-                                      PRECISION, BLOCK_N, D)
-    acc, b_max, b_sum = _decode_tiles(acc, b_max, b_sum, b_q, p_k, p_v, s_k, s_v, whole, end, n_kv, scale, True,
-                                      PRECISION, BLOCK_N, D)
+    acc, b_max, b_sum = _decode_tiles(acc, b_max, b_sum, b_q, p_k, p_v, s_k, s_v, first, whole, n_kv, scale,
+                                      False, PRECISION, BLOCK_N, D)
+    acc, b_max, b_sum = _decode_tiles(acc, b_max, b_sum, b_q, p_k, p_v, s_k, s_v, whole, end, n_kv, scale,
+                                      True, PRECISION, BLOCK_N, D)
     o_item = o_row * heads + i_head
     if SPLITS == 1:
         acc = acc / tl.where(b_sum > 0, b_sum, 1.0)[:, None]  # rows of an empty segment: zeros
-        tl.store(p_out + o_item[:, None] * D + o_d[None, :], acc.to(p_out.dtype.element_ty), mask=m_q[:, None])
+        tl.store(p_out + o_item[:, None] * D + o_d[None, :], acc.to(p_out.dtype.element_ty),
+                 mask=m_q[:, None])
     else:
         o_item += i_split.to(tl.int64) * rows * heads
         tl.store(p_parts + o_item[:, None] * (D + 2) + o_d[None, :], acc, mask=m_q[:, None])
@@ -109,8 +110,8 @@ def _merge_kernel(p_parts, p_out, items, SPLITS: tl.constexpr, BLOCK_S: tl.const
 
 
 @triton.jit
-def _cached_tile(acc, b_max, b_sum, b_q, p_k, p_v, p_slots, s_k, s_v, start, length, scale, MASKED: tl.constexpr,
-                 BLOCK_N: tl.constexpr, D: tl.constexpr):
+def _cached_tile(acc, b_max, b_sum, b_q, p_k, p_v, p_slots, s_k, s_v, start, length, scale,
+                 MASKED: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr):
     """Online softmax over the entries that BLOCK_N slots from `start` name."""
     o_n, o_d = start + tl.arange(0, BLOCK_N), tl.arange(0, D)
     if MASKED:
@@ -147,16 +148,16 @@ def _cached_kernel(p_q, p_k, p_v, p_slots, p_lengths, p_out, s_q, s_qh, s_k, s_k
     b_max, b_sum = float("-inf"), 0.0
     whole = length // BLOCK_N * BLOCK_N
     for start in range(0, whole, BLOCK_N):
-        acc, b_max, b_sum = _cached_tile(acc, b_max, b_sum, b_q, p_k, p_v, p_slots, s_k, s_v, start, length, scale,
-                                         False, BLOCK_N, D)
+        acc, b_max, b_sum = _cached_tile(acc, b_max, b_sum, b_q, p_k, p_v, p_slots, s_k, s_v, start, length,
+                                         scale, False, BLOCK_N, D)
     if whole < length:
-        acc, b_max, b_sum = _cached_tile(acc, b_max, b_sum, b_q, p_k, p_v, p_slots, s_k, s_v, whole, length, scale,
-                                         True, BLOCK_N, D)
+        acc, b_max, b_sum = _cached_tile(acc, b_max, b_sum, b_q, p_k, p_v, p_slots, s_k, s_v, whole, length,
+                                         scale, True, BLOCK_N, D)
     o_out = (i_row * tl.num_programs(1) + i_head) * D + o_d
     tl.store(p_out + o_out, (acc / b_sum).to(p_out.dtype.element_ty))
 
 
-# ------------------------------------------------------------------------------------------------------- launchers
+# -------------------------------------------------------------------------------------------------- launchers
 
 
 def decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -> Tensor:
@@ -170,18 +171,18 @@ def decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -> Te
     if splits > 1:
         parts = torch.empty((splits, rows, heads, head_dim + 2), dtype=torch.float32, device=q.device)
     if rows:
-        launch(_decode_kernel, (segments, heads, splits), q, k, v, lengths, out, parts, rows // segments, rows,
-               *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], scale * LOG2E, SPLITS=splits,
-               PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
-               BLOCK_Q=max(16, triton.next_power_of_2(rows // segments)), D=head_dim, **chosen)
+        launch(_decode_kernel, (segments, heads, splits), p_q=q, p_k=k, p_v=v, p_lengths=lengths, p_out=out,
+               p_parts=parts, group=rows // segments, rows=rows, **strides(q=q, k=k, v=v),
+               scale=scale * LOG2E, SPLITS=splits, PRECISION=precision(q.dtype), D=head_dim,
+               BLOCK_Q=max(16, triton.next_power_of_2(rows // segments)), **chosen)
     if parts is not None:
-        launch(_merge_kernel, (rows * heads,), parts, out, rows * heads, SPLITS=splits, BLOCK_S=splits, D=head_dim,
-               **merging)
+        launch(_merge_kernel, (rows * heads,), p_parts=parts, p_out=out, items=rows * heads, SPLITS=splits,
+               BLOCK_S=splits, D=head_dim, **merging)
     return out
 
 
 def _splits(programs: int, length: int, wanted: int, tile: int) -> int:
-    """Splits of the keys, a power of two: as many as bring `wanted` programs, at most one a tile of a full segment."""
+    """Return the splits of the keys, a power of two: `wanted` programs, but at most one split per full tile."""
     splits = 1
     while splits * 2 * programs <= wanted and splits * 2 * tile <= length:
         splits *= 2
@@ -194,13 +195,14 @@ def cached(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, lengths: Tensor, scal
     slots = slots if slots.stride(1) == 1 else slots.contiguous()
     rows, heads, head_dim = q.shape
     out = torch.empty((rows, heads, head_dim), dtype=q.dtype, device=q.device)
-    launch(_cached_kernel, (rows, heads), q, k, v, slots, lengths.contiguous(), out, *q.stride()[:2],
-           *k.stride()[:2], *v.stride()[:2], slots.stride(0), scale * LOG2E, D=head_dim, **_config("cached", q))
+    launch(_cached_kernel, (rows, heads), p_q=q, p_k=k, p_v=v, p_slots=slots, p_lengths=lengths.contiguous(),
+           p_out=out, **strides(q=q, k=k, v=v), s_slots=slots.stride(0), scale=scale * LOG2E, D=head_dim,
+           **_config("cached", q))
     return out
 
 
 def _in_heads(x: Tensor) -> Tensor:
-    """x [..., head_dim] as it is where head_dim lies contiguous, else a copy."""
+    """Return x [..., head_dim] itself if head_dim is contiguous, else a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -210,8 +212,11 @@ def _config(name: str, q: Tensor) -> dict[str, int]:
 
 
 def samples(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Launches for `blip_kernels.compiled.aot`: three beams of few and of many images of 577 tokens, layer 0 of 12,
-    20 samples of an image; the tokens so far of all beams."""
+    """Yield launches for `blip_kernels.compiled.aot`.
+
+    They are three beams of few and of many images of 577 tokens (layer 0 of 12), 20 samples of an image, and
+    the tokens so far of all beams.
+    """
     for head_dim in (32, 64, 128):
         for images, each in ((1, 3), (8, 3), (256, 3), (8, 20)):
             kv = torch.empty((12, 2, images, 12, 577, head_dim), dtype=dtype, device="meta").transpose(3, 4)

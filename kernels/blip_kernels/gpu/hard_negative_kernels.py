@@ -1,13 +1,14 @@
-"""Triton kernels of hard negatives: one streaming pass over the keys, and a small kernel that merges its shares.
+"""Triton kernels of hard negatives: one streaming pass over the keys, then a small kernel merges its shares.
 
-Tiling as in `contrastive`: a program holds BLOCK_M rows and streams a share of the keys, as many shares as fill the
-GPU. A tile is BLOCK_N counters of the generator, four random words each, so 4 · BLOCK_N keys: word w belongs to keys w,
-w + 4, w + 8, …, which are loaded as a sub-tile of their own. Similarities and random numbers then stand in the same
-registers and nothing is shuffled. The draws do not depend on tiles or shares: a number belongs to its row and key.
+Tiling is as in `contrastive`: a program holds BLOCK_M rows and streams a share of the keys, with as many
+shares as fill the GPU. A tile is BLOCK_N counters of the generator with four random words each, so 4 ·
+BLOCK_N keys. Word w belongs to keys w, w + 4, w + 8, …, which are loaded as a sub-tile of their own.
+Similarities and random numbers are then in the same registers, and nothing is shuffled. The draws do not
+depend on tiles or shares: a number belongs to its row and key.
 
-A row and key cost a quarter of a Philox block, two logarithms and an exponential beside a product of `width` terms: at
-the widths of contrastive features that, not the tensor cores, is the bound. There are rows × keys of one batch of them,
-a fraction of what the loss itself streams with its queue.
+Each pair of row and key costs a quarter of a Philox block, two logarithms and an exponential, next to a
+product of `width` terms. At the widths of contrastive features these set the time, not the tensor cores.
+There are only rows × keys pairs of one batch, a fraction of what the loss itself streams with its queue.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from blip_kernels.constants import NO_ID
 from blip_kernels.gpu.configs import config
-from blip_kernels.gpu.contrastive_kernels import LOG2E, load_rows, shares_of
-from blip_kernels.gpu.contrastive_merge import cdiv
 from blip_kernels.gpu.kernel_launch import INTERPRETED, generation, launch
+from blip_kernels.gpu.streaming import KERNEL_LOG2E, LOG2E, cdiv, load_rows, padded_width, shares_of
 from blip_kernels.random import ROUNDS
+
+_NO_ID = tl.constexpr(NO_ID)
+_NO_KEY = tl.constexpr(NO_ID - 1)  # stands for NO_ID among ids of keys, so that NO_ID equals nothing
 
 
 @triton.jit
@@ -41,25 +45,25 @@ def _uniform(b_bits):
 
 @triton.jit
 def _log2(b_x, APPROXIMATE: tl.constexpr):
-    """One instruction (error 2⁻²²) instead of the exact logarithm's twenty, which the interpreter has to take."""
+    """log2: with APPROXIMATE one instruction (error 2⁻²²), else exact in twenty, for the interpreter."""
     if APPROXIMATE:
-        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [b_x], dtype=tl.float32, is_pure=True,
-                                         pack=1)
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [b_x], dtype=tl.float32,
+                                         is_pure=True, pack=1)
     return tl.math.log2(b_x)
 
 
 @triton.jit
 def _waiting_time(b_v, APPROXIMATE: tl.constexpr):
-    """−log2(1 − v), by its series where v is small: there are the draws that win."""
-    b_series = b_v * (1.4426950408889634 + b_v * (0.7213475204444817 + b_v * (0.4808983469629878
-                                                                              + b_v * 0.36067376022224085)))
+    """−log2(1 − v); by its series for small v, where the winning draws lie."""
+    b_series = b_v * (KERNEL_LOG2E
+                      + b_v * (KERNEL_LOG2E / 2 + b_v * (KERNEL_LOG2E / 3 + b_v * (KERNEL_LOG2E / 4))))
     return tl.where(b_v < 0.015625, b_series, -_log2(1.0 - b_v, APPROXIMATE))
 
 
 @triton.jit
 def _products(p_q, b_q, n_here, p_k, n_left, D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
-    """q · k [BLOCK_M, BLOCK_N] with every fourth key from p_k on, n_left of them; q is reloaded if CHUNK < BLOCK_D."""
+    """q · k [BLOCK_M, BLOCK_N], every fourth key from p_k on, n_left keys. Reloads q if CHUNK < BLOCK_D."""
     b_s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for first in range(0, BLOCK_D, CHUNK):
         b_x = b_q if CHUNK == BLOCK_D else load_rows(p_q, n_here, first, D, BLOCK_D, BLOCK_M, CHUNK, True)
@@ -69,13 +73,16 @@ def _products(p_q, b_q, n_here, p_k, n_left, D: tl.constexpr, BLOCK_D: tl.conste
     return b_s
 
 
-@triton.jit(do_not_specialize=["seed", "stream", "n_rows", "n_keys", "n_share", "first_own"])
-def _draw_kernel(p_q, p_keys, p_scale, p_ids, p_key_ids, p_reals, p_indices, seed, stream, n_rows, n_keys, n_share,
-                 first_own, D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr,
-                 BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, ROUNDS: tl.constexpr, BY_ID: tl.constexpr,
-                 APPROXIMATE: tl.constexpr):
-    """One share of the keys: reals [shares, 4, n_rows] = maximum, Σ exp, Σ exp of admissible keys, best Gumbel score;
-    indices [shares, 4, n_rows] = number of admissible keys, best score's key, least random number, that one's key.
+@triton.jit(do_not_specialize=["seed", "i_stream", "n_rows", "n_keys", "n_share", "first_own"])
+def _draw_kernel(p_q, p_keys, p_scale, p_ids, p_key_ids, p_reals, p_indices, seed, i_stream, n_rows, n_keys,
+                 n_share, first_own, D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
+                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, ROUNDS: tl.constexpr,
+                 BY_ID: tl.constexpr, APPROXIMATE: tl.constexpr):
+    """Draw from one share of the keys.
+
+    Writes reals [shares, 4, n_rows]: maximum, Σ exp, Σ exp of admissible keys, best Gumbel score; and indices
+    [shares, 4, n_rows]: number of admissible keys, key of the best score, least random number, key of that
+    number.
     """
     i_m, i_share = tl.program_id(0).to(tl.int64), tl.program_id(1)
     n_here = (n_rows - i_m * BLOCK_M).to(tl.int32)
@@ -91,7 +98,7 @@ def _draw_kernel(p_q, p_keys, p_scale, p_ids, p_key_ids, p_reals, p_indices, see
         b_id = tl.load(p_ids + o_row, mask=m_row, other=0)
     b_top, b_count = tl.full([BLOCK_M], -1e30, tl.float32), tl.zeros([BLOCK_M], tl.float32)
     b_sum, b_admitted = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
-    # The winners so far stay apart by column until the end: a comparison an element instead of a reduction a tile.
+    # Winners are kept per column until the end: a comparison per element instead of a reduction per tile.
     b_best, b_least = (tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32),
                        tl.full([BLOCK_M, BLOCK_N], 0x7FFFFFFF, tl.int32))
     b_drawn, b_even = tl.full([BLOCK_M, BLOCK_N], -1, tl.int32), tl.full([BLOCK_M, BLOCK_N], -1, tl.int32)
@@ -99,8 +106,8 @@ def _draw_kernel(p_q, p_keys, p_scale, p_ids, p_key_ids, p_reals, p_indices, see
     for i_tile in range(i_share * n_share, tl.minimum(i_share * n_share + n_share, n_tiles)):
         o_counter = i_tile * BLOCK_N + tl.arange(0, BLOCK_N)
         b_w0, b_w1, b_w2, b_w3 = tl.philox(seed, o_counter[None, :] + tl.zeros([BLOCK_M, 1], tl.int32),
-                                           o_row.to(tl.int32)[:, None] + tl.zeros([1, BLOCK_N], tl.int32), stream, 0,
-                                           n_rounds=ROUNDS)
+                                           o_row.to(tl.int32)[:, None] + tl.zeros([1, BLOCK_N], tl.int32),
+                                           i_stream, 0, n_rounds=ROUNDS)
         for i_word in tl.static_range(4):
             if i_word == 0:
                 b_word = b_w0
@@ -118,8 +125,8 @@ def _draw_kernel(p_q, p_keys, p_scale, p_ids, p_key_ids, p_reals, p_indices, see
             m_key = o_key < n_keys
             b_key_id = o_key
             if BY_ID:
-                b_key_id = tl.load(p_key_ids + o_key, mask=m_key, other=-100)
-                b_key_id = tl.where(b_key_id == -100, -101, b_key_id)  # −100 equals nothing
+                b_key_id = tl.load(p_key_ids + o_key, mask=m_key, other=_NO_ID)
+                b_key_id = tl.where(b_key_id == _NO_ID, _NO_KEY, b_key_id)
             m_admissible = m_key[None, :] & (b_id[:, None] != b_key_id[None, :])
             b_seen = tl.where(m_key[None, :], b_s, float("-inf"))
             b_new = tl.maximum(b_top, tl.max(b_seen, 1))
@@ -150,10 +157,10 @@ def _draw_kernel(p_q, p_keys, p_scale, p_ids, p_key_ids, p_reals, p_indices, see
     tl.store(p_index + 3 * n_rows, b_first_even, mask=m_row)
 
 
-@triton.jit(do_not_specialize=["seed", "stream", "n_rows", "n_shares"])
-def _merge_draws_kernel(p_reals, p_indices, p_out, floor, seed, stream, n_rows, n_shares, ROWS: tl.constexpr,
-                        ROUNDS: tl.constexpr):
-    """Shares in their order, then the choice between the softmax's draw and the uniform one: int64 [n_rows]."""
+@triton.jit(do_not_specialize=["seed", "i_stream", "n_rows", "n_shares"])
+def _merge_draws_kernel(p_reals, p_indices, p_out, floor, seed, i_stream, n_rows, n_shares,
+                        ROWS: tl.constexpr, ROUNDS: tl.constexpr):
+    """Merge shares in order, then choose between the softmax's draw and the uniform one: int64 [n_rows]."""
     o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     m_row = o_row < n_rows
     b_top, b_best = tl.full([ROWS], -1e30, tl.float32), tl.full([ROWS], float("-inf"), tl.float32)
@@ -176,17 +183,21 @@ def _merge_draws_kernel(p_reals, p_indices, p_out, floor, seed, stream, n_rows, 
         b_value = tl.load(p_index + 2 * n_rows, mask=m_row, other=0)
         b_even = tl.where(b_value < b_least, tl.load(p_index + 3 * n_rows, mask=m_row, other=-1), b_even)
         b_least = tl.minimum(b_least, b_value)
-    b_word, _, _, _ = tl.philox(seed, tl.full([ROWS], -1, tl.int32), o_row.to(tl.int32), stream, 0, n_rounds=ROUNDS)
+    b_word, _, _, _ = tl.philox(seed, tl.full([ROWS], -1, tl.int32), o_row.to(tl.int32), i_stream, 0,
+                                n_rounds=ROUNDS)
     b_share = b_admitted / b_sum
     m_softmax = _uniform(_bits(b_word)) * (b_share + floor * b_count.to(tl.float32)) <= b_share
     tl.store(p_out + o_row, tl.where(m_softmax & (b_drawn >= 0), b_drawn, b_even).to(tl.int64), mask=m_row)
 
 
-def draw(q: Tensor, keys: Tensor, temperature: Tensor, floor: float, seed: int, stream: int, ids: Tensor | None,
-         key_ids: Tensor | None, first_own: int) -> Tensor:
-    """int64 [rows], a key per row or −1. Arguments: contiguous, checked; `ids` None excludes key i + `first_own`."""
+def draw(q: Tensor, keys: Tensor, temperature: Tensor, floor: float, seed: int, stream: int,
+         ids: Tensor | None, key_ids: Tensor | None, first_own: int) -> Tensor:
+    """Draw a key for each row, int64 [rows], or −1.
+
+    Arguments must be contiguous and checked. With `ids` None, row i excludes key i + `first_own`.
+    """
     (rows, width), device = q.shape, q.device
-    block = triton.next_power_of_2(max(width, 16))
+    block = padded_width(width)
     bits = "float32" if q.dtype == torch.float32 else "16 bit"
     meta = config("hard_negatives", f"draw, width {max(block, 64)}, {bits}", generation(device))
     chunk = min(meta.pop("CHUNK"), block)
@@ -195,18 +206,19 @@ def draw(q: Tensor, keys: Tensor, temperature: Tensor, floor: float, seed: int, 
     reals = torch.empty(shares, 4, rows, dtype=torch.float32, device=device)
     indices = torch.empty(shares, 4, rows, dtype=torch.int32, device=device)
     out = torch.empty(rows, dtype=torch.int64, device=device)
-    launch(_draw_kernel, (blocks, shares), q, keys, LOG2E / temperature.float().reshape(1), ids, key_ids, reals,
-           indices, seed, stream, rows, len(keys), cdiv(tiles, max(shares, 1)), first_own, D=width,
+    launch(_draw_kernel, (blocks, shares), p_q=q, p_keys=keys, p_scale=LOG2E / temperature.float().reshape(1),
+           p_ids=ids, p_key_ids=key_ids, p_reals=reals, p_indices=indices, seed=seed, i_stream=stream,
+           n_rows=rows, n_keys=len(keys), n_share=cdiv(tiles, max(shares, 1)), first_own=first_own, D=width,
            BLOCK_D=block, CHUNK=chunk, PRECISION="tf32x3", ROUNDS=ROUNDS, BY_ID=ids is not None,
            APPROXIMATE=not INTERPRETED, **meta)
     merge = config("hard_negatives", "merge", generation(device))
-    launch(_merge_draws_kernel, (cdiv(rows, merge["ROWS"]),), reals, indices, out, floor, seed, stream, rows,
-           shares, ROUNDS=ROUNDS, **merge)
+    launch(_merge_draws_kernel, (cdiv(rows, merge["ROWS"]),), p_reals=reals, p_indices=indices, p_out=out,
+           floor=floor, seed=seed, i_stream=stream, n_rows=rows, n_shares=shares, ROUNDS=ROUNDS, **merge)
     return out
 
 
 def samples(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
-    """(name, call) of launches for ahead-of-time compilation, on `meta` tensors: 512 rows, keys of 32 ranks."""
+    """Yield (name, call) of launches to compile, on `meta` tensors: 512 rows, keys of 32 ranks."""
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 

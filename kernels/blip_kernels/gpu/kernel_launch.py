@@ -1,7 +1,7 @@
-"""Every kernel launch passes here. On a GPU it runs; in Triton's interpreter it runs on the CPU.
+"""Every kernel launch goes through `launch`: it runs on a GPU, or in Triton's interpreter on the CPU.
 
-`blip_kernels.compiled.aot` takes note of it instead, with the very arguments, hints and configuration, and compiles it
-for a GPU that is not here.
+`blip_kernels.compiled.aot` records launches instead of running them, with the same arguments, hints and
+configuration, and compiles them for a GPU that is not present.
 """
 
 from __future__ import annotations
@@ -15,24 +15,37 @@ from torch import Tensor
 from triton import knobs
 
 INTERPRETED = knobs.runtime.interpret  # TRITON_INTERPRET=1 when Triton was imported
-GENERATIONS = (80, 90, 100)  # compute capabilities with launch configurations of their own
+GENERATIONS = (80, 90, 100)  # compute capabilities that have launch configurations
 
-# (kernel, grid, arguments, keyword arguments) of a launch that is noted down instead of run
-Note = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]
+# (kernel, grid, arguments by name) of a launch that is recorded instead of run
+Note = Callable[[Any, tuple[int, ...], dict[str, Any]], None]
 _noting: tuple[int, Note] | None = None
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
-    """Run `kernel` over `grid`, unless the grid is empty. `meta`: its constexprs, num_warps and num_stages."""
+def launch(kernel: Any, grid: tuple[int, ...], /, **arguments: Any) -> None:
+    """Run `kernel` over `grid`, unless the grid is empty.
+
+    Arguments: all parameters of the kernel by name (Triton reserves `stream`, `device` and `grid`), num_warps
+    and num_stages.
+    """
     if _noting is not None:
-        _noting[1](kernel, grid, args, meta)
+        _noting[1](kernel, grid, arguments)
     elif min(grid) > 0:
-        kernel[grid](*args, **meta)
+        kernel[grid](**arguments)
+
+
+def strides(**tensors: Tensor) -> dict[str, int]:
+    """Strides of tensors [(segments,) rows, heads, head_dim] by the names that kernels give them.
+
+    The rows of tensor `k` have the stride s_k, its heads s_kh, and its segments, if it has any, s_ks.
+    """
+    return {f"s_{name}{axis}": stride for name, x in tensors.items()
+            for axis, stride in zip(("h", "", "s"), x.stride()[-2::-1], strict=False)}
 
 
 @contextmanager
 def noting(generation: int, note: Note) -> Iterator[None]:
-    """Within, launches are handed to `note` as if on a GPU of `generation` (80, 90 or 100); tensors may be `meta`."""
+    """Inside, launches go to `note` as if on a GPU of `generation` (80, 90, 100); tensors may be `meta`."""
     global _noting
     _noting = (generation, note)
     try:
@@ -42,8 +55,11 @@ def noting(generation: int, note: Note) -> Iterator[None]:
 
 
 def generation(device: torch.device) -> int:
-    """Which of `GENERATIONS` a launch on `device` is configured for: the newest that is not newer than the device. But
-    Blackwell's workstation chips (12.x) have Ampere's tensor cores and 99 KiB of shared memory, and are launched so."""
+    """Return which of `GENERATIONS` launches on `device` are configured for: the newest up to its own.
+
+    Blackwell's workstation chips (12.x) have Ampere's tensor cores and 99 KiB of shared memory, so they are
+    launched as Ampere.
+    """
     if _noting is not None:
         return _noting[0]
     if device.type != "cuda":
@@ -55,7 +71,7 @@ def generation(device: torch.device) -> int:
 
 
 def why_not(x: Tensor) -> str | None:
-    """Why Triton cannot run a call on `x`, or None where it can."""
+    """Return why Triton cannot run a call on `x`, or None if it can."""
     if x.device.type == "cuda":
         if torch.version.hip or torch.cuda.get_device_capability(x.device) < (8, 0):
             return "its kernels need an NVIDIA GPU of compute capability 8.0 or newer"

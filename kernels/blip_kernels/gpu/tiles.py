@@ -1,5 +1,7 @@
-"""The tiles of packed segments, listed on the GPU: the host knows how many rows there are but not how long segments
-are, and asking would stall it. The list has room for the most tiles that there can be.
+"""The list of tiles of packed segments, made on the GPU.
+
+The host knows the number of rows but not the lengths of segments, and reading them would make it wait for the
+GPU. The list has room for the largest possible number of tiles.
 """
 
 from __future__ import annotations
@@ -14,7 +16,10 @@ from blip_kernels.gpu.kernel_launch import launch
 
 @triton.jit
 def _schedule_kernel(p_tiles, p_offsets, n_segments, max_tiles, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Tiles of segment i: (segment, first row within it), behind those of all segments before; −1 behind the last."""
+    """Write the tiles of segment i, (segment, first row within it), after those of all earlier segments.
+
+    Entries after the last tile are −1.
+    """
     i_segment = tl.program_id(0)
     first = 0
     for start in range(0, i_segment, BLOCK):
@@ -38,8 +43,11 @@ def _schedule_kernel(p_tiles, p_offsets, n_segments, max_tiles, ROWS: tl.constex
 
 @triton.jit
 def rows_of_tile(p_tiles, p_q_offsets, p_kv_offsets, i_tile, i_segment):
-    """Of a tile in the list: its first row within the segment, the segment's first query, number of queries, first key
-    and number of keys."""
+    """Look up a tile of the list.
+
+    Returns its first row within the segment; the segment's first query, number of queries, first key and
+    number of keys.
+    """
     row = tl.load(p_tiles + 2 * i_tile + 1)
     q_first, kv_first = tl.load(p_q_offsets + i_segment), tl.load(p_kv_offsets + i_segment)
     n_q = tl.load(p_q_offsets + i_segment + 1) - q_first
@@ -48,10 +56,13 @@ def rows_of_tile(p_tiles, p_q_offsets, p_kv_offsets, i_tile, i_segment):
 
 
 def tiles_of(offsets: Tensor, rows: int, tile_rows: int) -> Tensor:
-    """int32 [tiles, 2]: segment and first row of every tile of `tile_rows` rows; −1 where there are fewer tiles than
-    the most that `rows` rows in these segments can make."""
+    """List all tiles of `tile_rows` rows: int32 [tiles, 2], segment and first row of each.
+
+    The list is as long as the most tiles that `rows` rows in these segments can make; unused entries are −1.
+    """
     segments = len(offsets) - 1
     most = rows // tile_rows + segments
     tiles = torch.empty((most, 2), dtype=torch.int32, device=offsets.device)
-    launch(_schedule_kernel, (segments,), tiles, offsets, segments, most, ROWS=tile_rows, BLOCK=256, num_warps=4)
+    launch(_schedule_kernel, (segments,), p_tiles=tiles, p_offsets=offsets, n_segments=segments,
+           max_tiles=most, ROWS=tile_rows, BLOCK=256, num_warps=4)
     return tiles

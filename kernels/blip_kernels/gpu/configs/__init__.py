@@ -1,9 +1,9 @@
-"""Launch configurations: one readable table an op, `OP.json` beside this file, and none that is tuned on a user's step.
+"""Launch configurations: one JSON table per op, `OP.json` in this folder. Nothing autotunes during training.
 
-    {"forward, head_dim 64": {"sm_80": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}, …}, …}
+    {"forward, head_dim 64": {"sm_80": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, …}, …}, …}
 
-`blip-fast kernels --tune` measures candidates on the GPU at hand and writes a file of the same form with the ops' names
-in front, `{"attention": {…}}`; `BLIP_FAST_KERNEL_CONFIGS` names such a file, and its entries take precedence.
+`blip-fast kernels --tune` measures candidates on the GPU at hand and writes a file of the same form, keyed by
+op: `{"attention": {…}}`. If `BLIP_FAST_KERNEL_CONFIGS` names such a file, its entries take precedence.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ Config = dict[str, int]  # constexprs of tiling, num_warps, num_stages
 
 
 def config(op: str, launch: str, generation: int) -> Config:
-    """The configuration of one launch (`"forward, head_dim 64"`) of an op on a GPU generation (80, 90 or 100)."""
+    """Return the configuration of a launch (`"forward, head_dim 64"`) of an op on a generation (80, 90, 100)."""
     return dict(table(op)[launch][f"sm_{generation}"])
 
 
 @cache
 def table(op: str) -> dict[str, dict[str, Config]]:
-    """All configurations of an op: launch → `sm_80`, … → configuration.
+    """Return all configurations of an op: launch → `sm_80`, … → configuration.
 
-    Raises ValueError where the file that `BLIP_FAST_KERNEL_CONFIGS` names is missing or not of this form.
+    Raises ValueError if the file that `BLIP_FAST_KERNEL_CONFIGS` names is missing or not of this form.
     """
     known = json.loads((files(__name__) / f"{op}.json").read_text())
     tuned = os.environ.get(TUNED_VARIABLE)
