@@ -9,4 +9,5 @@ from blip_fast.checkpoint.native import save_native
 from blip_fast.checkpoint.nlvr2 import reasoning_model
 from blip_fast.checkpoint.original import save_original
 
-__all__ = ["load_model", "load_training_state", "reasoning_model", "save_hugging_face", "save_native", "save_original"]
+__all__ = ["load_model", "load_training_state", "reasoning_model", "save_hugging_face", "save_native",
+           "save_original"]

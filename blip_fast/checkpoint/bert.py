@@ -17,18 +17,20 @@ from blip_fast.model.config import BlipConfig, SpecialTokens, TextConfig
 from blip_fast.model.tokenizer import BLIP_TOKENS, Tokenizer
 
 MODEL_TYPE = "blip_fast_bert_cnn"
-# What a BERT may be beyond what is computed here, and what it must then be.
-NEEDED = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute", "type_vocab_size": 2}
+# Fields in which BERTs differ, and the only value of each that is computed here.
+NEEDED = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute",
+          "type_vocab_size": 2}
 
 
 def load_bert(directory: str | Path) -> tuple[Bert, Tokenizer]:
-    """Load an ordinary BERT: a directory with `config.json`, weights and `vocab.txt` or `tokenizer.json`. Heads and the
-    pooler are left out. Its tokenizer gets [DEC] and [ENC], for which the embeddings get rows of zeros.
+    """Load an ordinary BERT: a directory with `config.json`, weights and `vocab.txt` or `tokenizer.json`.
+    Heads and the pooler are left out. Its tokenizer gets [DEC] and [ENC], for which the embeddings get rows
+    of zeros.
 
     Raises:
         FileNotFoundError: there is no such directory, or no tokenizer in it.
-        ValueError: it is no BERT, or a cased one; it is broken (each tensor is named), or its tokenizer does not belong
-            to it.
+        ValueError: it is no BERT, or a cased one; it is broken (each tensor is named), or its tokenizer does
+            not belong to it.
     """
     content = _config_of(directory)
     strange = next((key for key, value in NEEDED.items() if content.get(key, value) != value), None)
@@ -38,7 +40,8 @@ def load_bert(directory: str | Path) -> tuple[Bert, Tokenizer]:
                          f"{content.get(key)!r}, not {NEEDED[key]!r}")
     with naming_config(Path(directory) / "config.json", "BERT"):
         config = TextConfig(
-            vocab_size=content["vocab_size"], width=content["hidden_size"], layers=content["num_hidden_layers"],
+            vocab_size=content["vocab_size"], width=content["hidden_size"],
+            layers=content["num_hidden_layers"],
             heads=content["num_attention_heads"], mlp_width=content["intermediate_size"],
             max_positions=content["max_position_embeddings"], norm_eps=content.get("layer_norm_eps", 1e-12),
             dropout=content.get("hidden_dropout_prob", 0.1), cross_attention=False)
@@ -48,8 +51,9 @@ def load_bert(directory: str | Path) -> tuple[Bert, Tokenizer]:
     tokenizer = Tokenizer.from_pretrained(directory)
     added = max(0, tokenizer.vocab_size - config.vocab_size)
     if added > len(BLIP_TOKENS):
-        raise ValueError(f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, [DEC] and [ENC] counted, the "
-                         f"model embeddings for {config.vocab_size}: they do not belong together")
+        raise ValueError(f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, [DEC] and [ENC] "
+                         f"counted, the model embeddings for {config.vocab_size}: they do not belong "
+                         "together")
     with torch.device("meta"):
         bert = Bert(config)
     parameters = _layout(config).join(_own_tensors(read_weights(directory)), _shapes(bert), str(directory))
@@ -67,7 +71,8 @@ def save_bert_cnn(model: BertCnn, tokenizer: Tokenizer, directory: str | Path) -
     write_tensors({name: tensor.contiguous() for name, tensor in model.state_dict().items()},
                   directory / "model.safetensors")
     tokenizer.save(directory)
-    write_json({"model_type": MODEL_TYPE, "bert": dataclasses.asdict(model.bert.config)}, directory / "config.json")
+    write_json({"model_type": MODEL_TYPE, "bert": dataclasses.asdict(model.bert.config)},
+               directory / "config.json")
 
 
 def load_bert_cnn(directory: str | Path) -> tuple[BertCnn, Tokenizer]:
@@ -79,8 +84,8 @@ def load_bert_cnn(directory: str | Path) -> tuple[BertCnn, Tokenizer]:
     """
     content = _config_of(directory)
     if content.get("model_type") != MODEL_TYPE:
-        raise ValueError(f"{directory}: config.json is of a {content.get('model_type')!r} model, not of a BERT-CNN: "
-                         "name what `blip-fast train-reranker` wrote")
+        raise ValueError(f"{directory}: config.json is of a {content.get('model_type')!r} model, not of a "
+                         "BERT-CNN: name what `blip-fast train-reranker` wrote")
     with naming_config(Path(directory) / "config.json", "BERT"), torch.device("meta"):
         model = BertCnn(Bert(TextConfig(**content["bert"])))
     shapes = _shapes(model)
@@ -91,14 +96,16 @@ def load_bert_cnn(directory: str | Path) -> tuple[BertCnn, Tokenizer]:
 def _config_of(directory: str | Path) -> dict[str, Any]:
     path = Path(directory) / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{directory} is no directory with a config.json: name a checkpoint on this machine")
+        raise FileNotFoundError(f"{directory} is no directory with a config.json: name a checkpoint on this "
+                                "machine")
     return read_json(path)
 
 
 def _layout(config: TextConfig) -> Layout:
-    """BERT's tensors are those of the published BLIP's text encoder without cross-attention, and the types'."""
-    encoder = BlipConfig(text=config, tokens=SpecialTokens(0, 0, 0, 0, 0), text_stacks="encoder", contrastive=False,
-                         matching=False)
+    """BERT's tensors are those of the published BLIP's text encoder without cross-attention, and the type
+    embeddings."""
+    encoder = BlipConfig(text=config, tokens=SpecialTokens(0, 0, 0, 0, 0), text_stacks="encoder",
+                         contrastive=False, matching=False)
     parts = {ours.removeprefix("text.encoder."): tuple(part.removeprefix("text_encoder.") for part in parts)
              for ours, parts in original_layout(encoder).parts.items() if ours.startswith("text.encoder.")}
     parts["type_embeds.weight"] = ("embeddings.token_type_embeddings.weight",)
@@ -106,11 +113,14 @@ def _layout(config: TextConfig) -> Layout:
 
 
 def _own_tensors(stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without heads, without the prefix of models that have some, and with norms as they are called today."""
+    """BERT's own tensors: without heads, without the prefix of models that have heads, and with today's names
+    of norms."""
     plain = {key.removeprefix("bert."): tensor for key, tensor in stored.items()}
     own = {key: tensor for key, tensor in plain.items() if key.startswith(("embeddings.", "encoder."))}
-    return {key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): tensor
-            for key, tensor in own.items()}
+    today = [("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")]
+    for old, new in today:
+        own = {key.replace(old, new): tensor for key, tensor in own.items()}
+    return own
 
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:
@@ -118,5 +128,5 @@ def _shapes(model: nn.Module) -> dict[str, torch.Size]:
 
 
 def _fill(model: nn.Module, parameters: dict[str, Tensor]) -> None:
-    """Give a model without memory its parameters, in float32."""
+    """Give a model on the meta device its parameters, in float32."""
     model.load_state_dict({name: tensor.float() for name, tensor in parameters.items()}, assign=True)

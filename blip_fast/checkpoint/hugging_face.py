@@ -6,8 +6,9 @@
 | BlipForQuestionAnswering     | untied      |                       |
 | BlipForImageTextRetrieval    | encoder     | contrastive, matching |
 
-transformers knows no temperature, no [CLS] and [ENC] ids and no stochastic depth. We store them in `config.json` under
-names of our own (`itc_temperature`, `cls_token_id`, `enc_token_id`, `drop_path_rate`), which transformers keeps.
+transformers knows no temperature, no [CLS] and [ENC] ids and no stochastic depth. We store them in
+`config.json` under names of our own (`itc_temperature`, `cls_token_id`, `enc_token_id`, `drop_path_rate`),
+which transformers keeps.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ CLASSES: dict[str, dict[str, Any]] = {
     "BlipForQuestionAnswering": {"text_stacks": "untied", "contrastive": False, "matching": False},
     "BlipForImageTextRetrieval": {"text_stacks": "encoder", "contrastive": True, "matching": True},
 }
-# What transformers takes where config.json does not say.
+# Defaults of transformers for fields that config.json leaves out.
 TEXT_DEFAULTS = {
     "vocab_size": 30524, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
     "num_attention_heads": 8, "max_position_embeddings": 512, "hidden_act": "gelu", "layer_norm_eps": 1e-12,
@@ -43,24 +44,27 @@ VISION_DEFAULTS = {
 
 
 def read(source: str | Path, content: dict[str, Any], tokens: SpecialTokens) -> Stored:
-    """Read a directory or Hub model whose config.json holds `content`. `tokens` are the tokenizer's special tokens.
+    """Read a directory or Hub model whose config.json holds `content`. `tokens` are the tokenizer's special
+    tokens.
 
     Raises ValueError where the class is not one of the three, or the config asks for what BLIP does not have.
     """
     with naming_config(source):
         config = _to_config(content, tokens, source)
     tensors = read_weights(source)
-    # config.json may say tied where older transformers trained the two apart; transformers 5 too trusts the tensors.
+    # config.json may say tied where older transformers trained the two apart; transformers 5 too trusts the
+    # tensors.
     config = replace(config, tied_lm_head=has_tied_lm_head(tensors))
     if (bias := tensors.get(f"{LM_HEAD}.decoder.bias")) is not None:
-        tensors[f"{LM_HEAD}.bias"] = bias  # of the two that may be stored, what transformers computes with
+        tensors[f"{LM_HEAD}.bias"] = bias  # both may be stored; transformers computes with this one
     if config.contrastive:
         tensors["temp"] = torch.tensor(content.get("itc_temperature", INITIAL_TEMPERATURE))
     return Stored(config, hugging_face_layout(config), tensors)
 
 
 def save_hugging_face(model: BlipModel, tokenizer: Tokenizer | None, directory: str | Path) -> None:
-    """Write a directory that transformers loads: config, weights, image processor and, if given, tokenizer files.
+    """Write a directory that transformers loads: config, weights, image processor and, if given, tokenizer
+    files.
 
     Raises ValueError where none of its classes holds all the parts of the model; the message names them.
     """
@@ -68,7 +72,8 @@ def save_hugging_face(model: BlipModel, tokenizer: Tokenizer | None, directory: 
     architecture = class_for(config)
     tensors = hugging_face_layout(config).split(model.state_dict())
     temperature = tensors.pop("temp", None)
-    if config.has_decoder and not config.tied_lm_head:  # transformers 5 then does not tie the two biases either
+    # transformers 5 then does not tie the two biases either
+    if config.has_decoder and not config.tied_lm_head:
         tensors[f"{LM_HEAD}.decoder.bias"] = tensors[f"{LM_HEAD}.bias"].clone()
     content = _from_config(config, architecture)
     if temperature is not None:
@@ -83,15 +88,16 @@ def save_hugging_face(model: BlipModel, tokenizer: Tokenizer | None, directory: 
 
 
 def class_for(config: BlipConfig) -> str:
-    """The class of transformers that holds exactly the parts of a model. Raises ValueError where there is none."""
+    """The class of transformers that holds exactly the parts of a model. Raises ValueError where there is
+    none."""
     has = {"text_stacks": config.text_stacks, "contrastive": config.contrastive, "matching": config.matching}
     for architecture, parts in CLASSES.items():
         if has == parts and not config.reasoning and config.text.cross_attention:
             return architecture
     heads = [name for name in ("contrastive", "matching", "reasoning") if getattr(config, name)]
-    raise ValueError(f"transformers has no BLIP class for a model with text_stacks={config.text_stacks!r} and "
-                     f"{' and '.join(heads) or 'no'} heads: keep the parts of one task first (--task caption, match or "
-                     "answer)")
+    raise ValueError(f"transformers has no BLIP class for a model with text_stacks={config.text_stacks!r} "
+                     f"and {' and '.join(heads) or 'no'} heads: keep the parts of one task first (--task "
+                     "caption, match or answer)")
 
 
 def _to_config(content: dict[str, Any], tokens: SpecialTokens, source: str | Path) -> BlipConfig:
@@ -102,7 +108,8 @@ def _to_config(content: dict[str, Any], tokens: SpecialTokens, source: str | Pat
     vision = VISION_DEFAULTS | (content.get("vision_config") or {})
     for part, values in (("text", text), ("vision", vision)):
         if values["hidden_act"] != "gelu":
-            raise ValueError(f"{source}: {part}_config.hidden_act is {values['hidden_act']!r}: BLIP's is 'gelu'")
+            raise ValueError(f"{source}: {part}_config.hidden_act is {values['hidden_act']!r}: BLIP's is "
+                             "'gelu'")
     return BlipConfig(
         vision=VisionConfig(
             image_size=_side(vision["image_size"], "image_size", source),
@@ -144,8 +151,9 @@ def _from_config(config: BlipConfig, architecture: str) -> dict[str, Any]:
             "model_type": "blip_text_model", "vocab_size": text.vocab_size, "hidden_size": text.width,
             "encoder_hidden_size": vision.width, "intermediate_size": text.mlp_width,
             "num_hidden_layers": text.layers, "num_attention_heads": text.heads,
-            "max_position_embeddings": text.max_positions, "hidden_act": "gelu", "layer_norm_eps": text.norm_eps,
-            "hidden_dropout_prob": text.dropout, "attention_probs_dropout_prob": text.dropout,
+            "max_position_embeddings": text.max_positions, "hidden_act": "gelu",
+            "layer_norm_eps": text.norm_eps, "hidden_dropout_prob": text.dropout,
+            "attention_probs_dropout_prob": text.dropout,
             "pad_token_id": tokens.pad, "bos_token_id": tokens.bos, "sep_token_id": tokens.sep,
             "eos_token_id": tokens.sep, "cls_token_id": tokens.cls, "enc_token_id": tokens.enc,
             "tie_word_embeddings": config.tied_lm_head,
@@ -153,8 +161,9 @@ def _from_config(config: BlipConfig, architecture: str) -> dict[str, Any]:
         "vision_config": {
             "model_type": "blip_vision_model", "hidden_size": vision.width,
             "intermediate_size": round(vision.width * vision.mlp_ratio), "num_hidden_layers": vision.layers,
-            "num_attention_heads": vision.heads, "image_size": vision.image_size, "patch_size": vision.patch_size,
-            "hidden_act": "gelu", "layer_norm_eps": vision.norm_eps, "drop_path_rate": vision.drop_path,
+            "num_attention_heads": vision.heads, "image_size": vision.image_size,
+            "patch_size": vision.patch_size, "hidden_act": "gelu", "layer_norm_eps": vision.norm_eps,
+            "drop_path_rate": vision.drop_path,
         },
     }
 
@@ -162,7 +171,8 @@ def _from_config(config: BlipConfig, architecture: str) -> dict[str, Any]:
 def _image_processor(image_size: int) -> dict[str, Any]:
     """BLIP's evaluation transform in transformers' words."""
     return {
-        "image_processor_type": "BlipImageProcessor", "processor_class": "BlipProcessor", "do_convert_rgb": True,
-        "do_resize": True, "size": {"height": image_size, "width": image_size}, "resample": 3, "do_rescale": True,
-        "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": list(MEAN), "image_std": list(STD),
+        "image_processor_type": "BlipImageProcessor", "processor_class": "BlipProcessor",
+        "do_convert_rgb": True, "do_resize": True, "size": {"height": image_size, "width": image_size},
+        "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+        "image_mean": list(MEAN), "image_std": list(STD),
     }

@@ -23,21 +23,21 @@ def load_model(source: str | Path, *, tokenizer: Tokenizer | None = None, image_
     """Load a model, in evaluation mode, and its tokenizer.
 
     Args:
-        source: a directory or Hub model (`Salesforce/blip-image-captioning-base`) in the layout of transformers or in
-            our own, or a published `.pth`.
+        source: a directory or Hub model (`Salesforce/blip-image-captioning-base`) in the layout of
+            transformers or in our own, or a published `.pth`.
         tokenizer: instead of the checkpoint's own.
         image_size: resize the position embeddings for images of this size.
-        heads: attention heads of a `.pth`, image and text alike, where heads are not 64 wide and no JSON beside it
-            says so.
+        heads: attention heads of a `.pth`, the same for image and text. Needed if heads are not 64 wide and
+            no JSON next to it says how many there are.
         dtype: of the parameters; None keeps the file's.
 
     Returns:
-        The model, and the tokenizer, None where the checkpoint brings none.
+        The model, and the tokenizer, or None if the checkpoint brings none.
 
     Raises:
         FileNotFoundError: there is no such file, directory or Hub model.
-        ValueError: it is no BLIP checkpoint or a broken one, a tensor is missing, not known or misshapen (each is
-            named), or the tokenizer does not belong to it.
+        ValueError: it is no BLIP checkpoint or a broken one, a tensor is missing, not known or misshapen
+            (each is named), or the tokenizer does not belong to it.
     """
     stored, tokenizer = _read(source, tokenizer, heads)
     model = _on_meta(stored.config)
@@ -56,14 +56,16 @@ def load_training_state(source: str | Path, config: BlipConfig) -> dict[str, Ten
 
     Args:
         source: as for `load_model`.
-        config: of the loaded model: momentum copies must fit it, their positions are resized to its image size.
+        config: of the loaded model: momentum copies must fit it, their positions are resized to its image
+            size.
 
     Raises:
         ValueError: a momentum copy is of no tensor of the model, or misshapen.
     """
     state = _read_training_state(source)
     layout = original_layout(config)
-    shapes = layout.part_shapes({name: tensor.shape for name, tensor in _on_meta(config).state_dict().items()})
+    shapes = layout.part_shapes({name: tensor.shape
+                                 for name, tensor in _on_meta(config).state_dict().items()})
     for key, tensor in state.items():
         if key in original.QUEUES:
             continue
@@ -78,7 +80,8 @@ def load_training_state(source: str | Path, config: BlipConfig) -> dict[str, Ten
     return state
 
 
-def _read(source: str | Path, tokenizer: Tokenizer | None, heads: int | None) -> tuple[Stored, Tokenizer | None]:
+def _read(source: str | Path, tokenizer: Tokenizer | None,
+          heads: int | None) -> tuple[Stored, Tokenizer | None]:
     path = Path(source)
     if path.is_file():
         tokenizer = tokenizer or _tokenizer(original.tokenizer_directory(path))
@@ -87,7 +90,8 @@ def _read(source: str | Path, tokenizer: Tokenizer | None, heads: int | None) ->
         if (config_path := find(source, "config.json")) is None:
             raise ValueError(f"{source} is no checkpoint: it holds no config.json")
         if heads is not None:
-            raise ValueError(f"heads is for a published .pth: {source} has a config.json that says how many there are")
+            raise ValueError(f"heads is for a published .pth: {source} has a config.json that says how many "
+                             "there are")
         content, tokenizer = read_json(config_path), tokenizer or _tokenizer(source)
         kind = content.get("model_type")
         if kind == native.MODEL_TYPE:
@@ -97,8 +101,8 @@ def _read(source: str | Path, tokenizer: Tokenizer | None, heads: int | None) ->
         else:
             raise ValueError(f"{source}: config.json is of a {kind!r} model, not of a BLIP model")
     if tokenizer is not None and tokenizer.vocab_size > stored.config.text.vocab_size:
-        raise ValueError(f"{source}: the tokenizer has {tokenizer.vocab_size} tokens, the model embeddings for "
-                         f"{stored.config.text.vocab_size}: they do not belong together")
+        raise ValueError(f"{source}: the tokenizer has {tokenizer.vocab_size} tokens, the model embeddings "
+                         f"for {stored.config.text.vocab_size}: they do not belong together")
     return stored, tokenizer
 
 
@@ -114,8 +118,8 @@ def _special_tokens(tokenizer: Tokenizer | None) -> SpecialTokens:
     """Special tokens for a checkpoint that does not name them: its tokenizer's, or bert-base-uncased's."""
     if tokenizer is None:
         return SpecialTokens()
-    return SpecialTokens(pad=tokenizer.pad_id, cls=tokenizer.cls_id, sep=tokenizer.sep_id, bos=tokenizer.bos_id,
-                         enc=tokenizer.enc_id)
+    return SpecialTokens(pad=tokenizer.pad_id, cls=tokenizer.cls_id, sep=tokenizer.sep_id,
+                         bos=tokenizer.bos_id, enc=tokenizer.enc_id)
 
 
 def _read_training_state(source: str | Path) -> dict[str, Tensor]:
@@ -127,6 +131,7 @@ def _read_training_state(source: str | Path) -> dict[str, Tensor]:
 
 
 def _on_meta(config: BlipConfig) -> BlipModel:
-    """The model without memory: every parameter is then assigned, so none is initialised in vain or left as it was."""
+    """The model on the meta device. Every parameter is assigned afterwards, so none is initialised in vain or
+    left out."""
     with torch.device("meta"):
         return BlipModel(config)

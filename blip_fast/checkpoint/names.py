@@ -1,7 +1,8 @@
 """What the published checkpoints and transformers call our parameters, and how they cut them.
 
-We fuse what is computed together: a layer's query, key and value, and all layers' keys and values of an image. A file
-holds the parts, so each of our parameters is the rows of one or more of its tensors, one behind the other.
+We fuse what is computed together: a layer's query, key and value, and all layers' keys and values of an
+image. A file holds the parts, so each of our parameters is the rows of one or more of its tensors, one after
+the other.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ PUBLISHED_AXES = {"vision.cls_token": 2, "vision.position_embeds": 1, "temperatu
 class Layout:
     """The tensors of one file form for one config.
 
-    `parts`: our parameter → the file's tensors whose rows it holds. `copies`: a tensor that the file may store a second
-    time → its source. `position_ids`: buffers that only count 0, 1, … up to the number of positions. `axes`: how many
-    axes of length 1 more than ours a tensor has in front.
+    `parts`: our parameter → the file's tensors whose rows it holds. `copies`: a tensor that the file may
+    store a second time → its source. `position_ids`: buffers that only count 0, 1, … up to the number of
+    positions. `axes`: how many leading axes of length 1 a tensor has more than ours.
     """
 
     parts: dict[str, tuple[str, ...]]
@@ -34,7 +35,8 @@ class Layout:
     position_ids: dict[str, int]
     axes: dict[str, int]
 
-    def join(self, stored: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], source: str) -> dict[str, Tensor]:
+    def join(self, stored: Mapping[str, Tensor], shapes: Mapping[str, torch.Size],
+             source: str) -> dict[str, Tensor]:
         """The file's tensors → our parameters, in memory of their own.
 
         Args:
@@ -43,24 +45,28 @@ class Layout:
             source: the file, for messages.
 
         Raises:
-            ValueError: a key is missing, not known or misshapen, or a copy differs from its source; all are named.
+            ValueError: a key is missing, not known or misshapen, or a copy differs from its source; all are
+                named.
         """
         stored = self._without_copies(dict(stored), source)
         wanted = self.part_shapes(shapes)
         faults = {
             "missing": [key for key in wanted if key not in stored],
             "unexpected": [key for key in stored if key not in wanted],
-            "misshapen": [f"{key} {list(stored[key].shape)} instead of {list(shape)}" for key, shape in wanted.items()
+            "misshapen": [f"{key} {list(stored[key].shape)} instead of {list(shape)}"
+                          for key, shape in wanted.items()
                           if key in stored and stored[key].shape != shape],
         }
         if any(faults.values()):
             named = "; ".join(f"{kind}: {_some(keys)}" for kind, keys in faults.items() if keys)
-            raise ValueError(f"{source} does not fit the BLIP model that its sizes and parts describe: {named}")
+            raise ValueError(f"{source} does not fit the BLIP model that its sizes and parts describe: "
+                             f"{named}")
         return {name: torch.cat([stored[part].flatten() for part in parts]).view(shapes[name])
                 for name, parts in self.parts.items()}
 
     def split(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Our parameters (or what is shaped like them: their gradients) → the file's tensors, copies left out."""
+        """Our parameters (or what is shaped like them: their gradients) → the file's tensors, copies left
+        out."""
         stored: dict[str, Tensor] = {}
         for name, parts in self.parts.items():
             tensor = parameters[name].detach()
@@ -145,13 +151,14 @@ def original_layout(config: BlipConfig) -> Layout:
 
 
 def has_tied_lm_head(stored: Mapping[str, Tensor]) -> bool:
-    """Whether a file's LM head projects with the decoder's word embeddings: only its tensors say so, in both forms."""
+    """Whether a file's LM head projects with the decoder's word embeddings: only its tensors say so, in both
+    forms."""
     projection, words = stored.get(f"{LM_HEAD}.decoder.weight"), stored.get(DECODER_WORDS)
     return projection is None or words is None or torch.equal(projection, words)
 
 
 def hugging_face_layout(config: BlipConfig) -> Layout:
-    """The form of transformers: the published one but for the names in the vision transformer."""
+    """The form of transformers: the published one, except for names in the vision transformer."""
     layout = original_layout(config)
     parts = {name: tuple(map(_hugging_face_name, parts)) for name, parts in layout.parts.items()}
     return replace(layout, parts=parts)
@@ -177,14 +184,17 @@ def _text_stack(ours: str, published: str, config: BlipConfig,
     layers = [f"{published}.encoder.layer.{i}" for i in range(config.text.layers)]
     for i, layer in enumerate(layers):
         for mode in modes:
-            # A tied stack holds the decoder's self-attention beside the encoder's.
-            own = layer if len(modes) == 1 or mode == "encoder" else layer.replace("text_encoder", "text_decoder.bert")
+            # A tied stack holds the decoder's self-attention next to the encoder's.
+            decoders = len(modes) > 1 and mode == "decoder"
+            own = layer.replace("text_encoder", "text_decoder.bert") if decoders else layer
             attention, self_attention = f"{ours}.layers.{i}.self_attention.{mode}", f"{own}.attention"
-            yield from _module(f"{attention}.qkv", *(f"{self_attention}.self.{x}" for x in ("query", "key", "value")))
+            yield from _module(f"{attention}.qkv",
+                               *(f"{self_attention}.self.{x}" for x in ("query", "key", "value")))
             yield from _module(f"{attention}.out", f"{self_attention}.output.dense")
             yield from _module(f"{attention}.norm", f"{self_attention}.output.LayerNorm")
         if config.text.cross_attention:
-            yield from _cross_attention(f"{ours}.layers.{i}.cross_attention", f"{layer}.crossattention", config, i)
+            yield from _cross_attention(f"{ours}.layers.{i}.cross_attention", f"{layer}.crossattention",
+                                        config, i)
         feed_forward = f"{ours}.layers.{i}.feed_forward"
         yield from _module(f"{feed_forward}.mlp_in", f"{layer}.intermediate.dense")
         yield from _module(f"{feed_forward}.mlp_out", f"{layer}.output.dense")
@@ -206,7 +216,7 @@ def _cross_attention(ours: str, published: str, config: BlipConfig,
 
 
 def _eyes(config: BlipConfig) -> tuple[str, ...]:
-    """What the names of NLVR2's two cross-attentions end in; one without a suffix elsewhere."""
+    """Suffixes of NLVR2's two cross-attentions; other models have one, without a suffix."""
     if not config.text.cross_attention:
         return ()
     return ("0", "1") if config.text.twin_cross_attention else ("",)

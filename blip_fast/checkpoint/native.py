@@ -1,5 +1,6 @@
-"""Our own form: a directory with `config.json`, `model.safetensors` in our parameter names, tokenizer files and, where
-there is training state (queues and momentum copies, under their published names), `training.safetensors`."""
+"""Our own form: a directory with `config.json`, `model.safetensors` in our parameter names, tokenizer files
+and, where there is training state (queues and momentum copies, under their published names),
+`training.safetensors`."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ def read(source: str | Path, content: dict[str, Any]) -> Stored:
 
 def save_native(model: BlipModel, tokenizer: Tokenizer | None, directory: str | Path,
                 training_state: dict[str, Tensor] | None = None) -> None:
-    """Write a native checkpoint. `training_state` holds queues and momentum copies under their published names."""
+    """Write a native checkpoint. `training_state` holds queues and momentum copies under their published
+    names."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     write_tensors({name: tensor.contiguous() for name, tensor in model.state_dict().items()},

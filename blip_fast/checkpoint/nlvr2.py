@@ -1,4 +1,5 @@
-"""NLVR2's first weights: an ordinary model whose cross-attention becomes both of the twins (BLIP section 5.4)."""
+"""NLVR2's first weights: an ordinary model whose cross-attention becomes both of the twins (BLIP section
+5.4)."""
 
 from __future__ import annotations
 
@@ -13,16 +14,16 @@ from blip_fast.model.blip import BlipModel
 def reasoning_model(model: BlipModel, seed: int) -> BlipModel:
     """A new NLVR2 model with the image encoder and text encoder of `model`.
 
-    Each of the two eyes starts as a copy of the one cross-attention. The layers that merge them and the head have no
-    counterpart: they are drawn from `seed`.
+    Each of the two eyes starts as a copy of the one cross-attention. The layers that merge them and the head
+    have no counterpart: they are drawn from `seed`.
 
     Raises:
         ValueError: the model has no text encoder with cross-attention.
     """
     config = model.config
     if not config.has_encoder or not config.text.cross_attention:
-        raise ValueError("NLVR2 starts from a model with an image-grounded text encoder: take a pre-training or "
-                         "retrieval checkpoint")
+        raise ValueError("NLVR2 starts from a model with an image-grounded text encoder: take a pre-training "
+                         "or retrieval checkpoint")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         twins = BlipModel(dataclasses.replace(

@@ -1,4 +1,5 @@
-"""Beam search under two rules of scoring and stopping (`GenerationConfig.beam_rule`), over slots of images."""
+"""Beam search under two rules of scoring and stopping (`GenerationConfig.beam_rule`), over slots of
+images."""
 
 from __future__ import annotations
 
@@ -16,13 +17,13 @@ from blip_fast.generate.texts import Texts, adjust, enter, no_texts
 class Beams(Texts):
     """The running texts of each image, best first, and its best finished texts so far."""
 
-    finished: Tensor  # int64 [slots, beams, max_length], [SEP] behind the end
+    finished: Tensor  # int64 [slots, beams, max_length], [SEP] after the end
     scores: Tensor  # [slots, beams], best first; −∞ where nothing has finished yet
 
 
 class BeamSearch:
-    """At each step the 2 × beams best continuations of all running texts of an image are ranked: those that end with
-    [SEP] among the first `beams` are finished, the best `beams` others run on."""
+    """Each step ranks the 2 × beams best continuations of an image's running texts. Those that end with [SEP]
+    are finished if they are among the first `beams`; the best `beams` others run on."""
 
     def __init__(self, config: GenerationConfig, sep_id: int) -> None:
         self.config, self.sep_id = config, sep_id
@@ -32,7 +33,7 @@ class BeamSearch:
         return Beams(**texts, finished=texts["token_ids"].clone(), scores=texts["sums"].clone())
 
     def enter(self, beams: Beams, slot: int, prompt: Sequence[int], seed: int) -> None:
-        """An image begins, whatever the seed: its prompt runs as the first text, the others are impossible."""
+        """Begin an image: its prompt is the first text, the others are impossible. The seed is not used."""
         enter(beams, slot, prompt)
         beams.sums[slot, 1:] = beams.scores[slot] = -torch.inf
 
@@ -44,7 +45,8 @@ class BeamSearch:
         ends = ranked.token_ids.take_along_dim(before[:, None, None], 2).squeeze(2) == self.sep_id
         run_on = ends.int().argsort(dim=1, stable=True)[:, : config.beams]  # the best that do not end
         running = replace(ranked, token_ids=ranked.token_ids.take_along_dim(run_on[..., None], 1),
-                          sums=ranked.sums.take_along_dim(run_on, 1), parents=ranked.parents.take_along_dim(run_on, 1))
+                          sums=ranked.sums.take_along_dim(run_on, 1),
+                          parents=ranked.parents.take_along_dim(run_on, 1))
 
         last, authors = lengths == config.max_length, config.beam_rule == "authors"
         divisors = config.score_divisors(lengths, beams.prompt_lengths, ended=True)[:, None]
@@ -53,24 +55,27 @@ class BeamSearch:
         finished_scores = (ranked.sums / divisors).masked_fill(~finishes, -torch.inf)
         running = self._finish(running, ranked.token_ids[:, best], finished_scores[:, best])
 
-        # Both rules take it that nothing better can come once the best sum is no better at the present length. The
-        # authors look at the best continuation of all, transformers 5 at the best that runs on.
+        # Both rules assume that no better text can come once the best sum, scored at the present length, is
+        # no better than the worst finished score. The authors take the best of all continuations,
+        # transformers 5 the best of those that run on.
         best_sum = (ranked if authors else running).sums[:, :1]
         done = running.done | (best_sum / divisors <= running.scores[:, -1:]).squeeze(1)
         running = replace(running, done=done)
-        if authors:  # at the last step texts without [SEP] are finished only if nothing else is certain to be better
+        if authors:  # the last step also finishes texts without [SEP], unless the image is done
             whole = config.score_divisors(lengths, beams.prompt_lengths, ended=False)[:, None]
             running = self._finish(running, running.token_ids,
                                    (running.sums / whole).masked_fill(~last[:, None], -torch.inf))
         return replace(running, done=done | last)
 
     def results(self, beams: Beams, slot: int) -> tuple[Tensor, Tensor]:
-        """The best texts of a slot: ids int64 [n_best, max_length] and scores [n_best], −∞ where there is none."""
+        """The best texts of a slot: ids int64 [n_best, max_length] and scores [n_best], −∞ where there is
+        none."""
         best = slice(self.config.n_best)
         return beams.finished[slot, best], beams.scores[slot, best]
 
     def _rank(self, beams: Beams, logits: Tensor) -> Beams:
-        """The 2 × beams best continuations of each image, best first, each with the text that it continues."""
+        """The 2 × beams best continuations of each image, best first, each with the text that it
+        continues."""
         most = 2 * self.config.beams
         # The best of all are among the best of each.
         log_probs, tokens = adjust(logits.log_softmax(-1), beams, self.config, self.sep_id).topk(most)
@@ -82,9 +87,10 @@ class BeamSearch:
         return replace(beams, token_ids=token_ids, lengths=beams.lengths + 1, sums=sums, parents=parents)
 
     def _finish(self, beams: Beams, token_ids: Tensor, scores: Tensor) -> Beams:
-        """Keep the best of the finished texts and these [slots, n, max_length], unless an image is done already."""
-        behind = torch.arange(token_ids.shape[2], device=token_ids.device) >= beams.lengths[:, None, None]
+        """Keep the best of the finished texts and of these [slots, n, max_length]. An image that is done
+        keeps what it has."""
+        after_end = torch.arange(token_ids.shape[2], device=token_ids.device) >= beams.lengths[:, None, None]
         scores = torch.cat([beams.scores, scores.masked_fill(beams.done[:, None], -torch.inf)], dim=1)
-        texts = torch.cat([beams.finished, token_ids.masked_fill(behind, self.sep_id)], dim=1)
+        texts = torch.cat([beams.finished, token_ids.masked_fill(after_end, self.sep_id)], dim=1)
         scores, best = scores.topk(beams.scores.shape[1])
         return replace(beams, finished=texts.take_along_dim(best[..., None], 1), scores=scores)

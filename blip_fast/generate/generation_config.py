@@ -1,4 +1,5 @@
-"""How to generate a text. Defaults are those of BLIP's captioning with transformers' meaning of every option."""
+"""How to generate a text. Defaults are those of BLIP's captioning with transformers' meaning of every
+option."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ BeamRule = Literal["transformers5", "authors"]
 class GenerationConfig:
     """Greedy with one beam, beam search with more, nucleus sampling where `top_p` is given.
 
-    `n_best` texts are returned for each image: of a beam search the best finished ones, of sampling that many samples,
-    the likeliest first.
+    `n_best` texts are returned for each image: of a beam search the best finished ones, of sampling that many
+    samples, the likeliest first.
 
     Two rules say how finished beams are scored and when the search may stop; `transformers5` is what today's
     transformers does, `authors` what the published code does (it runs on transformers 4.15):
@@ -38,15 +39,17 @@ class GenerationConfig:
     temperature: float = 1.0
     seed: int = 0  # of sampling
     n_best: int = 1
-    banned: tuple[tuple[int, ...], ...] = ()  # sequences of tokens that no text may contain, its prompt apart
+    banned: tuple[tuple[int, ...], ...] = ()  # sequences of tokens that no text may contain after its prompt
 
     def __post_init__(self) -> None:
         if self.beams < 1:
             raise ValueError(f"beams must be at least 1, got {self.beams}")
         if self.max_length < 2:
-            raise ValueError(f"max_length must be at least 2 (the first token and one more), got {self.max_length}")
+            raise ValueError("max_length must be at least 2 (the first token and one more), got "
+                             f"{self.max_length}")
         if not 0 <= self.min_length <= self.max_length:
-            raise ValueError(f"min_length must lie in 0 … max_length ({self.max_length}), got {self.min_length}")
+            raise ValueError(f"min_length must lie in 0 … max_length ({self.max_length}), got "
+                             f"{self.min_length}")
         if self.repetition_penalty <= 0:
             raise ValueError(f"repetition_penalty must be positive, got {self.repetition_penalty}")
         if self.beam_rule not in ("transformers5", "authors"):
@@ -62,7 +65,8 @@ class GenerationConfig:
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must lie in 0 … 2⁶³ − 1, got {self.seed}")
         if self.n_best < 1 or (self.top_p is None and self.n_best > self.beams):
-            raise ValueError(f"n_best is {self.n_best}: it must lie in 1 … beams ({self.beams}) unless top_p samples")
+            raise ValueError(f"n_best is {self.n_best}: it must lie in 1 … beams ({self.beams}) unless top_p "
+                             "samples")
         if not all(self.banned) or any(token < 0 for sequence in self.banned for token in sequence):
             raise ValueError(f"banned must hold sequences of at least one token id, got {self.banned}")
 
@@ -72,7 +76,7 @@ class GenerationConfig:
         return self.beams if self.top_p is None else self.n_best
 
     def score_divisors(self, lengths: Tensor, prompt_lengths: Tensor, ended: bool) -> Tensor:
-        """By what Σ log p of texts of `lengths` tokens is divided, float32; `ended` if the last of them is [SEP]."""
+        """The divisors of Σ log p of texts of `lengths` tokens, float32. `ended`: the last token is [SEP]."""
         counted = lengths - int(ended) if self.beam_rule == "authors" else lengths - prompt_lengths
         powers = torch.tensor([1.0, *(n**self.length_penalty for n in range(1, self.max_length + 1))])
         return powers.to(lengths.device)[counted]

@@ -1,4 +1,5 @@
-"""Greedy search and nucleus sampling (Holtzman et al., 2020), over slots of images: one text, or several samples."""
+"""Greedy search and nucleus sampling (Holtzman et al., 2020), over slots of images: one text, or several
+samples."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from blip_fast.generate.texts import Texts, adjust, enter, no_texts
 
 @dataclass(frozen=True)
 class Samples(Texts):
-    """Texts that go on each by itself; one that has ended waits for the others of its image."""
+    """Texts that continue independently. One that has ended waits for the others of its image."""
 
     scores: Tensor  # [slots, each]: `sums` over the length at the text's end, by the config's rule
     uniforms: Tensor  # [slots, each, max_length]: the random number of each step
@@ -52,26 +53,29 @@ class Sampling:
         if config.top_p is None:
             tokens = scores.argmax(-1)
         else:
-            tokens = draw(scores.flatten(0, 1), samples.uniforms.gather(2, end).flatten(), config).view_as(samples.sums)
+            tokens = draw(scores.flatten(0, 1), samples.uniforms.gather(2, end).flatten(),
+                          config).view_as(samples.sums)
         sums = samples.sums + logits.gather(2, tokens[..., None]).squeeze(2) - log_norms
         ends = tokens == self.sep_id
         whole, without_sep = (sums / config.score_divisors(lengths, samples.prompt_lengths, ended)[:, None]
                               for ended in (True, False))
         ended = samples.ended | ends
         return replace(
-            samples, token_ids=samples.token_ids.scatter(2, end, tokens[..., None]), lengths=lengths, sums=sums,
-            scores=torch.where(samples.ended, samples.scores, torch.where(ends, whole, without_sep)), ended=ended,
-            done=ended.all(1) | (lengths == config.max_length))
+            samples, token_ids=samples.token_ids.scatter(2, end, tokens[..., None]), lengths=lengths,
+            sums=sums, ended=ended, done=ended.all(1) | (lengths == config.max_length),
+            scores=torch.where(samples.ended, samples.scores, torch.where(ends, whole, without_sep)))
 
     def results(self, samples: Samples, slot: int) -> tuple[Tensor, Tensor]:
-        """The texts of a slot, likeliest first: ids int64 [each, max_length], to be read up to the first [SEP] behind
-        the prompt, and scores [each] from the model's own probabilities (before penalties, temperature, nucleus)."""
+        """The texts of a slot, likeliest first: ids int64 [each, max_length], to be read up to the first
+        [SEP] after the prompt, and scores [each] from the model's own probabilities (before penalties,
+        temperature, nucleus)."""
         scores, order = samples.scores[slot].sort(descending=True, stable=True)
         return samples.token_ids[slot, order], scores
 
 
 def draw(scores: Tensor, uniforms: Tensor, config: GenerationConfig) -> Tensor:
-    """Scores [rows, vocab_size], random numbers [rows] from [0, 1) → a token of each row's nucleus, int64 [rows]."""
+    """Scores [rows, vocab_size], random numbers [rows] from [0, 1) → a token of each row's nucleus, int64
+    [rows]."""
     probs, tokens = nucleus(scores, config)
     cumulative = probs.cumsum(-1)
     ranks = torch.searchsorted(cumulative, uniforms.to(probs.dtype)[:, None] * cumulative[:, -1:], right=True)
@@ -79,8 +83,8 @@ def draw(scores: Tensor, uniforms: Tensor, config: GenerationConfig) -> Tensor:
 
 
 def nucleus(scores: Tensor, config: GenerationConfig) -> tuple[Tensor, Tensor]:
-    """The `top_k` likeliest tokens at the given temperature, likeliest first: (probabilities [rows, k], zero outside
-    the smallest set that holds `top_p` of their probability; token ids [rows, k])."""
+    """The `top_k` likeliest tokens at the given temperature, likeliest first: (probabilities [rows, k], zero
+    outside the smallest set that holds `top_p` of their probability; token ids [rows, k])."""
     assert config.top_p is not None
     logits, tokens = (scores / config.temperature).topk(min(config.top_k, scores.shape[1]))
     probs = logits.softmax(-1)

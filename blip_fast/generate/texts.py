@@ -1,4 +1,5 @@
-"""What both searches share: the unfinished texts of all slots, each slot's of their own length, and their scores."""
+"""What both searches share: the unfinished texts of all slots, each slot at its own length, and their
+scores."""
 
 from __future__ import annotations
 
@@ -14,12 +15,12 @@ from blip_fast.generate.generation_config import GenerationConfig
 
 @dataclass(frozen=True)
 class Texts:
-    """The texts of each slot, `each` of them, all of one length. Behind its end a text holds its first token."""
+    """The texts of each slot: `each` texts of one length. After its end a text holds its first token."""
 
     token_ids: Tensor  # int64 [slots, each, max_length]
     lengths: Tensor  # int64 [slots]
     prompt_lengths: Tensor  # int64 [slots]
-    parents: Tensor  # int64 [slots, each]: which of the slot's texts, a token shorter, each one goes on from
+    parents: Tensor  # int64 [slots, each]: which of the slot's texts, a token shorter, each one continues
     sums: Tensor  # float32 [slots, each]: Σ log p of the generated tokens
     done: Tensor  # bool [slots]
 
@@ -41,7 +42,7 @@ def no_texts(slots: int, config: GenerationConfig, device: torch.device) -> dict
 
 
 def enter(texts: Texts, slot: int, prompt: Sequence[int]) -> None:
-    """All texts of a slot begin anew with a prompt."""
+    """Restart all texts of a slot with a prompt."""
     texts.token_ids[slot] = prompt[0]
     texts.token_ids[slot, :, : len(prompt)] = torch.tensor(prompt, device=texts.token_ids.device)
     texts.lengths[slot] = texts.prompt_lengths[slot] = len(prompt)
@@ -55,20 +56,20 @@ def only_where(slots: Tensor, new: State, old: State) -> State:
 
 
 def narrow(texts: State, slots: Tensor) -> State:
-    """The given slots alone (int64 [n])."""
+    """Only the given slots (int64 [n])."""
     return type(texts)(*(getattr(texts, field.name)[slots] for field in fields(texts)))
 
 
 def extend(texts: State, empty: State) -> State:
-    """The slots of both, one behind the other."""
+    """The slots of both, one after the other."""
     return type(texts)(*(torch.cat([getattr(texts, field.name), getattr(empty, field.name)])
                          for field in fields(texts)))
 
 
 def adjust(scores: Tensor, texts: Texts, config: GenerationConfig, sep_id: int) -> Tensor:
-    """Scores [slots, each, vocab_size] of the texts' next tokens: repeated tokens made less likely (negative scores
-    times `repetition_penalty`, positive ones divided by it), [SEP] impossible before `min_length`, and so is what would
-    complete a banned sequence. May write into `scores`."""
+    """Scores [slots, each, vocab_size] of the texts' next tokens: repeated tokens made less likely (negative
+    scores times `repetition_penalty`, positive ones divided by it), [SEP] impossible before `min_length`, and
+    so any token that would complete a banned sequence. May write into `scores`."""
     if config.repetition_penalty != 1.0:
         seen = scores.gather(2, texts.token_ids)
         seen = torch.where(seen < 0, seen * config.repetition_penalty, seen / config.repetition_penalty)
@@ -81,12 +82,13 @@ def adjust(scores: Tensor, texts: Texts, config: GenerationConfig, sep_id: int) 
 
 
 def _ban(scores: Tensor, texts: Texts, banned: Sequence[Sequence[int]]) -> None:
-    """−∞ for the last token of each banned sequence whose others end a text."""
+    """−∞ for the last token of each banned sequence whose other tokens end a text."""
     longest, device = max(map(len, banned)) - 1, scores.device
     # The sequences' beginnings and the texts' ends, right-aligned; −1 fits anything, −2 nothing.
     begins = torch.tensor([[-1] * (longest - len(s) + 1) + list(s[:-1]) for s in banned], device=device)
     place = texts.lengths[:, None] + torch.arange(-longest, 0, device=device)
-    ends = texts.token_ids.take_along_dim(place.clamp(min=0)[:, None], 2).masked_fill((place < 0)[:, None], -2)
+    ends = texts.token_ids.take_along_dim(place.clamp(min=0)[:, None],
+                                          2).masked_fill((place < 0)[:, None], -2)
     fits = ((ends[:, :, None] == begins) | (begins == -1)).all(-1)  # [slots, each, banned]
     slot, text, sequence = fits.nonzero(as_tuple=True)
     scores[slot, text, torch.tensor([s[-1] for s in banned], device=device)[sequence]] = -torch.inf

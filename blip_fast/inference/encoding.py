@@ -1,4 +1,5 @@
-"""What every evaluation over a `BlipModel` needs: eval mode without gradients, and the images' visual tokens."""
+"""What every evaluation over a `BlipModel` needs: eval mode without gradients, and the images' visual
+tokens."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ Result = TypeVar("Result")
 
 @contextmanager
 def evaluating(model: BlipModel) -> Iterator[None]:
-    """No dropout and no gradients inside; afterwards every module is in the mode in which it was."""
+    """No dropout and no gradients inside. Afterwards every module has its former mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -33,7 +34,8 @@ def evaluating(model: BlipModel) -> Iterator[None]:
 
 
 def evaluated(model: BlipModel, results: Iterator[Result]) -> Iterator[Result]:
-    """The same results, each computed under `evaluating`; whoever takes them does as they like in between."""
+    """The same results, each computed under `evaluating`. Between two of them the consumer has its own modes
+    and gradients."""
     while True:
         with evaluating(model):
             try:
@@ -44,7 +46,8 @@ def evaluated(model: BlipModel, results: Iterator[Result]) -> Iterator[Result]:
 
 
 def images_together(model: BlipModel, most: int) -> int:
-    """How many images, up to `most`, are best encoded in one call: on a CPU one for each core, elsewhere all."""
+    """How many images, up to `most`, are best encoded in one call: on a CPU one per core (one alone if the
+    model is not packed), elsewhere all."""
     on_cpu = model.vision.cls_token.device.type == "cpu"
     return min(torch.get_num_threads() if is_packed(model) else 1, most) if on_cpu else most
 
@@ -52,12 +55,13 @@ def images_together(model: BlipModel, most: int) -> int:
 def encode_images(model: BlipModel, images: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
     """Visual tokens of images, batch by batch, on the model's device and in its dtype.
 
-    On a CPU each image is encoded by itself, so that what it computes fits the caches; by a packed model each core
-    encodes another one. An image's visual tokens then do not depend on the others of its batch, not by a bit.
+    On a CPU each image is encoded by itself, so that its intermediate results fit the caches; with a packed
+    model each core encodes another image. No bit of an image's visual tokens then depends on the other images
+    of its batch.
 
     Args:
-        images: [N, 3, image_size, image_size], which is cut into batches, or batches of any lengths; empty ones are
-            left out. Videos are [N, frames, 3, image_size, image_size].
+        images: [N, 3, image_size, image_size], which is cut into batches, or batches of any lengths; empty
+            ones are left out. Videos are [N, frames, 3, image_size, image_size].
 
     Yields:
         [batch, tokens, vision width], of videos [batch, frames × tokens, vision width], frame after frame.
@@ -66,11 +70,12 @@ def encode_images(model: BlipModel, images: Tensor | Iterable[Tensor]) -> Iterat
     for batch in images.split(IMAGE_BATCH) if isinstance(images, Tensor) else images:
         if len(batch):
             pixels = batch.to(like.device, like.dtype).flatten(0, -4)
-            embeds = model.encode_images(pixels) if like.device.type != "cpu" else torch.cat(_each(model, pixels))
+            on_cpu = like.device.type == "cpu"
+            embeds = torch.cat(_one_by_one(model, pixels)) if on_cpu else model.encode_images(pixels)
             yield embeds.view(len(batch), -1, embeds.shape[-1])
 
 
-def _each(model: BlipModel, pixels: Tensor) -> list[Tensor]:
+def _one_by_one(model: BlipModel, pixels: Tensor) -> list[Tensor]:
     """[1, tokens, vision width] of each image [images, 3, size, size], on a CPU."""
 
     def encode(image: Tensor) -> Tensor:

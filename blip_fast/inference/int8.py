@@ -1,5 +1,5 @@
-"""Linear layers in 8 bits. Processors with products of 8 bits compute images in them. Elsewhere weights alone are held
-so, through torchao, for their memory (docs/decisions.md)."""
+"""Linear layers in 8 bits. A CPU that multiplies 8-bit integers computes images in them. Elsewhere torchao
+holds only the weights in 8 bits, to save memory (docs/decisions/precision.md)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from blip_fast.model.linear_layer import Linear
 
 
 def multiplies_int8(device: torch.device) -> bool:
-    """Whether the layers of a model compute in 8 bits there."""
+    """Whether the layers of a model compute in 8 bits on this device."""
     return device.type == "cpu" and processor.has_int8()
 
 
@@ -27,18 +27,20 @@ def require_torchao(device: torch.device) -> None:
 
 
 def dense(tensor: Tensor) -> Tensor:
-    """A tensor of a model's `state_dict`: where torchao holds it in 8 bits, what it stands for."""
+    """A tensor of a model's `state_dict`, dequantised if torchao holds it in 8 bits."""
     return tensor if type(tensor) is Tensor else tensor.dequantize()
 
 
 def quantise_linear_layers(model: BlipModel) -> None:
-    """In place: on a CPU that multiplies 8 bits, compute the vision encoder's blocks in them. Elsewhere hold the
-    weights of all blocks so, with a scale for each output, and compute in the model's dtype."""
+    """Change a model in place. On a CPU that multiplies 8-bit integers, the vision encoder's blocks then
+    compute in them. Elsewhere the weights of all blocks are held in 8 bits, with a scale for each output, and
+    products are in the model's dtype."""
     if multiplies_int8(model.vision.cls_token.device):
         pack_linear_layers(model, int8=True)
         return
     require_torchao(model.vision.cls_token.device)
-    for name in ("torchao", "torch.utils._pytree"):  # of libraries for GPUs that are not here, and of its own enums
+    # warnings about GPU libraries that are not here, and about its own enums
+    for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     from torchao.quantization import Int8WeightOnlyConfig, quantize_  # pyright: ignore[reportMissingImports]
 
@@ -46,7 +48,9 @@ def quantise_linear_layers(model: BlipModel) -> None:
         for module in list(part.modules()):
             for name, layer in list(module.named_children()):
                 if isinstance(layer, Linear):
-                    plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+                    plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None,
+                                      device="meta")
                     plain.weight, plain.bias = layer.weight, layer.bias
-                    quantize_(plain, Int8WeightOnlyConfig(version=2))  # such a weight multiplies in F.linear alone
+                    # such a weight multiplies only in F.linear
+                    quantize_(plain, Int8WeightOnlyConfig(version=2))
                     setattr(module, name, plain)

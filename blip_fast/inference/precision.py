@@ -1,5 +1,5 @@
-"""The type that a model computes in: what `auto` takes on a device, and what is said of a type that has no products
-there."""
+"""The type that a model computes in: what `auto` means on a device, and the advice about types that the
+device does not multiply."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.
 
 
 def resolve(name: str, device: torch.device, differentiable: bool = False) -> str:
-    """What one of PRECISIONS means on a device: `auto` is a precision then, another name itself.
+    """Which precision one of PRECISIONS means on a device: `auto` is resolved, another name stays.
 
-    `auto` is bfloat16 where a GPU or CPU multiplies it, float16 on other GPUs, else float32; and always float32 for
-    gradients of one image (`differentiable`), whose rounding would be seen in a map while nobody waits for it.
+    `auto` is bfloat16 where a GPU or CPU multiplies it, float16 on other GPUs, else float32. For the
+    gradients of one image (`differentiable`) it is always float32: rounding would show in the map, and speed
+    hardly matters for one image.
 
     Raises ValueError for a name that is none of them.
     """
@@ -29,24 +30,26 @@ def resolve(name: str, device: torch.device, differentiable: bool = False) -> st
 
 
 def parameter_type(precision: str, device: torch.device) -> torch.dtype:
-    """The type of a model's parameters in a resolved precision; with `int8`, of those that are no 8-bit weights."""
+    """The type of a model's parameters in a resolved precision; with `int8`, of the parameters that are not
+    8-bit weights."""
     return TYPES[_best(device) if precision == "int8" else precision]
 
 
 def check(precision: str, device: torch.device) -> None:
-    """Raises ValueError for float16 on a CPU without products of it, where every other precision is faster."""
+    """Raises ValueError for float16 on a CPU without products of it, where every other precision is
+    faster."""
     if precision == "float16" and device.type == "cpu" and not processor.has_float16():
         raise ValueError("dtype float16 has no products on this CPU and is slower than float32 here: choose "
                          f"{_best(device)}, as auto does, or a device that multiplies float16")
 
 
 def advice(name: str, device: torch.device) -> str | None:
-    """One line where a named precision is no gain on a device, with the better choice; None where it is one."""
+    """One line with the better choice if a named precision gains nothing on a device; None if it gains."""
     here, best = _kind(device), _best(device)
     if (name == "bfloat16" and best != name) or (name == "float16" and device.type == "cpu"
                                                  and not processor.has_float16()):
-        return (f"precision: {name} (right, but slower than {best} on this {here}, which has no products of it: "
-                f"{best} or auto is the better choice)")
+        return (f"precision: {name} (right, but slower than {best} on this {here}, which has no products of "
+                f"it: {best} or auto is the better choice)")
     if name == "int8" and device.type == "cpu" and (not processor.has_int8() or processor.has_amx()):
         why = "multiplies bfloat16 as fast" if processor.has_amx() else "has no products of 8-bit integers"
         return f"precision: int8 (saves memory, not time, on this {here}, which {why}; all else in {best})"
@@ -54,8 +57,8 @@ def advice(name: str, device: torch.device) -> str | None:
 
 
 def explained(name: str, device: torch.device, differentiable: bool = False, hint: str = "") -> str:
-    """One line that says what a name means on a device, and why; `hint` is added where that has 16 bits. Raises
-    ValueError as `resolve`."""
+    """One line that says what a name means on a device, and why; `hint` is added where that has 16 bits.
+    Raises ValueError as `resolve`."""
     precision, here = resolve(name, device, differentiable), _kind(device)
     if (line := advice(name, device)) is not None:
         return line
@@ -72,7 +75,7 @@ def explained(name: str, device: torch.device, differentiable: bool = False, hin
 
 @cache
 def say(line: str) -> None:
-    """Print a line on the error stream, once in a process, however many models are loaded there."""
+    """Print a line on the error stream, once per process, however many models it loads."""
     print(f"blip-fast: {line}", file=sys.stderr, flush=True)
 
 

@@ -1,7 +1,8 @@
 """Images for inference: read anything safely as RGB, and BLIP's evaluation transform, exactly as published.
 
-Everything here is Pillow on the CPU: the results equal those of transformers' BlipImageProcessor bit for bit, up to
-float32 rounding of the normalisation. Training reads its images through DALI instead (`data/input/pipeline.py`).
+Everything here is Pillow on the CPU: the results equal those of transformers' BlipImageProcessor bit for bit,
+up to float32 rounding of the normalisation. Training reads its images through DALI instead
+(`data/input/pipeline.py`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ MAX_PIXELS = 80_000_000  # 240 MB as RGB; what a header promises is checked befo
 
 # Formats whose readers are plain decoders; Pillow's EPS reader, for one, runs Ghostscript on the file.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".jp2", ".avif"))
+SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".jp2",
+                      ".avif"))
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
@@ -39,7 +41,8 @@ class Container(Protocol):
 
 @dataclass(frozen=True)
 class StoredImage:
-    """An image that is not read yet: a file, or `size` bytes of a container from `start` on. `name` stands for it."""
+    """An image that is not read yet: a file, or `size` bytes of a container from `start` on. `name` stands
+    for it."""
 
     name: str
     where: Path | Container
@@ -56,7 +59,9 @@ class StoredImage:
 
     def read(self) -> bytes:
         """The encoded image. Raises OSError where it cannot be read."""
-        return self.where.read_bytes() if isinstance(self.where, Path) else self.where.read(self.start, self.size)
+        if isinstance(self.where, Path):
+            return self.where.read_bytes()
+        return self.where.read(self.start, self.size)
 
 
 ImageSource = str | Path | bytes | Image.Image | np.ndarray | Tensor | StoredImage
@@ -70,7 +75,7 @@ Result = TypeVar("Result")
 
 
 def unless_error(result: Result | ImageError) -> Result:
-    """What was made of an image, or raise the error that stands in its place."""
+    """Return what was made of an image, or raise the error that stands in its place."""
     if isinstance(result, ImageError):
         raise result
     return result
@@ -79,12 +84,12 @@ def unless_error(result: Result | ImageError) -> Result:
 def load_image(source: ImageSource, name: str | None = None) -> Image.Image:
     """Read an image as RGB.
 
-    As in the published code, EXIF orientation is not applied and an alpha channel is dropped. Of an animation the first
-    frame is read; 16-bit samples keep their high byte.
+    As in the published code, EXIF orientation is not applied and an alpha channel is dropped. Of an animation
+    the first frame is read; 16-bit samples keep their high byte.
 
     Args:
-        source: a path, a `file://` URL, encoded bytes, a Pillow image, an array uint8 [height, width (, 1, 3 or 4)], a
-            tensor uint8 [(1, 3 or 4,) height, width] or a StoredImage.
+        source: a path, a `file://` URL, encoded bytes, a Pillow image, an array uint8 [height, width (, 1, 3
+            or 4)], a tensor uint8 [(1, 3 or 4,) height, width] or a StoredImage.
         name: stands for the image in messages (default: `name_of`).
 
     Raises:
@@ -93,7 +98,7 @@ def load_image(source: ImageSource, name: str | None = None) -> Image.Image:
     name = name or name_of(source)
     try:
         if isinstance(source, StoredImage):
-            source = source.where if isinstance(source.where, Path) else source.where.read(source.start, source.size)
+            source = source.where if isinstance(source.where, Path) else source.read()
         if isinstance(source, Tensor):
             source = _channels_last(source, name)
         if isinstance(source, np.ndarray):
@@ -125,14 +130,14 @@ def name_of(source: ImageSource, otherwise: str = "image") -> str:
 
 
 def image_pixels(source: ImageSource, image_size: int, name: str | None = None) -> Tensor:
-    """Any image → float32 [3, image_size, image_size], after the evaluation transform; a video that is not read yet
-    (`data/shards/videos.py`) → [frames, 3, image_size, image_size].
+    """Any image → float32 [3, image_size, image_size], after the evaluation transform; a video that is not
+    read yet (`data/shards/videos.py`) → [frames, 3, image_size, image_size].
 
     A floating-point tensor of that shape is taken to be there already.
 
     Raises:
-        ImageError: as `load_image`; floating-point pixels of another shape, or in whose range there is a sign that they
-            have not been normalised yet.
+        ImageError: as `load_image`; floating-point pixels of another shape, or whose range suggests that they
+            are not normalised.
     """
     if isinstance(source, Tensor) and source.is_floating_point():
         return _checked_pixels(source, image_size, name or "image")
@@ -153,13 +158,14 @@ def evaluation_transform(images: Sequence[Image.Image], image_size: int) -> Tens
 
 
 def resized(image: Image.Image, image_size: int) -> np.ndarray:
-    """RGB of any size → uint8 [image_size, image_size, 3], as in `evaluation_transform`, which changes nothing more
-    about its size where it is given the result."""
+    """RGB of any size → uint8 [image_size, image_size, 3], as in `evaluation_transform`, which leaves the
+    size of the result as it is."""
     return np.array(image.resize((image_size, image_size), Image.Resampling.BICUBIC))
 
 
 def normalise(pixels: Tensor) -> Tensor:
-    """uint8 [batch, height, width, 3] → float32 [batch, 3, height, width] with BLIP's mean and standard deviation."""
+    """uint8 [batch, height, width, 3] → float32 [batch, 3, height, width] with BLIP's mean and standard
+    deviation."""
     mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (MEAN, STD))
     images = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     return images.div_(255).sub_(mean).div_(std)
@@ -171,44 +177,50 @@ def local_path(source: str | Path) -> str | Path:
         return source
     url = urlsplit(source)
     if url.scheme != "file" or url.netloc not in ("", "localhost"):
-        raise ImageError(f"{source}: only URLs of files on this machine (file:///…) can be read: download it first")
+        raise ImageError(f"{source}: only URLs of files on this machine (file:///…) can be read: download it "
+                         "first")
     return url2pathname(url.path)
 
 
 def _checked_pixels(pixels: Tensor, image_size: int, name: str) -> Tensor:
     wanted = [3, image_size, image_size]
     if list(pixels.shape) != wanted:
-        raise ImageError(f"{name}: floating-point pixels must be {wanted}, as evaluation_transform gives them, got "
-                         f"{list(pixels.shape)}: pass uint8 for images of other sizes")
+        raise ImageError(f"{name}: floating-point pixels must be {wanted}, as evaluation_transform gives "
+                         f"them, got {list(pixels.shape)}: pass uint8 for images of other sizes")
     low, high = (value.item() for value in pixels.aminmax())
     if not -10 <= low <= high <= 10 or (low >= 0 and high <= 1):  # normalised black is −1.8, white 2.1
-        raise ImageError(f"{name}: floating-point pixels from {low:.3g} to {high:.3g} do not look normalised: pass "
-                         "uint8, or normalise them first (blip_fast.media.images)")
+        raise ImageError(f"{name}: floating-point pixels from {low:.3g} to {high:.3g} do not look "
+                         "normalised: pass uint8, or normalise them first (blip_fast.media.images)")
     return pixels.to(torch.float32)
 
 
 def _channels_last(tensor: Tensor, name: str) -> np.ndarray:
     """uint8 [(channels,) height, width] → [height, width (, channels)]."""
-    if tensor.dtype != torch.uint8 or tensor.ndim not in (2, 3) or (tensor.ndim == 3 and len(tensor) not in (1, 3, 4)):
-        raise ImageError(f"{name}: tensors must be uint8 [(1, 3 or 4,) height, width], or floating-point pixels after "
-                         f"the evaluation transform, got {tensor.dtype} {list(tensor.shape)}")
+    is_image = tensor.ndim == 2 or (tensor.ndim == 3 and len(tensor) in (1, 3, 4))
+    if tensor.dtype != torch.uint8 or not is_image:
+        raise ImageError(f"{name}: tensors must be uint8 [(1, 3 or 4,) height, width], or floating-point "
+                         f"pixels after the evaluation transform, got {tensor.dtype} {list(tensor.shape)}")
     return (tensor if tensor.ndim == 2 else tensor.permute(1, 2, 0)).cpu().numpy()
 
 
 def _from_array(array: np.ndarray, name: str) -> Image.Image:
-    if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
-        raise ImageError(f"{name}: arrays must be uint8 [height, width (, 1, 3 or 4)], got {array.dtype} {array.shape}")
+    is_image = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4))
+    if array.dtype != np.uint8 or not is_image:
+        raise ImageError(f"{name}: arrays must be uint8 [height, width (, 1, 3 or 4)], got {array.dtype} "
+                         f"{array.shape}")
     return Image.fromarray(array.squeeze(2) if array.shape[2:] == (1,) else array)
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise ImageError(f"{name}: {width} × {height} pixels are more than {MAX_PIXELS:,}: scale it down first")
+        raise ImageError(f"{name}: {width} × {height} pixels are more than {MAX_PIXELS:,}: scale it down "
+                         "first")
     if width * height == 0:
         raise ImageError(f"{name}: the image has no pixels ({width} × {height})")
     if image.mode == "F":
-        raise ImageError(f"{name}: floating-point pixels have no known range: convert it to 8 or 16 bits first")
+        raise ImageError(f"{name}: floating-point pixels have no known range: convert it to 8 or 16 bits "
+                         "first")
     if image.mode == "I" or image.mode.startswith("I;16"):
         # Pillow's own conversion would clip 16-bit samples at 255: an almost white picture.
         samples = np.asarray(image).astype(np.int64)

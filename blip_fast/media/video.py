@@ -1,8 +1,8 @@
 """Videos for inference: a few frames of each, evenly apart (BLIP section 5.6), read by PyAV (extra `video`).
 
-A video is demuxed once for the times of its frames, which decodes nothing. Then the wanted frames are decoded, each
-from one of the last two key frames before it on; what lies between is skipped, and only wanted frames are kept, so that
-long videos take little time and no more memory than short ones.
+A video is demuxed once for the times of its frames, which decodes nothing. Then each wanted frame is decoded,
+from one of the last two key frames before it on. Everything else is skipped and only wanted frames are kept,
+so long videos take little time and no more memory than short ones.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.stream import VideoStream
 
-# FFmpeg's readers of MP4 and QuickTime, Matroska and WebM, AVI, and MPEG transport streams. They read the file alone,
-# where others (playlists) open whatever the file names.
+# FFmpeg's readers of MP4 and QuickTime, Matroska and WebM, AVI, and MPEG transport streams. They read only
+# the file itself; others (playlists) open whatever the file names.
 READERS = {"format_whitelist": "mov,matroska,avi,mpegts", "protocol_whitelist": "file"}
 KNOWN = "MP4, QuickTime, Matroska, WebM, AVI, MPEG-TS"
-ENDS = 0.9  # of the duration that its header tells, where the packets of a whole video have ended
+ENDS = 0.9  # packets of a whole video reach this share of the duration in its header
 
 
 def require_av() -> None:
@@ -40,10 +40,10 @@ def require_av() -> None:
 
 
 def frame_places(frames: int, wanted: int) -> list[int]:
-    """Which of its `frames` a video is known by, `wanted` places from 0, never falling.
+    """Which of its `frames` frames stand for a video: `wanted` places, from 0, in ascending order.
 
-    As published every ⌊frames / wanted⌋-th from the first one on; of a video with fewer frames ⌊i × frames / wanted⌋,
-    each one several times (the published code then takes the first alone).
+    As published, every ⌊frames / wanted⌋-th frame from the first on. For a video with fewer frames, ⌊i ×
+    frames / wanted⌋: frames repeat (the published code then takes only the first).
     """
     if frames < wanted:
         return [i * frames // wanted for i in range(wanted)]
@@ -53,13 +53,14 @@ def frame_places(frames: int, wanted: int) -> list[int]:
 def video_pixels(path: str | Path, frames: int, image_size: int, name: str | None = None) -> Tensor:
     """`read_frames` → float32 [frames, 3, image_size, image_size], after the evaluation transform.
 
-    Several of them stacked are what `Matcher.score_pixels`, `Answerer.answer_pixels` and `retrieve` take for images.
+    Several of them stacked are what `Matcher.score_pixels`, `Answerer.answer_pixels` and `retrieve` take for
+    images.
     """
     return evaluation_transform(read_frames(path, frames, name), image_size)
 
 
 def read_frames(path: str | Path, frames: int, name: str | None = None) -> list[Image.Image]:
-    """Read frames of a video as RGB, those of `frame_places`. As in the published code a rotation is not applied.
+    """Read the frames at `frame_places` of a video as RGB. As in the published code, rotation is not applied.
 
     Args:
         path: a file. Its first video stream is read.
@@ -67,28 +68,29 @@ def read_frames(path: str | Path, frames: int, name: str | None = None) -> list[
         name: stands for the video in messages (default: the path).
 
     Raises:
-        ImageError: it is no whole video of a known format, has no video stream or no frame, or has more than MAX_PIXELS
-            pixels a frame.
+        ImageError: it is no whole video of a known format, has no video stream or no frame, or has more than
+            MAX_PIXELS pixels per frame.
         ValueError: fewer than 1 frame; PyAV is not installed.
     """
     if frames < 1:
         raise ValueError(f"frames is {frames}: a video is known by 1 at least")
     require_av()
     name = name or str(path)
-    with _opened(path, name) as (container, stream):
+    with _open_video(path, name) as (container, stream):
         times = _frame_times(container, stream, name)
     if times.count == 0:
         raise ImageError(f"{name}: the video has no frame")
     places = frame_places(times.count, frames)
-    with _opened(path, name) as (container, stream):
-        images = {place: frame.to_image() for place, frame in _decoded(container, stream, sorted({*places}), times)}
+    with _open_video(path, name) as (container, stream):
+        images = {place: frame.to_image()
+                  for place, frame in _wanted_frames(container, stream, sorted({*places}), times)}
     if lost := [place for place in places if place not in images]:
         raise ImageError(f"{name}: broken video: frame {lost[0]} of {times.count} cannot be decoded")
     return [images[place] for place in places]
 
 
 @contextmanager
-def _opened(path: str | Path, name: str) -> Iterator[tuple[InputContainer, VideoStream]]:
+def _open_video(path: str | Path, name: str) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The file and its video stream. What FFmpeg raises meanwhile becomes an ImageError."""
     import av
     from av.error import FFmpegError
@@ -105,8 +107,8 @@ def _opened(path: str | Path, name: str) -> Iterator[tuple[InputContainer, Video
                              f"{'' if len(container.streams) else ', nor any other: is it whole?'}")
         stream = container.streams.video[0]
         if stream.width * stream.height > MAX_PIXELS:
-            raise ImageError(f"{name}: frames of {stream.width} × {stream.height} pixels are more than {MAX_PIXELS:,}: "
-                             "scale it down first")
+            raise ImageError(f"{name}: frames of {stream.width} × {stream.height} pixels are more than "
+                             f"{MAX_PIXELS:,}: scale it down first")
         try:
             yield container, stream
         except FFmpegError as error:
@@ -115,8 +117,8 @@ def _opened(path: str | Path, name: str) -> Iterator[tuple[InputContainer, Video
 
 @dataclass(frozen=True)
 class _Times:
-    """How many frames there are; where their times can be trusted also the place of the frame of each time, and the key
-    frames in order: (place, the time from which reading begins with it)."""
+    """How many frames there are. If their times can be trusted, also the place of the frame at each time, and
+    the key frames in order: (place, time to start reading at)."""
 
     count: int
     places: dict[int | None, int] | None
@@ -141,21 +143,24 @@ def _frame_times(container: InputContainer, stream: VideoStream, name: str) -> _
     duration = (container.duration or 0) / 1e6
     if end < ENDS * duration:
         raise ImageError(f"{name}: truncated video: it ends at {end:.1f} s of {duration:.1f} s")
-    # AVI has no times of presentation: those that FFmpeg makes up are wrong where frames are stored out of order.
+    # AVI has no times of presentation: those that FFmpeg makes up are wrong where frames are stored out of
+    # order.
     known = [time for time in shown if time is not None]
     if container.format.name == "avi" or len({*known}) < len(shown):
         return _Times(len(shown), None, [])
     places: dict[int | None, int] = {time: place for place, time in enumerate(sorted(known))}
-    return _Times(len(shown), places, sorted((places[time], start) for time, start in starts if time in places))
+    return _Times(len(shown), places, sorted((places[time], start) for time, start in starts
+                                             if time in places))
 
 
-def _decoded(container: InputContainer, stream: VideoStream, wanted: list[int],
+def _wanted_frames(container: InputContainer, stream: VideoStream, wanted: list[int],
              times: _Times) -> Iterator[tuple[int, VideoFrame]]:
     """(place, frame) of the wanted frames, ascending; without those that cannot be decoded."""
     decoded, place = container.decode(stream), -1
     for target in wanted:
         before = times.keys[: bisect_right(times.keys, target, key=itemgetter(0))][-2:]
-        # A seek to the key frame's time of decoding ends there or, in some formats, at the key frame before it.
+        # A seek to the key frame's time of decoding ends there or, in some formats, at the key frame before
+        # it.
         if len(before) == 2 and before[0][0] > place:
             container.seek(before[1][1], stream=stream)
             decoded = container.decode(stream)

@@ -1,11 +1,12 @@
-"""BERT-CNN: how well a caption and a label belong together (Sabir et al. 2023, "Visual Semantic Relatedness Dataset for
-Image Captioning").
+"""BERT-CNN: how well a caption and a label belong together (Sabir et al. 2023, "Visual Semantic Relatedness
+Dataset for Image Captioning").
 
-    logit = u · relu(max over i of (W [x_i; x_i+1; x_i+2] + b)) + c,    x = BERT([CLS] caption [SEP] label [SEP])
+    logit = u · relu(max over i of (W [x_i; x_i+1; x_i+2] + b)) + c
+    x = BERT([CLS] caption [SEP] label [SEP])
 
-with 32 filters W that see three tokens each, their maximum over all windows of a pair, as in Kim 2014 (section 2), and
-one output, whose sigmoid is the probability. BERT is our text stack's layers without cross-attention, over pairs that
-are packed.
+W holds 32 filters over windows of three tokens. Each filter's maximum is taken over all windows of a pair, as
+in Kim 2014 (section 2). The sigmoid of the one output is the probability. BERT is the layers of our text
+stack without cross-attention, over packed pairs.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from blip_fast.model.packed_texts import PackedTexts
 from blip_fast.model.text import TextLayer, TextStream
 from blip_fast.model.tokenizer import Tokenizer
 
-CAPTION_TOKENS, LABEL_TOKENS = 40, 24  # at most, [CLS] and both [SEP] counted
+CAPTION_TOKENS, LABEL_TOKENS = 40, 24  # at most, with [CLS] and both [SEP]
 PAIR_TOKENS = CAPTION_TOKENS + LABEL_TOKENS  # the published length
 FILTERS, WINDOW = 32, 3
 
@@ -43,8 +44,10 @@ class Bert(nn.Module):
         self.layers = nn.ModuleList(TextLayer(config, i, ("encoder",)) for i in range(config.layers))
 
     def forward(self, pairs: PackedTexts, types: Tensor) -> Tensor:
-        """Pairs, each one text, and int64 [rows], 0 on a pair's first text and 1 on its second → [rows, width]."""
-        embeds = self.word_embeds(pairs.token_ids) + self.position_embeds(pairs.positions()) + self.type_embeds(types)
+        """Packed pairs (each pair is one text) and their types (int64 [rows], 0 in a pair's first text, 1 in
+        its second) → [rows, width]."""
+        embeds = (self.word_embeds(pairs.token_ids) + self.position_embeds(pairs.positions())
+                  + self.type_embeds(types))
         x = F.dropout(self.norm(embeds), self.config.dropout, self.training)
         stream = TextStream(pairs, "encoder")
         for layer in self.layers:
@@ -62,7 +65,7 @@ class BertCnn(nn.Module):
         self.output = Linear(FILTERS, 1)
 
     def forward(self, pairs: PackedTexts, types: Tensor) -> Tensor:
-        """As `Bert`; one pair at least, each of three tokens or more → logits [pairs]."""
+        """As `Bert`, with at least one pair and at least three tokens in each → logits [pairs]."""
         # Over all rows at once; windows that reach into the next pair are left out.
         windows = self.convolution(self.bert(pairs, types).T[None])[0].T
         pair_of_row = pairs.text_of_row()
@@ -71,9 +74,10 @@ class BertCnn(nn.Module):
         return self.output(F.relu(highest))[:, 0]
 
 
-def pack_pairs(tokenizer: Tokenizer, captions: Sequence[str], labels: Sequence[str]) -> tuple[PackedTexts, Tensor]:
-    """What `BertCnn` reads: [CLS] caption [SEP] label [SEP] of each pair, packed, and the types of all rows. Of a
-    caption and a label at most 40 and 24 tokens are kept, 64 in all."""
+def pack_pairs(tokenizer: Tokenizer, captions: Sequence[str],
+               labels: Sequence[str]) -> tuple[PackedTexts, Tensor]:
+    """Pack what `BertCnn` reads: [CLS] caption [SEP] label [SEP] for each pair, and the types of all rows. A
+    caption keeps at most 40 tokens and a label 24, 64 together."""
     first = tokenizer.pack(captions, max_tokens=CAPTION_TOKENS)
     second = tokenizer.pack(labels, max_tokens=LABEL_TOKENS + 1).without_first()
     taken_in_turn = torch.arange(2 * len(first)).view(2, len(first)).T.flatten()
@@ -83,5 +87,5 @@ def pack_pairs(tokenizer: Tokenizer, captions: Sequence[str], labels: Sequence[s
 
 
 def select_pairs(pairs: PackedTexts, types: Tensor, indices: Tensor) -> tuple[PackedTexts, Tensor]:
-    """Of what `pack_pairs` gave the pairs `indices` (int64 [n], any order)."""
+    """The pairs `indices` (int64 [n], any order) of what `pack_pairs` returned."""
     return pairs.select(indices), PackedTexts(types, pairs.offsets).select(indices).token_ids

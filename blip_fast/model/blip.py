@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from blip_kernels import PackedWeight, linear, packed_linear
 from torch import Tensor, nn
 
 from blip_fast.model.config import TASK_PARTS, BlipConfig
+from blip_fast.model.image_kv import ImageKV, ImageStates
 from blip_fast.model.linear_layer import Linear
+from blip_fast.model.lm_head import LMHead
 from blip_fast.model.packed_texts import PackedTexts
-from blip_fast.model.text import ImageKV, ImageStates, LMHead, Mode, TextStack, TextStream
+from blip_fast.model.text import Mode, TextStack, TextStream
 from blip_fast.model.vision import VisionTransformer
 
 INITIAL_TEMPERATURE = 0.07
@@ -23,8 +24,9 @@ INITIAL_TEMPERATURE = 0.07
 class BlipModel(nn.Module):
     """Everything that a checkpoint holds for inference.
 
-    Which parts exist follows from the config: `text_stacks` one or two text stacks, `contrastive` the projections and
-    the temperature, `matching` the ITM head, `reasoning` NLVR2's head; a decoder brings its LM head.
+    The config says which parts exist: `text_stacks` gives one or two text stacks, `contrastive` the
+    projections and the temperature, `matching` the ITM head, `reasoning` NLVR2's head. A decoder brings its
+    LM head.
     """
 
     def __init__(self, config: BlipConfig) -> None:
@@ -38,12 +40,12 @@ class BlipModel(nn.Module):
             "encoder": {"encoder": ("encoder",)},
             "decoder": {"decoder": ("decoder",)},
         }[config.text_stacks]
-        # VQA's decoder reads the encoder's states of the question, which are as wide as the text, not as the image.
+        # VQA's decoder reads the encoder's states of the question, which are as wide as the text, not as the
+        # image.
         read_width = {"decoder": width} if config.text_stacks == "untied" else {}
         self.text = nn.ModuleDict({name: TextStack(config.text, read_width.get(name, vision_width), modes)
                                    for name, modes in stacks.items()})
         self.lm_head = LMHead(config.text, config.tied_lm_head) if config.has_decoder else None
-        self.packed_vocabulary: PackedWeight | None = None  # see pack_linear_layers
         if config.contrastive:
             self.vision_projection = Linear(vision_width, config.embed_dim)
             self.text_projection = Linear(width, config.embed_dim)
@@ -57,37 +59,41 @@ class BlipModel(nn.Module):
     def stack(self, mode: Mode) -> TextStack:
         """The text stack that serves a mode. Raises ValueError where the model has none."""
         if not (self.config.has_encoder if mode == "encoder" else self.config.has_decoder):
-            raise ValueError(f"this model has no text {mode} (text_stacks={self.config.text_stacks!r}): take a "
-                             f"checkpoint that has one")
+            raise ValueError(f"this model has no text {mode} (text_stacks={self.config.text_stacks!r}): take "
+                             f"a checkpoint that has one")
         stack = self.text["tied" if self.config.text_stacks == "tied" else mode]
         assert isinstance(stack, TextStack)
         return stack
 
     def recompute(self, blocks: int) -> None:
-        """Keep no activations of the last `blocks` blocks of vision and text: the backward computes them again,
-        drop-outs as they were. Less memory for a third more work on those blocks."""
+        """Keep no activations of the last `blocks` blocks of vision and text: the backward computes them
+        again, with the same drop-out masks. This saves memory and costs a third more work on those blocks."""
         for stack in (self.vision, *self.text.values()):
             stack.recomputed = blocks  # type: ignore[assignment]
 
     def compile_blocks(self, **options: Any) -> None:
-        """Hand each block of vision and text to `torch.compile` with its `options`: compiled at first use, and once
-        more for other lengths."""
+        """Give each block of vision and text to `torch.compile` with these `options`. It compiles at the
+        first use, and once more when lengths change."""
         for stack in (self.vision.blocks, *(stack.layers for stack in self.text.values())):
             for block in stack:  # type: ignore[union-attr]
                 block.compile(**options)
 
     def restricted_to(self, config: BlipConfig, drawn: Collection[str] = ()) -> BlipModel:
-        """A new model with a part of this one's text modes and heads, weights copied (a captioner from pre-training).
+        """A new model with some of this one's text modes and heads, and copies of their weights (a captioner
+        from pre-training).
 
         Args:
-            config: this model's sizes, with `text_stacks`, `contrastive`, `matching`, `reasoning` or drop-outs changed.
-            drawn: parameters that are not taken over but drawn anew.
+            config: this model's sizes, with `text_stacks`, `contrastive`, `matching`, `reasoning` or
+                drop-outs changed.
+            drawn: parameters that are drawn at random instead of copied.
 
         Raises:
-            ValueError: the config asks for a part that this model does not have, or for another size or tying of one.
+            ValueError: the config asks for a part that this model does not have, or for another size or tying
+                of one.
         """
         if config.has_decoder and config.tied_lm_head != self.config.tied_lm_head:
-            raise ValueError(f"this model's tied_lm_head is {self.config.tied_lm_head}: a part of it keeps that")
+            raise ValueError(f"this model's tied_lm_head is {self.config.tied_lm_head}: a part of it keeps "
+                             "that")
         part = BlipModel(config)
         own = self.state_dict()
         weights = {}
@@ -110,8 +116,8 @@ class BlipModel(nn.Module):
         return self.vision(pixels)
 
     def image_features(self, image_embeds: Tensor) -> Tensor:
-        """[images, tokens, vision width] → unit vectors [images, embed_dim] for ITC, float32; a video, which has the
-        tokens of frame after frame, has that of the mean over its frames."""
+        """[images, tokens, vision width] → unit vectors [images, embed_dim] for ITC, float32. A video, which
+        has the tokens of frame after frame, gets the unit vector of the mean over its frames."""
         self._require("contrastive")
         cls_rows = image_embeds[:, :: self.config.vision.tokens]
         return F.normalize(self.vision_projection(cls_rows).float().mean(dim=1), dim=-1)
@@ -126,15 +132,17 @@ class BlipModel(nn.Module):
         """ITM logits (not matched, matched) of text-image pairs.
 
         Args:
-            texts: the texts, first token as the checkpoint expects it ([ENC]; see docs/decisions.md for [CLS]).
-            images: int64 [texts], the image that each text is held against.
+            texts: the texts, first token as the checkpoint expects it ([ENC]; docs/decisions/tasks.md for
+                [CLS]).
+            images: int64 [texts], the image that each text is compared with.
             image_kv: `stack("encoder").image_kv(image_embeds)`.
 
         Returns:
             [texts, 2], float32.
         """
         self._require("matching")
-        (first_rows,) = self.stack("encoder")([TextStream(texts, "encoder", images, first_row_only=True)], image_kv)
+        (first_rows,) = self.stack("encoder")([TextStream(texts, "encoder", images, first_row_only=True)],
+                                              image_kv)
         return self.itm_head(first_rows).float()  # type: ignore[misc]
 
     def pair_logits(self, image_embeds: Tensor, sentences: PackedTexts) -> Tensor:
@@ -169,7 +177,8 @@ class BlipModel(nn.Module):
         (states,) = encoder([TextStream(questions, "encoder", images)], encoder.image_kv(image_embeds))
         return ImageStates(states, questions.offsets)
 
-    def question_kv(self, image_embeds: Tensor, questions: PackedTexts, images: Tensor | None = None) -> ImageKV:
+    def question_kv(self, image_embeds: Tensor, questions: PackedTexts,
+                    images: Tensor | None = None) -> ImageKV:
         """Keys and values of `question_states` in the answer decoder."""
         states = self.question_states(image_embeds, questions, images)
         return self.stack("decoder").states_kv(states.rows, offsets=states.offsets)
@@ -180,13 +189,10 @@ class BlipModel(nn.Module):
         return self.vocabulary_logits(hidden)
 
     def vocabulary_logits(self, hidden: Tensor) -> Tensor:
-        """Decoder states [..., width] → logits [..., vocab_size], float32 or wider: 16 bits cannot tell the best tokens
-        from the next best (docs/decisions.md)."""
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        states, weight, bias = self.vocabulary_projection(hidden)
-        if self.packed_vocabulary is None:
-            return linear(states.to(wide), weight.to(wide), bias.to(wide))
-        return packed_linear(states.to(wide), self.packed_vocabulary, bias.to(wide))
+        """Decoder states [..., width] → logits [..., vocab_size], float32 or wider: 16 bits cannot tell the
+        best tokens from the next best (docs/decisions/precision.md)."""
+        assert self.lm_head is not None
+        return self.lm_head.logits(hidden, self.stack("decoder").word_embeds.weight)
 
     def vocabulary_projection(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Decoder states [..., width] → the operands of their logits: transformed states [..., width], weight
@@ -197,13 +203,14 @@ class BlipModel(nn.Module):
     def _require(self, part: str) -> None:
         if not getattr(self.config, part):
             kind = "NLVR2" if part == "reasoning" else "image-text retrieval or pre-training"
-            raise ValueError(f"this model has no {part} head: take a checkpoint that has one (an {kind} checkpoint)")
+            raise ValueError(f"this model has no {part} head: take a checkpoint that has one (an {kind} "
+                             "checkpoint)")
 
     def _initialise(self) -> None:
         """Weights that keep their input's size (std 1/√fan-in), zero biases, unit norms.
 
-        Visual positions start larger than patch embeddings: at ViT's std of 0.02 small models stay blind to where
-        things are for thousands of steps (docs/decisions.md).
+        Visual positions start larger than patch embeddings: at ViT's std of 0.02 small models stay blind to
+        where things are for thousands of steps (docs/decisions/model.md).
         """
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
@@ -215,6 +222,7 @@ class BlipModel(nn.Module):
 
 
 def task_model(model: BlipModel, task: str) -> BlipModel:
-    """A model with the parts of one of `TASK_PARTS` alone. Raises ValueError where `model` lacks them."""
+    """A model with only the parts that a task of `TASK_PARTS` needs. Raises ValueError if `model` lacks
+    them."""
     dtype = model.vision.cls_token.dtype
     return model.restricted_to(replace(model.config, **TASK_PARTS[task])).to(dtype).eval()

@@ -69,8 +69,9 @@ class BlipConfig:
     """One BLIP model: which parts it has and how large they are.
 
     `text_stacks` says which text modes there are: `tied` (pre-training: encoder and decoder share all but
-    self-attention), `untied` (VQA), or only an `encoder` (matching, NLVR2) or `decoder` (captioning). A decoder's LM
-    head projects with the word embeddings, or with a weight of its own if not `tied_lm_head` (docs/decisions.md).
+    self-attention), `untied` (VQA), or only an `encoder` (matching, NLVR2) or `decoder` (captioning). A
+    decoder's LM head projects with the word embeddings, or with a weight of its own if not `tied_lm_head`
+    (docs/decisions/model.md).
     """
 
     vision: VisionConfig = field(default_factory=VisionConfig)
@@ -85,13 +86,15 @@ class BlipConfig:
 
     def __post_init__(self) -> None:
         if self.text_stacks not in ("tied", "untied", "encoder", "decoder"):
-            raise ValueError(f"text_stacks must be tied, untied, encoder or decoder, got {self.text_stacks!r}")
+            raise ValueError("text_stacks must be tied, untied, encoder or decoder, got "
+                             f"{self.text_stacks!r}")
         if self.text_stacks == "decoder" and (self.contrastive or self.matching or self.reasoning):
-            raise ValueError("a model with only a decoder cannot have contrastive, matching or reasoning heads: they "
-                             "read the text encoder; switch them off or choose other text_stacks")
+            raise ValueError("a model with only a decoder cannot have contrastive, matching or reasoning "
+                             "heads: they read the text encoder; switch them off or choose other text_stacks")
         highest = max(dataclasses.astuple(self.tokens))
         if highest >= self.text.vocab_size:
-            raise ValueError(f"text.vocab_size {self.text.vocab_size} does not hold the special token id {highest}")
+            raise ValueError(f"text.vocab_size {self.text.vocab_size} does not hold the special token id "
+                             f"{highest}")
 
     @property
     def has_encoder(self) -> bool:
@@ -116,7 +119,8 @@ def _build(kind: type, values: dict[str, Any], where: str = "config") -> Any:
     known = {f.name for f in dataclasses.fields(kind)}
     unknown = sorted(set(values) - known)
     if unknown:
-        raise ValueError(f"{where} has the unknown key {unknown[0]!r}: known keys are {', '.join(sorted(known))}")
+        raise ValueError(f"{where} has the unknown key {unknown[0]!r}: known keys are "
+                         f"{', '.join(sorted(known))}")
     return kind(**values)
 
 

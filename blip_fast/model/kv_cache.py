@@ -1,4 +1,5 @@
-"""What generation reads at every step, in slots of fixed shapes: keys and values of images, and of the texts so far.
+"""What generation reads at every step, in slots of fixed shapes: keys and values of images, and of the texts
+so far.
 
 An image enters a slot when another has left it; nothing is copied per beam or from step to step.
 """
@@ -17,23 +18,24 @@ from torch import Tensor, nn
 
 from blip_fast.model.config import TextConfig
 
-# Up to this many times head_dim tokens of an image's texts, its keys and values are not computed (docs/decisions.md).
+# An image's keys and values are not computed if its texts have up to this many times head_dim tokens
+# (docs/decisions/cpu.md).
 ABSORBED_TOKENS = 1.5
 
 
 @dataclass(frozen=True)
 class PromptRows:
-    """All tokens of prompts but their last ones: rows that a step computes after one row of each text, so that an image
-    that enters is a step later where its texts begin."""
+    """The tokens of prompts, except each prompt's last one. A step computes them as rows of their own, after
+    one row of each text, so that the whole prompt of an image that enters takes one step."""
 
     token_ids: Tensor  # int64 [rows]
     positions: Tensor  # int64 [rows], of the tokens in their prompts
     slots: Tensor  # int64 [rows]
-    pieces: list[tuple[Tensor, int]]  # in the order of the rows: ascending slots int64 [n], and how many rows of each
+    pieces: list[tuple[Tensor, int]]  # in the order of the rows: (ascending slots int64 [n], rows per slot)
 
     @classmethod
     def of(cls, prompts: Mapping[int, Sequence[int]], device: torch.device) -> PromptRows | None:
-        """Of the prompts of slots; None where none has more than one token."""
+        """From each slot's prompt; None if no prompt has more than one token."""
         pieces: dict[range, list[int]] = defaultdict(list)  # slots by positions
         for slot, prompt in sorted(prompts.items()):
             for first in range(0, len(prompt) - 1, MOST_ROWS):
@@ -47,19 +49,21 @@ class PromptRows:
                    [(torch.tensor(slots, device=device), len(piece)) for piece, slots in pieces.items()])
 
     def split(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """x [rows, ...] in its pieces, each with its slots."""
-        for (slots, _), part in zip(self.pieces, x.split([len(s) * rows for s, rows in self.pieces]), strict=True):
+        """Cut x [rows, ...] into the pieces; yield each with its slots."""
+        for (slots, _), part in zip(self.pieces, x.split([len(s) * rows for s, rows in self.pieces]),
+                                    strict=True):
             yield part, slots
 
 
 class KeyValuePool:
-    """Cross-attention keys and values of a number of image slots. An image that enters is projected into its slot once;
-    all of its texts read it there.
+    """Cross-attention keys and values of images, in slots. An image that enters is projected into its slot
+    once; all of its texts read it there.
     """
 
-    def __init__(self, config: TextConfig, projection: nn.Module, slots: int, keys: int, like: Tensor) -> None:
+    def __init__(self, config: TextConfig, projection: nn.Module, slots: int, keys: int,
+                 like: Tensor) -> None:
         """Room for `keys` states in each slot; `projection` takes states to keys and values of all layers."""
-        # A head's keys lie together: batched products read them as they are (docs/decisions.md).
+        # A head's keys lie together: batched products read them as they are (docs/decisions/generation.md).
         shape = (config.layers, 2, slots, config.heads, keys, config.width // config.heads)
         self.projection = projection
         self.kv = torch.zeros(shape, dtype=like.dtype, device=like.device)
@@ -71,12 +75,12 @@ class KeyValuePool:
         with row_blocks(len(states), one_input=True):
             kv = self.projection(states).view(-1, layers, parts, heads, head_dim)
         self.kv[:, :, slot, :, : len(kv)] = kv.permute(1, 2, 3, 0, 4)
-        self.kv[:, :, slot, :, len(kv) :] = 0  # read, with a weight of nothing
+        self.kv[:, :, slot, :, len(kv) :] = 0  # read too, with a weight of zero
         self.lengths[slot] = len(kv)
 
     def attend(self, layer: int, q: Tensor, slots: Tensor | None = None) -> Tensor:
-        """q [rows, heads, head_dim], the same number of consecutive rows for each slot, or for each of `slots` (int64,
-        ascending), over their slot's image."""
+        """Attention of q [rows, heads, head_dim] to the image of each row's slot. Each slot, or each of
+        `slots` (int64, ascending), has the same number of consecutive rows."""
         keys, values = (_of_slots(x, slots).transpose(1, 2) for x in self.kv[layer])
         return decode_attention(q, keys, values, _of_slots(self.lengths, slots))
 
@@ -85,17 +89,18 @@ class KeyValuePool:
         self.kv, self.lengths = self.kv.index_select(2, slots), self.lengths[slots]
 
     def add(self, slots: int) -> None:
-        """So many empty slots more, after the others."""
+        """Append this many empty slots."""
         layers, parts, _, *rest = self.kv.shape
         self.kv = torch.cat([self.kv, self.kv.new_zeros(layers, parts, slots, *rest)], dim=2)
         self.lengths = torch.cat([self.lengths, self.lengths.new_zeros(slots)])
 
 
 class StatesPool:
-    """The states themselves in the place of their keys and values, which `absorbed_attention` never computes: as
-    `KeyValuePool`, for few tokens of few texts."""
+    """As `KeyValuePool`, but with the states themselves in the slots: `absorbed_attention` never computes
+    their keys and values. It is for few tokens of few texts."""
 
-    def __init__(self, config: TextConfig, projection: nn.Module, slots: int, keys: int, like: Tensor) -> None:
+    def __init__(self, config: TextConfig, projection: nn.Module, slots: int, keys: int,
+                 like: Tensor) -> None:
         self.key_weight, self.value_weight, self.value_bias = _by_layer(projection, config)
         self.scale = (config.width // config.heads) ** -0.5
         self.states = torch.zeros(slots, keys, self.key_weight.shape[-1], dtype=like.dtype)
@@ -107,7 +112,8 @@ class StatesPool:
 
     def attend(self, layer: int, q: Tensor, slots: Tensor | None = None) -> Tensor:
         return absorbed_attention(q, _of_slots(self.states, slots), _of_slots(self.lengths, slots),
-                                  self.key_weight[layer], self.value_weight[layer], self.value_bias[layer], self.scale)
+                                  self.key_weight[layer], self.value_weight[layer], self.value_bias[layer],
+                                  self.scale)
 
     def keep(self, slots: Tensor) -> None:
         self.states, self.lengths = self.states.index_select(0, slots), self.lengths[slots]
@@ -118,21 +124,23 @@ class StatesPool:
 
 
 def _of_slots(x: Tensor, slots: Tensor | None) -> Tensor:
-    """x [slots, ...] for the given ones alone: a copy, unless those are all."""
+    """The given slots of x [slots, ...]: a copy, unless they are all of them."""
     return x if slots is None or len(slots) == len(x) else x.index_select(0, slots)
 
 
 def _by_layer(projection: nn.Module, config: TextConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """As `absorbed_attention` takes them: weights of keys [layers, heads, head_dim, vision width] and of values
-    [layers, heads, vision width, head_dim], biases of values [layers, heads, head_dim]."""
+    """A projection's parameters as `absorbed_attention` takes them: weights of keys [layers, heads, head_dim,
+    vision width] and of values [layers, heads, vision width, head_dim], biases of values [layers, heads,
+    head_dim]."""
     if projection in _BY_LAYER:
         return _BY_LAYER[projection]
-    dense = projection.state_dict()  # of a packed layer the weight as it was
+    dense = projection.state_dict()  # a packed layer gives its weight as it was
     weight, bias = dense["weight"], dense["bias"]
     parts = weight.view(config.layers, 2, config.heads, -1, weight.shape[1])
     found = (parts[:, 0].contiguous(), parts[:, 1].transpose(2, 3).contiguous(),
              bias.view(config.layers, 2, config.heads, -1)[:, 1])
-    if not any(parameter.requires_grad for parameter in projection.parameters()):  # else they may change
+    # weights in training change
+    if not any(parameter.requires_grad for parameter in projection.parameters()):
         _BY_LAYER[projection] = found
     return found
 
@@ -149,15 +157,17 @@ def image_pool(config: TextConfig, projection: nn.Module, slots: int, keys: int,
     Where keys and values are not computed, a token costs 1 / head_dim of an image's projection.
     """
     few = tokens <= ABSORBED_TOKENS * config.width // config.heads
-    return (StatesPool if few and like.device.type == "cpu" else KeyValuePool)(config, projection, slots, keys, like)
+    pool = StatesPool if few and like.device.type == "cpu" else KeyValuePool
+    return pool(config, projection, slots, keys, like)
 
 
 class SelfCache:
-    """Self-attention keys and values of the tokens decoded so far, in entries that are written once and never moved.
+    """Self-attention keys and values of the tokens decoded so far, in entries that are written once and never
+    moved.
 
-    `table` [rows, max_tokens] says where each row's tokens lie: beams share the entries of their common history, and a
-    new order of beams is a new order of that table alone. Consecutive rows, `each` of them, belong to one slot; a row
-    has `max_tokens` entries of its own, and its table names entries of its slot only.
+    `table` [rows, max_tokens] says where each row's tokens lie. Beams share the entries of their common
+    history, so reordering beams only changes the table. `each` consecutive rows belong to one slot. A row has
+    `max_tokens` entries of its own, and its table names entries of its slot only.
     """
 
     def __init__(self, config: TextConfig, slots: int, each: int, max_tokens: int, like: Tensor) -> None:
@@ -168,36 +178,37 @@ class SelfCache:
         self.table = self.own.flatten(0, 1).clone()
 
     def enter(self, slot: int, shared: int) -> None:
-        """All rows of a slot begin anew: their first `shared` tokens will lie in the first row's entries."""
+        """Reset all rows of a slot: their first `shared` tokens will lie in the first row's entries."""
         rows = self.table.view(self.own.shape)[slot]
         rows.copy_(self.own[slot])
         rows[:, :shared] = self.own[slot, 0, :shared]
 
     def place(self, positions: Tensor, prompts: PromptRows | None = None) -> None:
-        """The next token of each row stands at `positions` [rows] of its text: `append` stores it, layer by layer, and
-        those of `prompts` after them."""
-        self._read = self.table
+        """Prepare a step: the next token of each row has `positions` [rows] in its text, and the rows of
+        `prompts` follow. `append` then stores their keys and values layer by layer."""
+        self._read_table = self.table
         if prompts is not None:
             positions = torch.cat([positions, prompts.positions])
-            self._read = torch.cat([self.table, self.table[prompts.slots * self.own.shape[1]]])
-        self._written = self._read.gather(1, positions[:, None]).squeeze(1)
+            self._read_table = torch.cat([self.table, self.table[prompts.slots * self.own.shape[1]]])
+        self._write_entries = self._read_table.gather(1, positions[:, None]).squeeze(1)
         self._lengths = (positions + 1).int()
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Store k, v [rows, heads, head_dim]."""
         for cache, new in zip(self.kv[layer], (k, v), strict=True):
-            cache.index_copy_(0, self._written, new)
+            cache.index_copy_(0, self._write_entries, new)
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
-        """q [rows, heads, head_dim], one token a row, over the row's tokens up to it, read where they lie."""
+        """Attention of q [rows, heads, head_dim], one token per row, to the row's tokens up to it, read where
+        they lie."""
         keys, values = self.kv[layer]
-        return cached_attention(q, keys, values, self._read, self._lengths)
+        return cached_attention(q, keys, values, self._read_table, self._lengths)
 
     def select(self, parents: Tensor, lengths: Tensor) -> None:
-        """Each row goes on from the row `parents` [slots, each] of its slot, of whose tokens there are `lengths`
-        [slots]."""
+        """Make each row continue row `parents` [slots, each] of its slot, which has `lengths` [slots]
+        tokens."""
         table = self.table.view(self.own.shape)
-        # Tokens to come get entries of their own: from here on a row's own hold nothing that others still read.
+        # Later tokens go into the row's own entries: no other row reads those from this length on.
         shared = torch.arange(self.own.shape[2], device=lengths.device) < lengths[:, None, None]
         table = torch.where(shared, table.take_along_dim(parents[..., None], 1), self.own)
         self.table = table.flatten(0, 1)
@@ -212,10 +223,11 @@ class SelfCache:
         self.kv = self.kv.index_select(2, entries)
 
     def add(self, slots: int) -> None:
-        """So many empty slots more, behind the others, whose entries stay where they are."""
+        """Append this many empty slots. The entries of the others stay where they are."""
         before, each, max_tokens = self.own.shape
         entries = slots * each * max_tokens
         layers, parts, _, *rest = self.kv.shape
         self.kv = torch.cat([self.kv, self.kv.new_zeros(layers, parts, entries, *rest)], dim=2)
-        self.own = torch.arange(self.kv.shape[2], device=self.own.device).view(before + slots, each, max_tokens)
+        self.own = torch.arange(self.kv.shape[2],
+                                device=self.own.device).view(before + slots, each, max_tokens)
         self.table = torch.cat([self.table, self.own[before:].flatten(0, 1)])

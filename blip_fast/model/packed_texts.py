@@ -1,7 +1,8 @@
-"""Packed texts: the one data structure for texts. The token rows of all texts lie behind one another, without padding.
+"""Packed texts: the one data structure for texts. The token rows of all texts lie one after another, without
+padding.
 
-A text is a segment: text `i` owns the rows `offsets[i] : offsets[i + 1]`. Attention, the text stack, the losses and the
-generation engine all read this layout, so no row is ever computed for padding.
+A text is a segment: text `i` owns the rows `offsets[i] : offsets[i + 1]`. Attention, the text stack, the
+losses and the generation engine all read this layout, so no row is ever computed for padding.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from torch import Tensor
 class PackedTexts:
     """Token rows of all texts, concatenated. Every text has at least one token; there may be no text at all.
 
-    `token_ids` int64 [rows], `offsets` int32 [texts + 1] (offsets[0] = 0, offsets[texts] = rows), on one device.
-    Raises ValueError where shapes, dtypes or devices disagree, and on the CPU where offsets do not rise from 0 to the
-    number of rows (on a GPU that check would stall the stream).
+    `token_ids` int64 [rows], `offsets` int32 [texts + 1] (offsets[0] = 0, offsets[texts] = rows), on one
+    device. Raises ValueError where shapes, dtypes or devices disagree, and on the CPU where offsets do not
+    rise from 0 to the number of rows (on a GPU that check would stall the stream).
     """
 
     token_ids: Tensor
@@ -32,7 +33,8 @@ class PackedTexts:
         if offsets.ndim != 1 or offsets.dtype != torch.int32 or len(offsets) == 0:
             raise ValueError(f"offsets must be int32 [texts + 1], got {offsets.dtype} {list(offsets.shape)}")
         if ids.device != offsets.device:
-            raise ValueError(f"token_ids are on {ids.device}, offsets on {offsets.device}: move both to one device")
+            raise ValueError(f"token_ids are on {ids.device}, offsets on {offsets.device}: move both to one "
+                             "device")
         if ids.device.type == "cpu":
             start, end = int(offsets[0]), int(offsets[-1])
             if start != 0 or end != len(ids):
@@ -87,9 +89,10 @@ class PackedTexts:
         """Texts `indices` (int64 [n], any order, repeats allowed), gathered without a loop over texts."""
         offsets = _offsets(self.lengths[indices])
         rows = int(offsets[-1])
-        # Row r of the new text j is r - offsets[j] rows behind the start of the old text indices[j].
+        # Row r of the new text j is r - offsets[j] rows after the start of the old text indices[j].
         shift = (self.offsets[:-1][indices] - offsets[:-1]).long()
-        source = torch.arange(rows, device=self.device) + shift.repeat_interleave(offsets.diff(), output_size=rows)
+        shift = shift.repeat_interleave(offsets.diff(), output_size=rows)
+        source = torch.arange(rows, device=self.device) + shift
         return PackedTexts(self.token_ids[source], offsets)
 
     def with_first(self, token_id: int) -> PackedTexts:
@@ -97,16 +100,19 @@ class PackedTexts:
         return PackedTexts(self.token_ids.index_fill(0, self.first_rows().long(), token_id), self.offsets)
 
     def without_last(self) -> PackedTexts:
-        """The last token of each text dropped (a prompt loses its [SEP]). Every text needs two tokens or more."""
+        """The last token of each text dropped (a prompt loses its [SEP]). Every text needs two tokens or
+        more."""
         return self._one_shorter(skip=0)
 
     def without_first(self) -> PackedTexts:
-        """The first token of each text dropped: the targets that `without_last` predicts. Two tokens or more each."""
+        """The first token of each text dropped: the targets that `without_last` predicts. Every text needs
+        two tokens or more."""
         return self._one_shorter(skip=1)
 
     def to(self, device: torch.device | str) -> PackedTexts:
         """The same texts on `device`; the copy to a GPU does not block where the memory is pinned."""
-        return PackedTexts(self.token_ids.to(device, non_blocking=True), self.offsets.to(device, non_blocking=True))
+        return PackedTexts(self.token_ids.to(device, non_blocking=True),
+                           self.offsets.to(device, non_blocking=True))
 
     def to_padded(self, pad_id: int) -> tuple[Tensor, Tensor]:
         """(ids int64 [texts, longest] filled up with `pad_id`, mask bool [texts, longest] true on tokens)."""
@@ -126,7 +132,8 @@ class PackedTexts:
         texts, rows = len(self), len(self.token_ids)
         lost = torch.arange(texts + 1, device=self.device, dtype=torch.int32)
         if rows < 2 * texts:
-            raise ValueError(f"{texts} texts have {rows} tokens: dropping one from each needs two or more in each")
+            raise ValueError(f"{texts} texts have {rows} tokens: dropping one from each needs two or more in "
+                             "each")
         source = torch.arange(rows - texts, device=self.device) + skip
         source += lost[:-1].long().repeat_interleave(self.lengths - 1, output_size=rows - texts)
         return PackedTexts(self.token_ids[source], self.offsets - lost)

@@ -1,7 +1,7 @@
 """WordPiece tokenizer with BLIP's two extra tokens, and the published clean-up of captions and questions.
 
-The vocabulary is bert-base-uncased's 30,522 tokens, another checkpoint's, or one trained on your own captions; `[DEC]`
-(bos) and `[ENC]` follow behind it: 30,522 and 30,523 for BERT's.
+The vocabulary is bert-base-uncased's 30,522 tokens, another checkpoint's, or one trained on your own
+captions; `[DEC]` (bos) and `[ENC]` come after it: 30,522 and 30,523 for BERT's.
 """
 
 from __future__ import annotations
@@ -26,31 +26,33 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from blip_fast.model.packed_texts import PackedTexts
 
 BERT_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-BLIP_TOKENS = ("[DEC]", "[ENC]")  # in this order behind BERT's vocabulary
+BLIP_TOKENS = ("[DEC]", "[ENC]")  # in this order after BERT's vocabulary
 MAX_TEXT_TOKENS = 512  # BERT's positions
-MOST_CAPITALS = 0.01  # share of tokens with capitals in a vocabulary of lower-cased texts, which needs none
+# share of tokens with capitals that a vocabulary of lower-cased texts may have; it needs none
+MOST_CAPITALS = 0.01
 MAX_ALPHABET = 1000  # characters of a vocabulary trained here; rarer ones become [UNK]
 
 _PUNCTUATION = re.compile(r'[.!"()*#:;~]')
 
 
 def clean_caption(text: str, max_words: int = 30) -> str:
-    """The published pre-processing of captions: lower case, `.!"()*#:;~` become spaces, runs of white space fold into
-    one space, at most `max_words` words (BLIP, pre-training: 30)."""
+    """The published pre-processing of captions: lower case, `.!"()*#:;~` become spaces, runs of white space
+    fold into one space, at most `max_words` words (BLIP, pre-training: 30)."""
     text = re.sub(r"\s{2,}", " ", _PUNCTUATION.sub(" ", text.lower()))
     return " ".join(text.rstrip("\n").strip(" ").split(" ")[:max_words])
 
 
 def clean_question(text: str, max_words: int = 50) -> str:
-    """The published pre-processing of questions: lower case, `.!"()*#:;~` removed, at most `max_words` words."""
+    """The published pre-processing of questions: lower case, `.!"()*#:;~` removed, at most `max_words`
+    words."""
     return " ".join(_PUNCTUATION.sub("", text.lower()).rstrip(" ").split(" ")[:max_words])
 
 
 class Tokenizer:
     """Texts to token ids and back, the same ids and strings as transformers' BertTokenizer.
 
-    A text becomes `first, word pieces…, [SEP]`; `first` chooses the mode of the text stack: `[CLS]` unimodal, `[ENC]`
-    image-grounded encoder, `[DEC]` decoder.
+    A text becomes `first, word pieces…, [SEP]`; `first` chooses the mode of the text stack: `[CLS]` unimodal,
+    `[ENC]` image-grounded encoder, `[DEC]` decoder.
     """
 
     def __init__(self, vocabulary: Sequence[str]) -> None:
@@ -73,24 +75,26 @@ class Tokenizer:
 
     @classmethod
     def from_vocab_file(cls, path: str | Path) -> Tokenizer:
-        """Read `vocab.txt`: one token a line, in the order of the ids.
+        """Read `vocab.txt`: one token per line, in the order of the ids.
 
         Raises ValueError as the constructor, and where the vocabulary is a cased one.
         """
-        # Split at line feeds only: the vocabulary may hold tokens that Python's splitlines takes for line ends.
+        # Split at line feeds only: the vocabulary may hold tokens that Python's splitlines takes for line
+        # ends.
         vocabulary = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
         capitals = [token for token in vocabulary if token != token.lower() and not token.startswith("[")]
         if len(capitals) > MOST_CAPITALS * len(vocabulary):
-            raise ValueError(f"{path} is a cased vocabulary (it holds {capitals[0]!r}), and texts are lower-cased "
-                             "here: take the uncased model of its kind")
+            raise ValueError(f"{path} is a cased vocabulary (it holds {capitals[0]!r}), and texts are "
+                             "lower-cased here: take the uncased model of its kind")
         return cls(vocabulary)
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> Tokenizer:
-        """Read a `vocab.txt` or `tokenizer.json`, or that of a directory or of a model on the Hub (`Salesforce/…`).
+        """Read a `vocab.txt` or `tokenizer.json`, or that of a directory or of a model on the Hub
+        (`Salesforce/…`).
 
-        Raises FileNotFoundError where there is neither, or the Hub cannot be reached; ValueError where the tokenizer is
-        not a lower-casing WordPiece.
+        Raises FileNotFoundError where there is neither, or the Hub cannot be reached; ValueError where the
+        tokenizer is not a lower-casing WordPiece.
         """
         path = Path(source)
         if path.is_file():
@@ -99,7 +103,8 @@ class Tokenizer:
             file = path / name if path.is_dir() else _download(str(source), name)
             if file is not None and file.is_file():
                 return read(file)
-        raise FileNotFoundError(f"{source} holds neither tokenizer.json nor vocab.txt: pass a checkpoint with either")
+        raise FileNotFoundError(f"{source} holds neither tokenizer.json nor vocab.txt: pass a checkpoint "
+                                "with either")
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -111,11 +116,13 @@ class Tokenizer:
         normalised = [learner.normalizer.normalize_str(caption) for caption in captions]
         counts = Counter(char for text in normalised for char in text if not char.isspace())
         alphabet = sorted(counts, key=lambda char: (-counts[char], char))[:MAX_ALPHABET]
-        # The trainer numbers characters in the order of a hash table and breaks ties by number: number them here.
+        # The trainer numbers characters in the order of a hash table and breaks ties by number: number them
+        # here.
         first_tokens = [*BERT_TOKENS, *alphabet, *(f"##{char}" for char in alphabet)]
         if vocab_size < len(first_tokens) + len(BLIP_TOKENS):
             least = len(first_tokens) + len(BLIP_TOKENS)
-            raise ValueError(f"vocab_size is {vocab_size}: the characters of these captions alone need {least}")
+            raise ValueError(f"vocab_size is {vocab_size}: the characters of these captions alone need "
+                             f"{least}")
         trainer = trainers.WordPieceTrainer(
             vocab_size=vocab_size - len(BLIP_TOKENS), special_tokens=first_tokens, show_progress=False
         )
@@ -136,7 +143,8 @@ class Tokenizer:
             raise ValueError(
                 f"{path} is a {kind} tokenizer, lower-casing {bool(lower)}: BLIP needs lower-casing WordPiece"
             )
-        vocabulary = {**stored["model"]["vocab"], **{t["content"]: t["id"] for t in stored.get("added_tokens", [])}}
+        vocabulary = {**stored["model"]["vocab"],
+                      **{t["content"]: t["id"] for t in stored.get("added_tokens", [])}}
         return cls(sorted(vocabulary, key=vocabulary.__getitem__))
 
     def save(self, directory: str | Path) -> None:
@@ -153,7 +161,8 @@ class Tokenizer:
             "bos_token": "[DEC]",
             "extra_special_tokens": {"enc_token": "[ENC]"},
         }
-        (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n",
+                                                         encoding="utf-8")
 
     def encode(self, text: str, first: str = "[CLS]", max_tokens: int | None = None) -> list[int]:
         """Ids of `first`, the text's pieces and `[SEP]`: at most `max_tokens` of them, `[SEP]` kept."""
@@ -164,8 +173,8 @@ class Tokenizer:
         return PackedTexts.from_lists(self._encode_all(texts, first, max_tokens))
 
     def words(self, text: str, max_tokens: int | None = None) -> list[tuple[str, range]]:
-        """Each word, or mark of punctuation, as it stands in the text, and the places of its pieces among `encode`'s
-        ids."""
+        """Each word, or mark of punctuation, as it stands in the text, and the places of its pieces among
+        `encode`'s ids."""
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         pieces = len(encoding.ids) if max_tokens is None else min(len(encoding.ids), max_tokens - 2)
         groups = [list(group) for _, group in groupby(range(pieces), encoding.word_ids.__getitem__)]
@@ -188,17 +197,18 @@ class Tokenizer:
 
 
 def _download(model: str, name: str) -> Path | None:
-    """A file of a model on the Hub, from the cache where it is there; None where the model has none of that name."""
+    """A file of a model on the Hub, from the cache if it is there; None if the model has no file of that
+    name."""
     try:
         return Path(huggingface_hub.hf_hub_download(model, name))
     except RemoteEntryNotFoundError:
         return None
     except LocalEntryNotFoundError:
-        raise FileNotFoundError(f"{model}: no such file or directory, and the Hub, which may have a model of that "
-                                "name, cannot be reached") from None
+        raise FileNotFoundError(f"{model}: no such file or directory, and the Hub, which may have a model of "
+                                "that name, cannot be reached") from None
     except (RepositoryNotFoundError, HFValidationError):
-        raise FileNotFoundError(f"{model}: no such file or directory, and no public model of that name on the "
-                                "Hub") from None
+        raise FileNotFoundError(f"{model}: no such file or directory, and no public model of that name on "
+                                "the Hub") from None
 
 
 def _word_piece(model: models.WordPiece) -> tokenizers.Tokenizer:

@@ -1,4 +1,4 @@
-"""Independent work on a CPU, one piece to a core: no core waits for another within a piece."""
+"""Independent work on a CPU, one piece per core: no core waits for another within a piece."""
 
 from __future__ import annotations
 
@@ -31,13 +31,15 @@ def each_on_a_core(function: Callable[[Item], Result], items: Sequence[Item]) ->
 def _workers(threads: int) -> ThreadPoolExecutor:
     pool, all_there = ThreadPoolExecutor(threads, "core", initializer=_on_one_thread), Barrier(threads)
     list(pool.map(lambda _: all_there.wait(), range(threads)))
-    # The number belongs to the thread that sets it, and to threads that begin later: those shall have the caller's.
+    # The number is that of the thread that sets it and of threads that begin later; those should have the
+    # caller's.
     torch.set_num_threads(threads)
     return pool
 
 
 def _on_one_thread() -> None:
-    torch.get_num_threads()  # a thread takes the process's number when it is first asked, over one that was set before
+    # a thread takes the process's number when it is first asked, even over one that was set before
+    torch.get_num_threads()
     torch.set_num_threads(1)
 
 

@@ -1,4 +1,5 @@
-"""Work that the processes of one run share (`torchrun`): each does its own part, and all get the whole, in order."""
+"""Work that the processes of one run share (`torchrun`): each does its own part, and all get the whole, in
+order."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ class Ranks:
     count: int = 1
 
     def share(self, work: Callable[[list[Item]], Sequence[Result]], items: Sequence[Item]) -> list[Result]:
-        """`work(items)`, a result an item, of which each process does its part; every process must call this.
+        """`work(items)`, one result per item. Each process does its part; every process must call this.
 
         Raises ValueError where some process has another number of results than items.
         """
@@ -40,12 +41,12 @@ ALONE = Ranks()
 
 
 def dealt(items: Sequence[Item], rank: int, ranks: int) -> list[Item]:
-    """The part of `items` that is a rank's: dealt one by one, with nothing repeated to make parts equally long."""
+    """A rank's part of `items`. They are dealt one by one; none is repeated to make parts equally long."""
     return list(items[rank::ranks])
 
 
 def merged(parts: Sequence[Sequence[Result]], count: int) -> list[Result]:
-    """What all ranks made of their parts of `count` items → results in the items' order.
+    """All ranks' results of their parts of `count` items → results in the items' order.
 
     Raises ValueError naming the first rank whose results are not as many as its items.
     """
@@ -58,20 +59,20 @@ def merged(parts: Sequence[Sequence[Result]], count: int) -> list[Result]:
 
 @contextmanager
 def torchrun_ranks() -> Iterator[Ranks]:
-    """The ranks that `torchrun` started, joined for as long as this lasts, each with its own GPU where there are some;
-    one alone without it."""
+    """The ranks that `torchrun` started, joined for as long as this lasts, each with its own GPU if there are
+    any. Without `torchrun` there is one rank."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         yield ALONE
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # These functions keep the group that exists when they are first imported (by torchao, say), and with it gloo's
-    # threads: a process that ends while those run can abort (pytorch issue 190489).
+    # These functions keep the group that exists when they are first imported (by torchao, say), and with it
+    # gloo's threads: a process that ends while those run can abort (pytorch issue 190489).
     import_module("torch.distributed.nn.functional")
     dist.init_process_group("gloo")  # results are objects, in host memory
     try:
         yield Ranks(dist.get_rank(), count)
-        dist.barrier()  # none leaves while another still hears from it
+        dist.barrier()  # no rank leaves while another still receives from it
     finally:
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Work spread over a Ray cluster by Ray Data: the worker that would do it at home, results in order."""
+"""Work spread over a Ray cluster by Ray Data: the same worker as on one machine, results in order."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 WORKER_CPUS = 4  # of a worker without a GPU
-ANSWER_SECONDS = 10  # within which a cluster must take a connection; Ray itself tries for minutes
+ANSWER_SECONDS = 10  # within which a cluster must accept a connection; Ray itself tries for minutes
 
 
 def ask_worker(address: str | None, question: Callable[[], Result], *, gpus: bool) -> Result:
-    """What `question()` gives in a process with a worker's share of a cluster; arguments and errors are `on_ray`'s."""
+    """The result of `question()` in a process with a worker's share of a cluster. Arguments and errors are
+    those of `on_ray`."""
     with _cluster(address) as ray:
         _, share = _room(ray.cluster_resources(), gpus)
         return ray.get(ray.remote(**share)(lambda: question()).remote())
@@ -26,15 +27,16 @@ def ask_worker(address: str | None, question: Callable[[], Result], *, gpus: boo
 def on_ray(address: str | None, batches: Iterable[Sequence[Item]],
            make_worker: Callable[[], Callable[[Sequence[Item]], Iterable[Result]]], *,
            gpus: bool) -> Generator[Result]:
-    """`worker(batch)` of all batches, in order; a batch whose machine is lost is done again elsewhere.
+    """The results of `worker(batch)` for all batches, in order. A batch whose machine is lost is done again
+    elsewhere.
 
     Args:
-        address: of a cluster, as `ray.init` takes it; None is the one that RAY_ADDRESS names or that runs here, else
-            one is started here.
+        address: of a cluster, as `ray.init` takes it; None is the one that RAY_ADDRESS names or that runs
+            here, else one is started here.
         batches: all of them are drawn first, and kept pickled in Ray's object store.
         make_worker: makes each process's worker, at its first batch. It and all results are pickled.
-        gpus: give each worker a GPU where the cluster has some, else WORKER_CPUS processors. There are as many workers
-            as the cluster has room for.
+        gpus: give each worker a GPU if the cluster has any, else WORKER_CPUS processors. There are as many
+            workers as the cluster has room for.
 
     Raises:
         ModuleNotFoundError: Ray is not installed.
@@ -61,7 +63,8 @@ def _cluster(address: str | None) -> Iterator[Any]:
         import ray.data  # pyright: ignore[reportMissingImports]
         from ray.exceptions import RayError  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError:
-        raise ModuleNotFoundError("Ray is not installed: pip install 'blip-fast[scale]'", name="ray") from None
+        raise ModuleNotFoundError("Ray is not installed: pip install 'blip-fast[scale]'",
+                                  name="ray") from None
 
     _require_answer(address)
     ray.init(address, log_to_driver=False, logging_level=logging.ERROR)

@@ -20,13 +20,15 @@ AHEAD = 4  # items per thread
 
 def read_ahead(items: Iterable[Item], read: Callable[[Item], Done], *, threads: int = THREADS,
                ahead: int = AHEAD) -> Iterator[tuple[Item, Done]]:
-    """Each item and `read(item)`, in order; threads are up to `ahead` × `threads` items ahead of who takes them.
+    """Each item and `read(item)`, in order. Threads are up to `ahead` × `threads` items ahead of the
+    consumer.
 
-    The items are drawn by a thread as well, so that the consumer does not wait for a folder to be listed or a shard to
-    be fetched. What `items` or `read` raises is raised at its place. No thread goes on once the iterator is closed.
+    The items are drawn by a thread as well, so that the consumer does not wait for a folder to be listed or a
+    shard to be fetched. What `items` or `read` raises is raised at its place. No thread goes on once the
+    iterator is closed.
     """
-    # In a main thread a signal raises wherever it finds it, and what locks in Python code (Queue, Future, Event) may be
-    # left locked. So who takes the results waits at these queues alone, which cannot be.
+    # A signal in the main thread can interrupt Queue, Future or Event while their lock is held, and leave it
+    # locked. SimpleQueue locks in C, so the consumer waits only on these two.
     done: queue.SimpleQueue[tuple[int, tuple[Item, Done] | BaseException | None]] = queue.SimpleQueue()
     room: queue.SimpleQueue[None] = queue.SimpleQueue()
     for _ in range(ahead * threads):
@@ -49,9 +51,9 @@ def read_ahead(items: Iterable[Item], read: Callable[[Item], Done], *, threads: 
         room.put(None)  # the feeding thread may wait for it
 
 
-def _feed(items: Iterable[Any], read: Callable[[Any], Any], pool: ThreadPoolExecutor, done: queue.SimpleQueue[Any],
-          room: queue.SimpleQueue[None], closed: threading.Event) -> None:
-    """Puts (place, (item, result)), (place, error), and behind the last item (place, None) into `done`."""
+def _feed(items: Iterable[Any], read: Callable[[Any], Any], pool: ThreadPoolExecutor,
+          done: queue.SimpleQueue[Any], room: queue.SimpleQueue[None], closed: threading.Event) -> None:
+    """Put (place, (item, result)) or (place, error) into `done`, and (place, None) after the last item."""
     def work(place: int, item: Any) -> None:
         try:
             done.put((place, (item, read(item))))
@@ -68,12 +70,12 @@ def _feed(items: Iterable[Any], read: Callable[[Any], Any], pool: ThreadPoolExec
             place += 1
         done.put((place, None))
     except BaseException as error:
-        if not closed.is_set():  # else it is the pool that is shut
+        if not closed.is_set():  # else the error is that the pool is shut
             done.put((place, error))
 
 
 def in_order(results: Iterable[Result], place: Callable[[Result], int]) -> Iterator[Result]:
-    """Results that come out of order, each from 0 on once, in the order of their places. Those that are early wait."""
+    """Results in the order of their places, which are 0, 1, … and come in any order. Early ones wait."""
     early: dict[int, Result] = {}
     due = 0
     for result in results:

@@ -1,4 +1,4 @@
-"""How a long work is stopped from outside."""
+"""How a long run is stopped from outside."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Stopped(KeyboardInterrupt):
 
 
 def exit_status(stop: KeyboardInterrupt) -> int:
-    """Of a run that a signal ended: 128 and the signal's number."""
+    """The exit status of a run that a signal ended: 128 plus the signal's number."""
     return 143 if isinstance(stop, Stopped) else 130
 
 

@@ -1,1 +1,1 @@
-"""What a BLIP model is used for: one file a task."""
+"""The uses of a BLIP model: one file per task."""

@@ -1,4 +1,4 @@
-"""Candidates of a retrieval while the images stream by: the best so far, and the embeds of images that are among them.
+"""The candidates of a retrieval while its images are read: the best so far, and the embeds of those images.
 
 Both are bounded by the number of candidates, not by images × texts.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class RunningTopK:
-    """The k best items of a stream for each query: `scores` [queries, at most k], best first, and `items` int64."""
+    """Each query's k best items so far: `scores` [queries, at most k], best first, and `items` int64."""
 
     def __init__(self, queries: int, k: int, device: torch.device) -> None:
         self.k = k
@@ -21,7 +21,7 @@ class RunningTopK:
         self.items = torch.empty(queries, 0, dtype=torch.int64, device=device)
 
     def add(self, scores: Tensor, items: Tensor) -> None:
-        """scores [queries, new] of the items int64 [new]."""
+        """Add items, int64 [new], with their scores [queries, new]."""
         scores, best = scores.topk(min(self.k, scores.shape[1]), dim=1)
         scores, items = torch.cat([self.scores, scores], dim=1), torch.cat([self.items, items[best]], dim=1)
         self.scores, best = scores.topk(min(self.k, scores.shape[1]), dim=1)
@@ -29,10 +29,11 @@ class RunningTopK:
 
 
 class EmbedsFile:
-    """Image embeds [tokens, width] in a temporary file without a name, in slots that are used again.
+    """Image embeds [tokens, width] in an unnamed temporary file, in slots that are reused.
 
-    A file and not memory, since those of COCO's 5,000 images are 9 GB in float32; and not a second encoding, which
-    costs far more than a read (docs/decisions.md). It lies where Python's `tempfile` puts files: `TMPDIR` moves it.
+    A file rather than memory, since the embeds of COCO's 5,000 images take 9 GB in float32; and rather than
+    encoding again, which costs far more than reading (docs/decisions/tasks.md). The file is where Python's
+    `tempfile` puts it; set `TMPDIR` to move it.
     """
 
     def __init__(self) -> None:
@@ -43,7 +44,7 @@ class EmbedsFile:
         self._dtype = torch.float32
 
     def write(self, image: int, embeds: Tensor) -> None:
-        """Keep embeds [tokens, width] of an image. Raises OSError where the disk is full."""
+        """Store the embeds [tokens, width] of an image. Raises OSError if the disk is full."""
         self._shape, self._dtype = embeds.shape, embeds.dtype
         slot = self._free.pop() if self._free else len(self._slots)
         rest = _bytes(embeds.cpu().contiguous())
@@ -52,12 +53,13 @@ class EmbedsFile:
             while rest:
                 rest = rest[self._file.write(rest):]
         except OSError as error:
-            raise OSError(f"the embeds of {len(self._slots) + 1} images do not fit into {tempfile.gettempdir()} "
-                          f"({error.strerror}): set TMPDIR to a folder with more room") from None
+            raise OSError(f"the embeds of {len(self._slots) + 1} images do not fit into "
+                          f"{tempfile.gettempdir()} ({error.strerror}): set TMPDIR to a folder with more "
+                          "room") from None
         self._slots[image] = slot
 
     def keep(self, images: Iterable[int]) -> None:
-        """Forget all others; their slots are free for images to come."""
+        """Forget all other images and free their slots."""
         kept = {image: self._slots[image] for image in images}
         self._free += [slot for image, slot in self._slots.items() if image not in kept]
         self._slots = kept
@@ -78,5 +80,5 @@ class EmbedsFile:
 
 
 def _bytes(x: Tensor) -> memoryview:
-    """A contiguous tensor's memory on the CPU, byte by byte."""
+    """The memory of a contiguous CPU tensor, as bytes."""
     return x.view(torch.uint8).numpy().data.cast("B")

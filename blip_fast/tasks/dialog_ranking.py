@@ -1,4 +1,4 @@
-"""Which answer fits a question of a dialogue about an image (VisDial; BLIP section 5.5)."""
+"""Ranks candidate answers to the questions of a dialogue about an image (VisDial; BLIP section 5.5)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from torch import Tensor
 from blip_fast.inference.encoding import encode_images, evaluating
 from blip_fast.media.images import ImageSource
 from blip_fast.model.blip import BlipModel
+from blip_fast.model.image_kv import ImageKV
 from blip_fast.model.packed_texts import PackedTexts
-from blip_fast.model.text import ImageKV, TextStream
+from blip_fast.model.text import TextStream
 from blip_fast.model.tokenizer import Tokenizer, clean_caption, clean_question
 from blip_fast.tasks.matcher import texts_at_a_time
 from blip_fast.tasks.model_loading import PretrainedTask, pixel_batches
@@ -23,7 +24,7 @@ CAPTION_IN = ("attention", "text")
 
 @dataclass(frozen=True)
 class Round:
-    """A question, the answer that was given, which later rounds read, and the answers to rank, perhaps none."""
+    """A question, the answer that was given (later rounds read it), and the answers to rank, if any."""
 
     question: str
     answer: str = ""
@@ -32,37 +33,41 @@ class Round:
 
 @dataclass(frozen=True)
 class Dialogue:
-    """What is said about one image: its caption, and rounds in order."""
+    """A dialogue about one image: the image's caption, and the rounds in order."""
 
     caption: str
     rounds: Sequence[Round]
 
     @classmethod
     def from_rows(cls, caption: str, rows: Sequence[Mapping[str, Any]]) -> Dialogue:
-        """Rounds as annotations hold them under `dialog` (`read_annotations`)."""
-        return cls(caption, [Round(row["question"], row.get("answer", ""), row.get("candidates", [])) for row in rows])
+        """From the rows that annotations hold under `dialog` (`read_annotations`)."""
+        return cls(caption, [Round(row["question"], row.get("answer", ""), row.get("candidates", []))
+                             for row in rows])
 
 
 class DialogRanker(PretrainedTask):
-    """Scores candidate answers. `DialogRanker.from_pretrained("model")("photo.jpg", dialogue)`.
+    """Scores candidate answers: `DialogRanker.from_pretrained("model")("photo.jpg", dialogue)`.
 
-    A text is [ENC], the rounds before, the question and a candidate, with [SEP] behind each round; the matching head
-    says how well it fits. The caption stands `caption_in` the cross-"attention", encoded and beside the image, as in
-    the paper, or in the "text", before the history (docs/decisions.md). An image's keys and values are projected once
-    for all candidates of all its rounds.
+    A text consists of [ENC], the previous rounds, the question and a candidate, with [SEP] after each round.
+    The matching head says how well it fits. `caption_in` says where the caption goes: in the
+    cross-"attention", encoded, next to the image (as in the paper), or in the "text", before the history
+    (docs/decisions/tasks.md). An image's keys and values are projected once for all candidates of all its
+    rounds.
     """
 
     def __init__(self, model: BlipModel, tokenizer: Tokenizer) -> None:
-        """Raises ValueError where the model lacks the matching head."""
+        """Raises ValueError if the model has no matching head."""
         if not model.config.matching:
-            raise ValueError("this model has no matching head: take an image-text retrieval or pre-training checkpoint")
+            raise ValueError("this model has no matching head: take an image-text retrieval or "
+                             "pre-training checkpoint")
         super().__init__(model, tokenizer)
 
-    def __call__(self, image: ImageSource, dialogue: Dialogue, *, caption_in: str = "attention") -> list[Tensor]:
+    def __call__(self, image: ImageSource, dialogue: Dialogue, *,
+                 caption_in: str = "attention") -> list[Tensor]:
         """Score the candidates of every round.
 
         Returns:
-            For each round that has candidates float32 [candidates] on the CPU: the log-odds that an answer fits.
+            For each round with candidates, float32 [candidates] on the CPU: the log-odds that an answer fits.
 
         Raises:
             ImageError: the image cannot be read.
@@ -73,19 +78,19 @@ class DialogRanker(PretrainedTask):
 
     def score_pixels(self, pixels: Tensor, dialogues: Sequence[Dialogue], *,
                      caption_in: str = "attention") -> list[list[Tensor]]:
-        """As above, of one dialogue about each image of a batch [images, 3, image_size, image_size] after the
+        """Score one dialogue about each image of a batch, [images, 3, image_size, image_size] after the
         evaluation transform.
 
         Raises:
-            ValueError: another `caption_in`; `attention` where images and texts differ in width; a question that is too
-                long together with an answer.
+            ValueError: another `caption_in`; `attention` in a model whose images and texts differ in width; a
+                question and an answer that are too long together.
         """
         if caption_in not in CAPTION_IN:
             raise ValueError(f"caption_in must be one of {', '.join(CAPTION_IN)}, got {caption_in!r}")
         widths = self.model.config.vision.width, self.model.config.text.width
         if caption_in == "attention" and widths[0] != widths[1]:
-            raise ValueError(f"this model's images are {widths[0]} wide and its texts {widths[1]}, so a caption cannot "
-                             "stand beside the image: put it in the text (caption_in text)")
+            raise ValueError(f"this model's images are {widths[0]} wide and its texts {widths[1]}, so a "
+                             "caption cannot stand beside the image: put it in the text (caption_in text)")
         found: list[list[Tensor]] = []
         with evaluating(self.model):
             for image_embeds in encode_images(self.model, [pixels]):
@@ -94,7 +99,7 @@ class DialogRanker(PretrainedTask):
         return found
 
     def pack(self, dialogue: Dialogue, number: int, caption_in: str = "attention") -> PackedTexts:
-        """A text for each candidate of the round `number`, as `candidate_texts` of the model's positions."""
+        """A text for each candidate of round `number`: `candidate_texts` that fit the model's positions."""
         return PackedTexts.from_lists(candidate_texts(self.tokenizer, dialogue, number, caption_in,
                                                       self.model.config.text.max_positions))
 
@@ -105,45 +110,48 @@ class DialogRanker(PretrainedTask):
             return []
         rounds = [self.pack(dialogue, number, caption_in) for number in asked]
         texts = PackedTexts.cat(rounds).to(image_embeds.device)
-        image_kv = self._seen(image_embeds[None], dialogue.caption if caption_in == "attention" else None)
+        caption = dialogue.caption if caption_in == "attention" else None
+        image_kv = self._attended_kv(image_embeds[None], caption)
         logits = []
         for some in torch.arange(len(texts), device=texts.device).split(texts_at_a_time(texts.device)):
             logits.append(self.model.match_logits(texts.select(some), torch.zeros_like(some), image_kv))
         scores = torch.cat(logits).cpu()
         return list((scores[:, 1] - scores[:, 0]).split([len(one) for one in rounds]))
 
-    def _seen(self, image_embeds: Tensor, caption: str | None) -> ImageKV:
-        """image_embeds: [1, tokens, vision width]."""
+    def _attended_kv(self, image_embeds: Tensor, caption: str | None) -> ImageKV:
+        """The keys and values of an image [1, tokens, vision width], and of its caption if there is one."""
         if caption is None:
             return self.model.stack("encoder").image_kv(image_embeds)
         return captioned_kv(self.model, image_embeds, self.tokenizer.pack([clean_caption(caption)]))
 
 
 def captioned_kv(model: BlipModel, image_embeds: Tensor, captions: PackedTexts) -> ImageKV:
-    """What a dialogue's cross-attention reads (BLIP section 5.5): each image's tokens and, behind them, those of its
-    encoded caption.
+    """What a dialogue's cross-attention reads (BLIP section 5.5): each image's tokens, followed by those of
+    its encoded caption.
 
     Args:
-        model: images and texts as wide as each other.
+        model: one whose images and texts have the same width.
         image_embeds: [images, tokens, vision width].
-        captions: one an image, first token [CLS].
+        captions: one per image, first token [CLS].
     """
-    stack, (images, tokens, _), captions = model.stack("encoder"), image_embeds.shape, captions.to(image_embeds.device)
+    stack, captions = model.stack("encoder"), captions.to(image_embeds.device)
+    images, tokens, _ = image_embeds.shape
     (states,) = stack([TextStream(captions, "encoder")])
     owners = torch.arange(images, device=states.device).repeat_interleave(tokens)
     order = torch.cat([owners, captions.text_of_row()]).argsort(stable=True)
     before = tokens * torch.arange(images + 1, dtype=torch.int32, device=states.device)
-    return stack.states_kv(torch.cat([image_embeds.flatten(0, 1), states])[order], offsets=captions.offsets + before)
+    return stack.states_kv(torch.cat([image_embeds.flatten(0, 1), states])[order],
+                           offsets=captions.offsets + before)
 
 
 def candidate_texts(tokenizer: Tokenizer, dialogue: Dialogue, number: int, caption_in: str,
                     max_tokens: int) -> list[list[int]]:
-    """Token ids of a text for each candidate of the round `number`, counted from 0: [ENC], the caption where it stands
-    in the text, the rounds before, the question and the candidate, with [SEP] behind each. Where not all fits
-    `max_tokens` the earliest rounds are left out.
+    """Token ids of a text for each candidate of round `number` (from 0): [ENC], the caption if it belongs to
+    the text, the previous rounds, the question and the candidate, with [SEP] after each. The earliest rounds
+    are left out if the text would exceed `max_tokens`.
 
     Raises:
-        ValueError: even then a text does not fit.
+        ValueError: a text does not fit even without previous rounds.
     """
     asked = dialogue.rounds[number]
     start = [tokenizer.enc_id]
@@ -152,7 +160,8 @@ def candidate_texts(tokenizer: Tokenizer, dialogue: Dialogue, number: int, capti
     ends = [_turn(tokenizer, asked.question, candidate) for candidate in asked.candidates]
     room = max_tokens - len(start) - max(map(len, ends))
     if room < 0:
-        raise ValueError(f"the question {asked.question!r} and an answer to it take more than {max_tokens} tokens")
+        raise ValueError(f"the question {asked.question!r} and an answer to it take more than "
+                         f"{max_tokens} tokens")
     history: list[int] = []
     for earlier in reversed(dialogue.rounds[:number]):
         turn = _turn(tokenizer, earlier.question, earlier.answer)
@@ -163,5 +172,5 @@ def candidate_texts(tokenizer: Tokenizer, dialogue: Dialogue, number: int, capti
 
 
 def _turn(tokenizer: Tokenizer, question: str, answer: str) -> list[int]:
-    """Question and answer, both cleaned as questions are, and [SEP]."""
+    """A question and an answer, both cleaned as questions are, and [SEP]."""
     return tokenizer.encode(f"{clean_question(question)} {clean_question(answer)}")[1:]

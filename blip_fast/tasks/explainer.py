@@ -1,16 +1,17 @@
-"""Where in an image a text's words are seen: Grad-CAM over cross-attention, as published with ALBEF and BLIP.
+"""Heat maps of where in an image a text's words are seen: Grad-CAM of cross-attention, as published with
+ALBEF and BLIP.
 
-With y the matching head's logit of 'matched' and A the cross-attention weights [heads, tokens, visual tokens] of one
-layer of the image-grounded encoder, a token's map is
+With y the matching head's logit of 'matched' and A the cross-attention weights [heads, tokens, visual tokens]
+of one layer of the image-grounded encoder, a token's map is
 
-    mean over heads of A ⊙ max(∂y/∂A, 0),    [CLS]'s column left out, the others as the grid of patches
+    mean over heads of A ⊙ max(∂y/∂A, 0),    without [CLS]'s column; the others form the grid of patches
 
-(Selvaraju et al. 2017; Li et al. 2021, "ALBEF"). The attention op returns no weights. Two hooks on the layer find its
-queries q and what it has seen, o = A v; with the image's keys k and values v
+(Selvaraju et al. 2017; Li et al. 2021, "ALBEF"). The attention op returns no weights. Instead, two hooks on
+the layer record its queries q and its attention output o = A v. With the image's keys k and values v
 
     A = softmax(q kᵀ / √head_dim),    ∂y/∂A = ∂y/∂o vᵀ
 
-so the model runs as it is, and the backward ends at that layer.
+So the model runs unchanged, and the backward pass stops at that layer.
 """
 
 from __future__ import annotations
@@ -26,19 +27,20 @@ from blip_fast.inference.cpu_packing import is_packed
 from blip_fast.inference.encoding import encode_images, evaluating
 from blip_fast.media.images import ImageSource, image_pixels
 from blip_fast.model.blip import BlipModel
+from blip_fast.model.image_kv import ImageKV
 from blip_fast.model.packed_texts import PackedTexts
-from blip_fast.model.text import CrossAttention, ImageKV, TextLayer, TextStream
+from blip_fast.model.text import CrossAttention, TextLayer, TextStream
 from blip_fast.model.tokenizer import Tokenizer
 from blip_fast.tasks.matcher import MAX_TOKENS
 from blip_fast.tasks.model_loading import PretrainedTask
 
-PUBLISHED_LAYER = 7 / 12  # the eighth of BLIP's twelve; of fewer layers the one at the same share
+PUBLISHED_LAYER = 7 / 12  # the eighth of BLIP's twelve layers; the same fraction in smaller models
 
 
 @dataclass(frozen=True, eq=False)
 class WordMap:
-    """A word, or several behind one another, as the text has them; its map, the mean over their tokens: float32 [grid,
-    grid] on the CPU, rows from top to bottom, not negative."""
+    """A word or phrase of the text, and its map: the mean over its tokens, float32 [grid, grid] on the CPU,
+    rows from top to bottom, never negative."""
 
     word: str
     map: Tensor
@@ -54,32 +56,45 @@ class Explanation:
 
 
 class Explainer(PretrainedTask):
-    """Shows where a text's words are seen. `Explainer.from_pretrained("Salesforce/blip-itm-base-coco")`."""
+    """Shows where in an image a text's words are seen, with a matching checkpoint such as
+    `Salesforce/blip-itm-base-coco`.
+
+    Examples:
+        >>> explainer = Explainer.from_pretrained(checkpoint)
+        >>> explanation = explainer(photo, "a red ball")
+        >>> [word.word for word in explanation.words]
+        ['a', 'red', 'ball']
+        >>> explanation.words[2].map.shape == explanation.text.map.shape
+        True
+    """
 
     differentiates = True
 
     def __init__(self, model: BlipModel, tokenizer: Tokenizer) -> None:
-        """Raises ValueError where the model lacks the matching head, or its layers were packed for inference."""
+        """Raises ValueError if the model has no matching head, or its layers were packed for the CPU."""
         if not model.config.matching:
-            raise ValueError("this model has no matching head: take an image-text retrieval or pre-training checkpoint")
+            raise ValueError("this model has no matching head: take an image-text retrieval or "
+                             "pre-training checkpoint")
         if is_packed(model):
-            raise ValueError("this model was packed for inference, and no gradient passes it: load it anew, by "
-                             "Explainer.from_pretrained")
+            raise ValueError("this model was packed for inference, and no gradient passes it: load "
+                             "it anew, by Explainer.from_pretrained")
         super().__init__(model, tokenizer)
 
     def __call__(self, image: ImageSource, text: str, words: Sequence[str] = (), *, layer: int | None = None,
                  first_token: str = "[CLS]") -> Explanation:
-        """Explain one image by one text, of which 35 tokens are read.
+        """Explain one image by one text, of which at most 35 tokens are read.
 
         Args:
-            words: those of the text whose maps are wanted, each wherever it stands; a phrase has one map. All words,
-                unless given.
-            layer: whose cross-attention, from 0; the eighth of twelve unless given.
-            first_token: `[CLS]` as in transformers and in the published inference code, `[ENC]` as in training.
+            words: words or phrases of the text to map, at each of their occurrences; a phrase has one map.
+                Default: all words.
+            layer: the layer whose cross-attention is used, from 0. Default: the eighth of twelve.
+            first_token: `[CLS]` as in transformers and in the published inference code, `[ENC]` as in
+                training.
 
         Raises:
             ImageError: the image cannot be read.
-            ValueError: the text has no token or lacks one of the words; no such layer; another first token.
+            ValueError: the text has no token, or does not contain one of the words; no such layer; another
+                first token.
         """
         ids = self.tokenizer.encode(text, first_token, MAX_TOKENS)
         if len(ids) == 2:
@@ -89,11 +104,13 @@ class Explainer(PretrainedTask):
         pixels = image_pixels(image, self.model.config.vision.image_size)
         logits, maps = self.explain_pixels(pixels, PackedTexts.from_lists([ids]), layer)
         return Explanation(logits.softmax(-1)[0, 1].item(), WordMap(text, maps[1:-1].mean(dim=0)),
-                           [WordMap(word, maps[place.start : place.stop].mean(dim=0)) for word, place in wanted])
+                           [WordMap(word, maps[place.start : place.stop].mean(dim=0))
+                            for word, place in wanted])
 
-    def explain_pixels(self, pixels: Tensor, texts: PackedTexts, layer: int | None = None) -> tuple[Tensor, Tensor]:
-        """Maps of every token of texts about one image after the evaluation transform, float [3, image_size,
-        image_size].
+    def explain_pixels(self, pixels: Tensor, texts: PackedTexts,
+                       layer: int | None = None) -> tuple[Tensor, Tensor]:
+        """Maps of every token of texts about one image, float [3, image_size, image_size] after the
+        evaluation transform.
 
         Returns:
             Logits (not matched, matched) [texts, 2] and maps [rows, grid, grid], float32 on the CPU.
@@ -116,24 +133,26 @@ class Explainer(PretrainedTask):
 
     def _occurrences(self, word: str, text: str, ids: list[int],
                      places: list[tuple[str, range]]) -> list[tuple[str, range]]:
-        """Where the word's tokens stand in the text's, from the beginning of a word to the end of one."""
+        """Where the tokens of a word or phrase occur in the text as whole words."""
         pieces = self.tokenizer.encode(word)[1:-1]
         starts, stops = {place.start for _, place in places}, {place.stop for _, place in places}
         found = [(word, range(start, start + len(pieces))) for start in range(1, len(ids) - len(pieces))
                  if pieces and ids[start : start + len(pieces)] == pieces
                  and start in starts and start + len(pieces) in stops]
         if not found:
-            raise ValueError(f"the text {text!r} has no word {word!r}: name one of {', '.join(w for w, _ in places)}")
+            raise ValueError(f"the text {text!r} has no word {word!r}: name one of "
+                             f"{', '.join(w for w, _ in places)}")
         return found
 
 
-def attention_maps(model: BlipModel, texts: PackedTexts, image_kv: ImageKV, layer: int) -> tuple[Tensor, Tensor]:
-    """ITM logits [texts, 2] of texts with one image, and each token's A ⊙ max(∂y/∂A, 0), the mean over heads [rows,
-    visual tokens], float32. Gradients must be on.
+def attention_maps(model: BlipModel, texts: PackedTexts, image_kv: ImageKV,
+                   layer: int) -> tuple[Tensor, Tensor]:
+    """ITM logits of texts with one image, [texts, 2], and each token's A ⊙ max(∂y/∂A, 0), mean over heads,
+    float32 [rows, visual tokens]. Gradients must be enabled.
 
     Args:
         image_kv: of one image.
-        layer: whose cross-attention.
+        layer: the layer whose cross-attention is used.
     """
     stack = model.stack("encoder")
     cross_attention = cast(CrossAttention, cast(TextLayer, stack.layers[layer]).cross_attention)

@@ -1,4 +1,4 @@
-"""How well texts describe images: the matching head's probability and the contrastive cosine (BLIP section 3.2)."""
+"""Scores texts against images: matching probability and contrastive cosine (BLIP section 3.2)."""
 
 from __future__ import annotations
 
@@ -16,29 +16,36 @@ from blip_fast.model.tokenizer import Tokenizer
 from blip_fast.tasks.model_loading import PretrainedTask, as_sources, pixel_batches
 
 MAX_TOKENS = 35  # of a text, as published for retrieval and matching
-# Texts that pass the stack together. On a CPU their states are to stay in its caches: at base size, bfloat16, 32 texts
-# took 16 ms each where 192 together took 23; whether texts of one length stand together made no difference.
+# Texts per pass through the stack. On a CPU their states should stay in its caches: at base size in bfloat16,
+# 32 texts took 16 ms each, and 192 texts 23 ms each. Grouping texts of equal length made no difference.
 CPU_TEXTS, GPU_TEXTS = 32, 512
-MAX_IMAGES = 16  # images whose keys and values exist at a time (base, 384 px, float32: 42 MB each)
+MAX_IMAGES = 16  # images whose keys and values are in memory at a time (base, 384 px, float32: 42 MB each)
 
 
 @dataclass(frozen=True, eq=False)
 class MatchScores:
-    """Scores of images with texts, float32 on the CPU: [images, texts] of every image with every text, or [pairs]."""
+    """Scores of images with texts, float32 on the CPU: [images, texts] for all combinations, or [pairs]."""
 
     itm: Tensor  # probability that they match, by the matching head
     itc: Tensor  # cosine of their contrastive features, −1 to 1
 
 
 class Matcher(PretrainedTask):
-    """Scores texts against images. `Matcher.from_pretrained("Salesforce/blip-itm-base-coco")`."""
+    """Scores texts against images, with a matching checkpoint such as `Salesforce/blip-itm-base-coco`.
+
+    Examples:
+        >>> matcher = Matcher.from_pretrained(checkpoint)
+        >>> scores = matcher.score(photos, ["a dog on grass", "two people", "a red ball"])
+        >>> scores.itm.shape == scores.itc.shape == (len(photos), 3)
+        True
+    """
 
     def __init__(self, model: BlipModel, tokenizer: Tokenizer) -> None:
-        """Raises ValueError where the model lacks the matching head or the contrastive projections."""
+        """Raises ValueError if the model has no matching head or no contrastive projections."""
         for part in ("matching", "contrastive"):
             if not getattr(model.config, part):
-                raise ValueError(f"this model has no {part} head: take an image-text retrieval or pre-training "
-                                 "checkpoint")
+                raise ValueError(f"this model has no {part} head: take an image-text retrieval or "
+                                 "pre-training checkpoint")
         super().__init__(model, tokenizer)
 
     def score(self, images: ImageSource | Sequence[ImageSource], texts: str | Sequence[str], *,
@@ -46,9 +53,10 @@ class Matcher(PretrainedTask):
         """Score every image (paths, encoded bytes, Pillow images or uint8 arrays) with every text.
 
         Args:
-            first_token: what a text starts with before the matching head. `[CLS]` as in transformers and in the
-                published inference code, `[ENC]` as in training and in the published retrieval evaluation.
-            batch_size: images at a time.
+            first_token: the first token of a text for the matching head: `[CLS]` as in transformers and in
+                the published inference code, `[ENC]` as in training and in the published retrieval
+                evaluation.
+            batch_size: images per batch.
 
         Returns:
             Scores [images, texts].
@@ -62,10 +70,11 @@ class Matcher(PretrainedTask):
         features = self._text_features(packed)
         scores = [self._score_all(batch, packed, features) for batch in batches]
         empty = torch.empty(0, len(packed))
-        return MatchScores(torch.cat([empty, *(s.itm for s in scores)]), torch.cat([empty, *(s.itc for s in scores)]))
+        return MatchScores(torch.cat([empty, *(s.itm for s in scores)]),
+                           torch.cat([empty, *(s.itc for s in scores)]))
 
     def pack(self, texts: Sequence[str], first_token: str = "[CLS]") -> PackedTexts:
-        """Texts → at most 35 tokens each, packed. Raises ValueError naming a text that has no token of its own."""
+        """Tokenise texts, at most 35 tokens each. Raises ValueError naming a text without a token."""
         packed = self.tokenizer.pack(texts, first_token, MAX_TOKENS)
         for text, length in zip(texts, packed.lengths.tolist(), strict=True):
             if length == 2:
@@ -73,16 +82,16 @@ class Matcher(PretrainedTask):
         return packed
 
     def score_pixels(self, pixels: Tensor, texts: PackedTexts) -> MatchScores:
-        """Score one batch of images after the evaluation transform, float [images, 3, image_size, image_size], with
-        every text: scores [images, texts].
+        """Score one batch of images, float [images, 3, image_size, image_size] after the evaluation
+        transform, with every text: scores [images, texts].
 
-        `texts` start with the token that the matching head is to see; cosines always see [CLS].
+        The matching head reads `texts` with the first token that they have; cosines always use [CLS].
         """
         return self._score_all(pixels, texts, self._text_features(texts))
 
     def score_pairs(self, pixels: Tensor, texts: PackedTexts, image_of_text: Tensor) -> MatchScores:
-        """As `score_pixels`, each text with one image alone, the one that `image_of_text` (int64 [texts], never
-        falling) names: scores [texts]."""
+        """`score_pixels` of each text with one image only: that of `image_of_text` (int64 [texts], sorted).
+        Returns scores [texts]."""
         pairs = torch.stack([image_of_text, torch.arange(len(texts))], dim=1)
         image_features, itm = self._match(pixels, texts, pairs)
         features = image_features[image_of_text.to(image_features.device)]
@@ -94,11 +103,12 @@ class Matcher(PretrainedTask):
         return MatchScores(itm.view(len(pixels), len(texts)), (image_features @ text_features.T).cpu())
 
     def _match(self, pixels: Tensor, texts: PackedTexts, pairs: Tensor) -> tuple[Tensor, Tensor]:
-        """Contrastive features [images, embed_dim] of the images, and matching probabilities [pairs] on the CPU."""
+        """Contrastive features of images [images, embed_dim], and probabilities [pairs] on the CPU."""
         model = self.model
         with evaluating(model):
             for embeds in encode_images(model, [pixels]):
-                logits = match_pairs(model, embeds.__getitem__, texts.to(embeds.device), pairs.to(embeds.device))
+                logits = match_pairs(model, embeds.__getitem__, texts.to(embeds.device),
+                                     pairs.to(embeds.device))
                 return model.image_features(embeds), logits.softmax(-1)[:, 1].cpu()
         return torch.empty(0, model.config.embed_dim, device=model.vision.cls_token.device), torch.empty(0)
 
@@ -108,8 +118,8 @@ class Matcher(PretrainedTask):
 
 
 def text_features(model: BlipModel, texts: PackedTexts) -> Tensor:
-    """Contrastive features [texts, embed_dim] of any number of texts, on the model's device; their first tokens are
-    replaced by [CLS]. For use within `evaluating`."""
+    """Contrastive features [texts, embed_dim] of any number of texts, on the model's device. Their first
+    tokens are replaced by [CLS]. Call it within `evaluating`."""
     texts = texts.to(model.vision.cls_token.device).with_first(model.config.tokens.cls)
     every = torch.arange(len(texts), device=texts.device)
     some = every.split(texts_at_a_time(texts.device))
@@ -118,7 +128,7 @@ def text_features(model: BlipModel, texts: PackedTexts) -> Tensor:
 
 
 def image_of_each(texts: Sequence[Sequence[str]]) -> Tensor:
-    """Texts of images, image after image → int64 [texts], the image of each."""
+    """Each image's texts → the image of each text, int64 [texts]."""
     return torch.tensor([image for image, mine in enumerate(texts) for _ in mine], dtype=torch.int64)
 
 
@@ -128,15 +138,15 @@ def texts_at_a_time(device: torch.device) -> int:
 
 def match_pairs(model: BlipModel, image_embeds: Callable[[Tensor], Tensor], texts: PackedTexts, pairs: Tensor,
                 progress: Callable[[int, int], None] | None = None) -> Tensor:
-    """ITM logits (not matched, matched) of many pairs, image by image: an image's keys and values are projected once
-    and all its texts, packed, read them together. For use within `evaluating`.
+    """ITM logits (not matched, matched) of many pairs, image by image. An image's keys and values are
+    projected once, and all its texts read them together. Call it within `evaluating`.
 
     Args:
-        image_embeds: given the numbers of a few images, int64 [n], returns what `encode_images` made of them
-            [n, tokens, vision width]; each image is asked for once.
-        texts: on the model's device, first tokens as the matching head is to see them.
+        image_embeds: returns the embeds of a few images (from `encode_images`), [n, tokens, vision width],
+            given their numbers, int64 [n]. Each image is requested once.
+        texts: on the model's device, with the first tokens for the matching head.
         pairs: int64 [pairs, 2] of (image, text) on the model's device, sorted by image.
-        progress: told how many pairs are done and how many there are.
+        progress: called with the number of pairs done and their total.
 
     Returns:
         [pairs, 2], float32.
@@ -156,7 +166,7 @@ def match_pairs(model: BlipModel, image_embeds: Callable[[Tensor], Tensor], text
 
 
 def _image_groups(image_of_pair: Tensor, most: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(images, how many pairs each has): images up to MAX_IMAGES and `most` pairs, one image at least."""
+    """Groups of (images, pairs of each): at most MAX_IMAGES images and `most` pairs, at least one image."""
     images, counts = image_of_pair.unique_consecutive(return_counts=True)
     first, pairs = 0, 0
     for last, count in enumerate(counts.tolist()):

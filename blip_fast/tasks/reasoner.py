@@ -1,4 +1,4 @@
-"""Is a sentence true of two images (NLVR2; BLIP section 5.4)?"""
+"""Judges whether a sentence is true of two images (NLVR2; BLIP section 5.4)."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ MAX_WORDS = 40  # of a sentence, as published
 
 
 class Reasoner(PretrainedTask):
-    """Judges sentences. `Reasoner.from_pretrained("model")([("left.jpg", "right.jpg")], ["both show a dog"])`."""
+    """Judges sentences: `Reasoner.from_pretrained("m")([("left.jpg", "right.jpg")], ["both show a dog"])`."""
 
     def __init__(self, model: BlipModel, tokenizer: Tokenizer) -> None:
-        """Raises ValueError where the model is not of the NLVR2 kind."""
+        """Raises ValueError if the model is not an NLVR2 model."""
         if not (model.config.reasoning and model.config.text.twin_cross_attention):
-            raise ValueError("reasoning needs a model that looks at two images, with NLVR2's head: take an NLVR2 "
-                             "checkpoint")
+            raise ValueError("reasoning needs a model that looks at two images, with NLVR2's head: "
+                             "take an NLVR2 checkpoint")
         super().__init__(model, tokenizer)
 
     def __call__(self, pairs: Sequence[tuple[ImageSource, ImageSource]], sentences: Sequence[str], *,
@@ -32,14 +32,15 @@ class Reasoner(PretrainedTask):
         """Judge one sentence about each pair of images.
 
         Returns:
-            The probability that each is true, float32 [pairs] on the CPU.
+            The probability that each sentence is true, float32 [pairs] on the CPU.
 
         Raises:
             ImageError: for the first image that cannot be read.
             ValueError: not one sentence per pair.
         """
         if len(pairs) != len(sentences):
-            raise ValueError(f"{len(pairs)} pairs of images but {len(sentences)} sentences: pass one sentence per pair")
+            raise ValueError(f"{len(pairs)} pairs of images but {len(sentences)} sentences: pass one "
+                             "sentence per pair")
         texts = self.pack(sentences)
         images = [image for pair in pairs for image in pair]
         found = [torch.empty(0)]
@@ -50,15 +51,16 @@ class Reasoner(PretrainedTask):
         return torch.cat(found)
 
     def pack(self, sentences: Sequence[str]) -> PackedTexts:
-        """Sentences, cleaned as published → [ENC] and their tokens, packed."""
+        """Clean sentences as published, and tokenise them with [ENC] first."""
         return self.tokenizer.pack([clean_caption(sentence, MAX_WORDS) for sentence in sentences], "[ENC]")
 
     def judge_pixels(self, pixels: Tensor, sentences: PackedTexts) -> Tensor:
-        """As above, of one batch [pairs, 2, 3, image_size, image_size] after the evaluation transform; sentences start
-        with [ENC]."""
+        """Judge one batch of pairs, [pairs, 2, 3, image_size, image_size] after the evaluation transform.
+        Sentences start with [ENC]."""
         found = torch.empty(0)
         with evaluating(self.model):
             for image_embeds in encode_images(self.model, [pixels.flatten(0, 1)]):
-                logits = self.model.pair_logits(image_embeds.unflatten(0, (-1, 2)), sentences.to(image_embeds.device))
+                logits = self.model.pair_logits(image_embeds.unflatten(0, (-1, 2)),
+                                                sentences.to(image_embeds.device))
                 found = logits.softmax(dim=1)[:, 1].cpu()
         return found

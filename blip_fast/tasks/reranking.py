@@ -1,14 +1,16 @@
-"""Candidate captions of an image put in another order by what the image shows.
+"""Re-ranks the candidate captions of an image by what the image shows.
 
-`ItmScorer` takes the matching head's probability that caption and image match. `BeliefScorer` revises the probability
-of a caption w by the image's likeliest label c, its visual context (Blok et al. 2003; Sabir et al., COLING 2022):
+`ItmScorer` uses the matching head's probability that caption and image match. `BeliefScorer` revises the
+probability of a caption w by the image's likeliest label c, its visual context (Blok et al. 2003; Sabir et
+al., COLING 2022):
 
     P(w | c) = P(w)^α,    α = ((1 − sim(w, c)) / (1 + sim(w, c)))^(1 − P(c))
 
-What is published takes P(w) from GPT-2, sim from a sentence encoder and c from an image classifier. Here BLIP is all
-three: P(w) is the decoder's probability per token (the geometric mean), sim the cosine of ITC's text features, c with
-its confidence P(c) the zero-shot label. `BertCnnScorer` takes the probability that w and the same c belong together, by
-a model that was trained on such pairs (`blip_fast/model/bert_cnn.py`).
+The published method takes P(w) from GPT-2, sim from a sentence encoder and c from an image classifier. Here
+BLIP provides all three: P(w) is the decoder's probability per token (the geometric mean), sim is the cosine
+of ITC's text features, and c is the zero-shot label with its confidence P(c). `BertCnnScorer` uses the
+probability that w and the same c belong together, by a model that was trained on such pairs
+(`blip_fast/model/bert_cnn.py`).
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from blip_fast.tasks.model_loading import pixels_or_error
 
 @dataclass(frozen=True)
 class Candidate:
-    """What a scorer reads of a caption: its words without the prompt, and the `Caption`'s score."""
+    """A caption for a scorer: its words without the prompt, and the `Caption`'s score."""
 
     text: str
     score: float
@@ -48,8 +50,11 @@ class Scorer(Protocol):
     model: BlipModel
 
     def score(self, pixels: Tensor, candidates: Sequence[Sequence[Candidate]]) -> Tensor:
-        """pixels [images, 3, image_size, image_size] after the evaluation transform, the candidates of each, in none
-        of which a word is missing → float64 [candidates] on the CPU, image after image."""
+        """Score each image's candidates, all of which have at least one word.
+
+        `pixels` are [images, 3, image_size, image_size] after the evaluation transform. Returns float64
+        [candidates] on the CPU, image after image.
+        """
         ...
 
 
@@ -57,7 +62,7 @@ class ItmScorer:
     """By the matching head."""
 
     def __init__(self, matcher: Matcher, first_token: str = "[CLS]") -> None:
-        """`first_token` as for `Matcher.score`. Raises ValueError for another."""
+        """`first_token` as for `Matcher.score`. Raises ValueError for any other."""
         matcher.pack([], first_token)
         self.model, self._matcher, self._first_token = matcher.model, matcher, first_token
 
@@ -68,24 +73,25 @@ class ItmScorer:
 
 
 class BeliefScorer:
-    """By belief revision with the likeliest of a list of labels. Its candidates' scores must be log-probabilities per
-    token: see `check_scores`."""
+    """By belief revision with the likeliest of a list of labels. The candidates' scores must be
+    log-probabilities per token: see `check_scores`."""
 
     def __init__(self, classifier: Classifier, labels: Labels) -> None:
         self.model, self._classifier, self._labels = classifier.model, classifier, labels
 
     @staticmethod
     def check_scores(generation: GenerationConfig) -> None:
-        """Raises ValueError where captions written so have scores that are no log-probabilities per token."""
+        """Raises ValueError if captions generated so have scores that are not log-probabilities per token."""
         if generation.beam_rule != "transformers5" or generation.length_penalty != 1.0 or (
                 generation.repetition_penalty != 1.0):
-            raise ValueError("belief revision reads scores as log-probabilities per token: leave out beam_rule, "
-                             "length_penalty and repetition_penalty")
+            raise ValueError("belief revision reads scores as log-probabilities per token: leave "
+                             "out beam_rule, length_penalty and repetition_penalty")
 
     def score(self, pixels: Tensor, candidates: Sequence[Sequence[Candidate]]) -> Tensor:
         best = _contexts(self._classifier, self._labels, pixels)
         texts = [[candidate.text for candidate in mine] for mine in candidates]
-        packed = self._classifier.tokenizer.pack([text for mine in texts for text in mine], "[CLS]", MAX_TOKENS)
+        packed = self._classifier.tokenizer.pack([text for mine in texts for text in mine],
+                                                 "[CLS]", MAX_TOKENS)
         with evaluating(self.model):
             features = text_features(self.model, packed)
         images = image_of_each(texts)
@@ -99,7 +105,8 @@ class BeliefScorer:
 class BertCnnScorer:
     """By BERT-CNN with the likeliest of a list of labels."""
 
-    def __init__(self, classifier: Classifier, labels: Labels, bert_cnn: BertCnn, tokenizer: Tokenizer) -> None:
+    def __init__(self, classifier: Classifier, labels: Labels, bert_cnn: BertCnn,
+                 tokenizer: Tokenizer) -> None:
         """`bert_cnn` in evaluation mode, and its own `tokenizer`."""
         self.model, self._classifier, self._labels = classifier.model, classifier, labels
         self._bert_cnn, self._tokenizer = bert_cnn.to(classifier.model.vision.cls_token.device), tokenizer
@@ -112,8 +119,8 @@ class BertCnnScorer:
 
 
 def related(model: BertCnn, pairs: PackedTexts, types: Tensor) -> Tensor:
-    """The probability, by BERT-CNN in evaluation mode, that captions and labels of pairs (`pack_pairs`, on the CPU)
-    belong together → float64 [pairs] on the CPU."""
+    """BERT-CNN's probability that the caption and the label of each pair belong together, float64 [pairs] on
+    the CPU. The model must be in evaluation mode; `pairs` and `types` come from `pack_pairs`, on the CPU."""
     device, found = model.output.weight.device, [torch.empty(0, dtype=torch.float64)]
     with torch.no_grad():
         for some in torch.arange(len(pairs)).split(texts_at_a_time(device)) if len(pairs) else ():
@@ -123,19 +130,19 @@ def related(model: BertCnn, pairs: PackedTexts, types: Tensor) -> Tensor:
 
 
 def _contexts(classifier: Classifier, labels: Labels, pixels: Tensor) -> list[ScoredLabel]:
-    """The visual context of each image, its likeliest label."""
+    """The visual context of each image: its likeliest label."""
     return [best[0] for best in classifier.classify_pixels(pixels, labels, top_k=1)]
 
 
 def revised_belief(probability: Tensor, similarity: Tensor, confidence: Tensor) -> Tensor:
     """P(w | c) = P(w)^α with α = ((1 − sim) / (1 + sim))^(1 − P(c)) (Sabir et al. 2022, section 3).
 
-    A caption unlike its context (sim < 0) becomes less likely, and a context that was certain to be there (P(c) = 1)
-    tells nothing. At the ends sim = 1 gives 1 and sim = −1 gives 0, unless P(c) or P(w) is 1.
+    A caption that is unlike its context (sim < 0) becomes less likely. A context that is certain (P(c) = 1)
+    changes nothing. At the limits, sim = 1 gives 1 and sim = −1 gives 0, unless P(c) or P(w) is 1.
 
     Args:
-        probability: P(w), in [0, 1], of any shape; all three alike.
-        similarity: cosines; what rounding takes beyond ±1 is cut off.
+        probability: P(w), in [0, 1], of any shape. The other two have the same shape.
+        similarity: cosines, clamped to ±1 against rounding errors.
         confidence: P(c), in [0, 1].
     """
     similarity = similarity.clamp(-1, 1)
@@ -144,22 +151,26 @@ def revised_belief(probability: Tensor, similarity: Tensor, confidence: Tensor) 
 
 def reranked(captioner: Captioner, stream: Iterable[Captioned], scorer: Scorer, prompt: str,
              batch_size: int) -> Iterator[Captioned]:
-    """The same images, their texts ordered by a scorer: `Caption.rerank` is what each one scored, the best is the
-    caption and those behind it its `others`. Texts that tie keep their order; one without a word scores 0.
+    """The same images with their texts ordered by a scorer. The best text becomes the caption, the rest its
+    `others`, and `Caption.rerank` holds each text's score. Ties keep their order; a text without a word
+    scores 0.
 
     Args:
-        captioner: by whose `stream` the captions were written, with `prompt`; images' own prompts are in `stream`.
-        batch_size: images that are scored together. Each is read again, as large as the scorer's model wants it.
+        captioner: the one whose `stream` made the captions.
+        stream: the captioned images, with images' own prompts.
+        prompt: the prompt of images without their own.
+        batch_size: images to score together. Each is read again, at the size of the scorer's model.
     """
     stream = iter(stream)
     while batch := list(islice(stream, batch_size)):
         reads = [_pixels(captioned, scorer) for captioned in batch]
         pixels = [read for read in reads if isinstance(read, Tensor)]
-        texts = [_candidates(captioner, captioned, prompt) for captioned, read in zip(batch, reads, strict=True)
-                 if isinstance(read, Tensor)]
+        texts = [_candidates(captioner, captioned, prompt)
+                 for captioned, read in zip(batch, reads, strict=True) if isinstance(read, Tensor)]
         scores = _scores(scorer, pixels, texts)
         for captioned, read in zip(batch, reads, strict=True):
-            yield replace(captioned, result=read if isinstance(read, ImageError) else _ordered(captioned, next(scores)))
+            result = read if isinstance(read, ImageError) else _best_first(captioned, next(scores))
+            yield replace(captioned, result=result)
 
 
 def _pixels(captioned: Captioned, scorer: Scorer) -> Tensor | ImageError:
@@ -174,8 +185,9 @@ def _candidates(captioner: Captioner, captioned: Captioned, prompt: str) -> list
             for text in _texts(captioned)]
 
 
-def _scores(scorer: Scorer, pixels: Sequence[Tensor], texts: Sequence[Sequence[Candidate]]) -> Iterator[list[float]]:
-    """Image by image."""
+def _scores(scorer: Scorer, pixels: Sequence[Tensor],
+            texts: Sequence[Sequence[Candidate]]) -> Iterator[list[float]]:
+    """Each image's scores, in the order of its texts."""
     worded = [[candidate for candidate in mine if candidate.text] for mine in texts]
     found = iter(scorer.score(torch.stack([*pixels]), worded).tolist() if pixels else ())
     return ([next(found) if candidate.text else 0.0 for candidate in mine] for mine in texts)
@@ -186,8 +198,9 @@ def _texts(captioned: Captioned) -> list[Caption]:
     return [captioned.result, *captioned.result.others]
 
 
-def _ordered(captioned: Captioned, scores: Sequence[float]) -> Caption:
+def _best_first(captioned: Captioned, scores: Sequence[float]) -> Caption:
     order = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)
-    texts = [replace(text, others=(), rerank=score) for text, score in zip(_texts(captioned), scores, strict=True)]
+    texts = [replace(text, others=(), rerank=score)
+             for text, score in zip(_texts(captioned), scores, strict=True)]
     best, *others = (texts[place] for place in order)
     return replace(best, others=tuple(others))

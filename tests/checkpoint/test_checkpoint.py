@@ -48,7 +48,7 @@ def test_original_to_native_and_back(kind, tmp_path):
 
 
 def test_native_to_original_and_back(kind, tmp_path):
-    """The config too: what a `.pth` does not say stands in the JSON beside it."""
+    """The config too: what a `.pth` does not say is in the JSON next to it."""
     native = convert(published.save_kind(kind, tmp_path / "theirs.pth"), "native", tmp_path / "native")
     again = convert(convert(native, "original", tmp_path / "ours.pth"), "native", tmp_path / "again")
     for name in ("config.json", "model.safetensors"):
@@ -110,7 +110,8 @@ def test_parts_are_recognised(kind, tmp_path):
     assert config.text_stacks == STACKS[kind]
     assert config.contrastive == config.matching == (kind in ("matching", "pretraining", "retrieval"))
     assert config.reasoning == config.text.twin_cross_attention == (kind == "reasoning")
-    assert (config.vision.image_size, config.vision.patch_size) == ((16, 8) if kind == "reasoning" else (24, 8))
+    assert (config.vision.image_size, config.vision.patch_size) == ((16, 8) if kind == "reasoning"
+                                                                    else (24, 8))
 
 
 def test_stacks_that_differ_in_one_number_are_untied(tmp_path):
@@ -131,8 +132,8 @@ def test_heads_from_option_json_or_width(tmp_path):
     path = published.save_kind("captioning", tmp_path / "x.pth")
     assert (load_model(path)[0].config.vision.heads, load_model(path)[0].config.text.heads) == (3, 2)
     assert load_model(path, heads=4)[0].config.vision.heads == 4  # the option has the last word
-    beside = json.loads(path.with_suffix(".json").read_text())
-    path.with_suffix(".json").write_text(json.dumps({"special_tokens": beside["special_tokens"]}))
+    stored = json.loads(path.with_suffix(".json").read_text())
+    path.with_suffix(".json").write_text(json.dumps({"special_tokens": stored["special_tokens"]}))
     with pytest.raises(ValueError, match=r"vision width 24 is no multiple of 64.*--heads, or x.json"):
         load_model(path)
 
@@ -156,7 +157,8 @@ def test_reasoning_model_computes_as_the_textbook(tmp_path):
 
 @pytest.mark.parametrize("kind", ["pretraining", "matching"])
 def test_an_ordinary_checkpoint_starts_nlvr2(kind, tmp_path):
-    """Both twins are copies of the one cross-attention, as in the published code; what is new comes from the seed."""
+    """Both twins are copies of the one cross-attention, as in the published code; what is new comes from the
+    seed."""
     textbook = published.make(kind)
     model, _ = load_model(published.save_kind(kind, tmp_path / "x.pth"))
     twins = reasoning_model(model, seed=3)
@@ -165,21 +167,23 @@ def test_an_ordinary_checkpoint_starts_nlvr2(kind, tmp_path):
     new = ours.keys() - expected.keys()
     assert new == {f"cls_head.{i}.{part}" for i in (0, 2) for part in ("weight", "bias")}
     assert_same({name: ours[name] for name in expected}, expected)
-    assert torch.equal(twins.reasoning_head[0].weight, reasoning_model(model, seed=3).reasoning_head[0].weight)
-    assert not torch.equal(twins.reasoning_head[0].weight, reasoning_model(model, seed=4).reasoning_head[0].weight)
+    assert torch.equal(twins.reasoning_head[0].weight,
+                       reasoning_model(model, seed=3).reasoning_head[0].weight)
+    assert not torch.equal(twins.reasoning_head[0].weight,
+                           reasoning_model(model, seed=4).reasoning_head[0].weight)
     with pytest.raises(ValueError, match="image-grounded text encoder"):
         reasoning_model(load_model(published.save_kind("captioning", tmp_path / "y.pth"))[0], seed=0)
 
 
 def test_files_as_the_published_training_loop_writes_them(tmp_path):
-    """Optimiser, recipe and epoch lie beside the model."""
+    """The file also holds optimiser, recipe and epoch."""
     path = published.save_kind("pretraining", tmp_path / "x.pth")
     model, state = published.make("pretraining"), published.read(path)
     optimizer = torch.optim.AdamW(model.parameters())
     sum(p.sum() for p in model.parameters() if p.requires_grad).backward()
     optimizer.step()
-    torch.save({"model": state, "optimizer": optimizer.state_dict(), "config": {"queue_size": 7, "vit": "base"},
-                "epoch": 3}, path)
+    torch.save({"model": state, "optimizer": optimizer.state_dict(),
+                "config": {"queue_size": 7, "vit": "base"}, "epoch": 3}, path)
     assert_same(published.read(convert(path, "original", tmp_path / "ours.pth")), state)
 
 
@@ -188,7 +192,8 @@ def test_positions_are_resized_in_model_and_momentum_copy(tmp_path):
     state = published.read(path)
     model, _ = load_model(path, image_size=40)
     assert model.config.vision.image_size == 40
-    assert torch.equal(model.vision.position_embeds, resize_positions(state["visual_encoder.pos_embed"][0], 26))
+    resized = resize_positions(state["visual_encoder.pos_embed"][0], 26)
+    assert torch.equal(model.vision.position_embeds, resized)
     momentum = load_training_state(path, model.config)["visual_encoder_m.pos_embed"]
     assert torch.equal(momentum[0], resize_positions(state["visual_encoder_m.pos_embed"][0], 26))
     assert model.encode_images(torch.randn(1, 3, 40, 40)).shape == (1, 26, 24)
@@ -223,7 +228,8 @@ def hf(tmp_path) -> Path:
 
 
 def test_old_pickled_weights_with_buffers_and_copies(hf):
-    """Checkpoints of 2023: position ids stored, the vocabulary head's weight and bias stored a second time."""
+    """Checkpoints of 2023: position ids stored, the vocabulary head's weight and bias stored a second
+    time."""
     expected, tensors = load_model(hf)[0].state_dict(), weights(hf)
     words = "text_decoder.bert.embeddings.word_embeddings.weight"
     tensors |= {
@@ -274,14 +280,16 @@ def test_model_of_the_hub(hf, monkeypatch):
         if model == "someone/away":
             raise LocalEntryNotFoundError("no connection")
         if model == "someone/unknown":
-            raise RepositoryNotFoundError("no such model", response=type("R", (), {"headers": {}, "request": None})())
+            raise RepositoryNotFoundError("no such model",
+                                          response=type("R", (), {"headers": {}, "request": None})())
         if not (hf / name).is_file():
             raise EntryNotFoundError(name)
         return str(hf / name)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert_same(load_model("someone/captioner")[0].state_dict(), load_model(hf)[0].state_dict())
-    with pytest.raises(FileNotFoundError, match=r"someone/away: no such directory, and the Hub.* cannot be reached"):
+    with pytest.raises(FileNotFoundError, match=r"someone/away: no such directory, and the Hub.* cannot be "
+                                                r"reached"):
         load_model("someone/away")
     with pytest.raises(FileNotFoundError, match="someone/unknown: no such directory, and no public model"):
         load_model("someone/unknown")

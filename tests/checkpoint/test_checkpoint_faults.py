@@ -48,7 +48,8 @@ def test_missing_extra_and_misshapen_keys_are_named(kind, tmp_path):
     del state[missing]
     state |= {misshapen: torch.zeros(5), "stranger.weight": torch.zeros(1)}
     width = 16 if kind == "reasoning" else 24
-    with pytest.raises(ValueError, match=rf"x\.pth.*missing: {missing}; unexpected: stranger.weight; misshapen: "
+    with pytest.raises(ValueError, match=rf"x\.pth.*missing: {missing}; unexpected: stranger.weight; "
+                                         r"misshapen: "
                                          rf"{misshapen} \[5\] instead of \[{width}\]"):
         load_model(published.save(state, path, published.DEEP if kind == "reasoning" else published.SIZES))
 
@@ -72,10 +73,12 @@ def test_many_faults_are_counted(tmp_path):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"text_decoder.cls.predictions.decoder.bias": torch.ones(40)}, "decoder.bias differs from .*predictions.bias"),
+    ({"text_decoder.cls.predictions.decoder.bias": torch.ones(40)},
+     "decoder.bias differs from .*predictions.bias"),
     ({"text_decoder.bert.embeddings.position_ids": torch.arange(12)[None] + 1}, "must count from 0 to 11"),
     ({"visual_encoder.pos_embed": torch.zeros(10, 24)}, r"pos_embed \[10, 24\] must have 3 axes"),
-    ({"visual_encoder.pos_embed": torch.zeros(1, 11, 24)}, r"pos_embed \[1, 11, 24\] instead of \[1, 10, 24\]"),
+    ({"visual_encoder.pos_embed": torch.zeros(1, 11, 24)},
+     r"pos_embed \[1, 11, 24\] instead of \[1, 10, 24\]"),
 ])
 def test_values_that_contradict(tmp_path, change, message):
     path = published.save_kind("captioning", tmp_path / "x.pth")
@@ -153,10 +156,12 @@ def test_truncated_files(tmp_path, hf):
     ({"architectures": None}, "config.json names no class"),
     ({"model_type": "clip"}, "config.json is of a 'clip' model"),
     ({"text_config__hidden_act": "relu"}, "text_config.hidden_act is 'relu'"),
-    ({"vision_config__image_size": [24, 32]}, r"image_size is \[24, 32\]: BLIP's images and patches are square"),
+    ({"vision_config__image_size": [24, 32]},
+     r"image_size is \[24, 32\]: BLIP's images and patches are square"),
     ({"text_config__num_attention_heads": 3}, r"text.heads \(3\) must divide text.width \(16\)"),
     ({"vision_config__hidden_size": "wide"}, "the config does not describe a BLIP model"),
-    ({"text_config__vocab_size": 50}, r"misshapen: text_decoder.cls.predictions.bias \[40\] instead of \[50\]|"
+    ({"text_config__vocab_size": 50}, r"misshapen: text_decoder.cls.predictions.bias \[40\] instead of "
+                                      r"\[50\]|"
                                       r"word_embeddings.weight \[40, 16\] instead of \[50, 16\]"),
     ({"text_config__vocab_size": 20}, "text.vocab_size 20 does not hold the special token id 39"),
 ])
@@ -190,9 +195,10 @@ def test_a_tokenizer_with_more_tokens_than_the_model(hf):
 
 @pytest.mark.parametrize("kind", ["pretraining", "reasoning"])
 def test_transformers_has_no_class_for_it(kind, tmp_path):
-    """Said before anything is written."""
+    """The error comes before anything is written."""
     model, _ = load_model(published.save_kind(kind, tmp_path / "x.pth"))
-    parts = {"pretraining": "'tied' and contrastive and matching", "reasoning": "'encoder' and reasoning"}[kind]
+    parts = {"pretraining": "'tied' and contrastive and matching",
+             "reasoning": "'encoder' and reasoning"}[kind]
     with pytest.raises(ValueError, match=f"no BLIP class for a model with text_stacks={parts} heads"):
         save_hugging_face(model, None, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()

@@ -1,4 +1,5 @@
-"""Parity with the published code: its own `.pth` files, inputs and outputs (`original_blip` of the data directory).
+"""Parity with the published code: its own `.pth` files, inputs and outputs (`original_blip` of the data
+directory).
 
 Token ids of its beam search are compared in the tests of generation.
 """
@@ -30,7 +31,8 @@ class Published:
 
     def texts(self) -> PackedTexts:
         ids, mask = self.arrays["input_ids"], self.arrays["attention_mask"]
-        return PackedTexts.from_lists([row[: int(kept.sum())].tolist() for row, kept in zip(ids, mask, strict=True)])
+        return PackedTexts.from_lists([row[: int(kept.sum())].tolist()
+                                       for row, kept in zip(ids, mask, strict=True)])
 
 
 def published(data_root: Path, name: str) -> Published:
@@ -56,7 +58,8 @@ def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 2e-5) -> 
 
 @torch.no_grad()
 def test_matching_model(itm):
-    """Image states, ITM logits with [CLS] first (inference) and [ENC] first (evaluation), features and cosines."""
+    """Image states, ITM logits with [CLS] first (inference) and [ENC] first (evaluation), features and
+    cosines."""
     model, arrays, texts = itm.model(), itm.arrays, itm.texts()
     assert texts.token_ids[0] == model.config.tokens.cls
     image_embeds = model.encode_images(arrays["images"])
@@ -73,7 +76,7 @@ def test_matching_model(itm):
 
 @torch.no_grad()
 def test_matching_model_hidden_states(itm):
-    """Every row of every text, image-grounded (padding left out: the published rows behind the mask mean nothing)."""
+    """Every row of every text, image-grounded (padding left out: the published rows there mean nothing)."""
     model, arrays, texts = itm.model(), itm.arrays, itm.texts()
     kv = model.stack("encoder").image_kv(model.encode_images(arrays["images"]))
     (hidden,) = model.stack("encoder")([TextStream(texts, "encoder", torch.arange(len(texts)))], kv)
@@ -139,5 +142,6 @@ def test_captioning_gradients(caption):
     total = torch.stack([parameter.grad.double().norm() for parameter in model.parameters()]).norm()
     torch.testing.assert_close(total, caption.arrays["grad_norm_total"], rtol=1e-4, atol=0)
     for part, expected in zip(caption.notes["grad_top_names"], caption.arrays["grad_norm_top"], strict=True):
-        norm = torch.stack([gradients[name].double().norm() for name in names if name.startswith(part + ".")]).norm()
+        norm = torch.stack([gradients[name].double().norm() for name in names
+                            if name.startswith(part + ".")]).norm()
         torch.testing.assert_close(norm, expected, rtol=1e-4, atol=0)

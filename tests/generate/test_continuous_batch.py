@@ -1,4 +1,5 @@
-"""Generation over slots: no text depends on its neighbours, not by a bit, and slots are filled as they become free."""
+"""Generation over slots: no text depends on its neighbours, not by a bit, and slots are filled as they become
+free."""
 
 from dataclasses import replace
 
@@ -9,25 +10,30 @@ from generating import keys_and_values, noise, prompts_of, see, small_models
 from blip_fast.generate import Generation, GenerationConfig, Request, generate, generate_stream
 from blip_fast.model.blip import BlipModel
 from blip_fast.model.config import BlipConfig, SpecialTokens, TextConfig, VisionConfig
+from blip_fast.model.image_kv import ImageStates
 from blip_fast.model.packed_texts import PackedTexts
-from blip_fast.model.text import ImageStates, TextStack, TextStream
+from blip_fast.model.text import TextStack, TextStream
 
 SEP = 102
 MODELS = {"narrow": (16, 2, 64, 1), "wide": (96, 3, 200, 2)}  # head_dim, heads, tokens of a text, layers
 SEARCHES = {
-    "greedy": GenerationConfig(), "two_beams": GenerationConfig(beams=2), "beams": GenerationConfig(beams=3, n_best=3),
+    "greedy": GenerationConfig(), "two_beams": GenerationConfig(beams=2),
+    "beams": GenerationConfig(beams=3, n_best=3),
     "authors": GenerationConfig(beams=3, beam_rule="authors", repetition_penalty=1.3),
     "five_beams": GenerationConfig(beams=5, banned=((7,), (11, 5)), min_length=4),
-    "nucleus": GenerationConfig(top_p=0.9), "samples": GenerationConfig(top_p=0.95, temperature=1.5, n_best=5),
+    "nucleus": GenerationConfig(top_p=0.9),
+    "samples": GenerationConfig(top_p=0.95, temperature=1.5, n_best=5),
 }
 
 
 def model_of(head_dim: int, heads: int, positions: int, layers: int) -> BlipModel:
     torch.manual_seed(head_dim)
     width = head_dim * heads
-    config = BlipConfig(VisionConfig(32, 8, width, 1, heads), TextConfig(1000, width, layers, heads, 2 * width,
-                                                                         max_positions=positions),
-                        SpecialTokens(sep=3, cls=1, bos=998, enc=999), "decoder", contrastive=False, matching=False)
+    config = BlipConfig(VisionConfig(32, 8, width, 1, heads),
+                        TextConfig(1000, width, layers, heads, 2 * width,
+                                   max_positions=positions),
+                        SpecialTokens(sep=3, cls=1, bos=998, enc=999), "decoder", contrastive=False,
+                        matching=False)
     model = BlipModel(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -44,8 +50,8 @@ def small(tmp_path_factory):
 @pytest.mark.parametrize("config", SEARCHES.values(), ids=SEARCHES)
 @pytest.mark.parametrize("sizes", MODELS.values(), ids=MODELS)
 def test_neighbours_change_no_bit(sizes, config):
-    """An image's texts and scores are the same, bit for bit, alone, in a batch of any size and in any order, among
-    prompts of other lengths."""
+    """An image's texts and scores are the same, bit for bit, alone, in a batch of any size and in any order,
+    among prompts of other lengths."""
     model = model_of(*sizes)
     bos, images = model.config.tokens.bos, 13
     pixels = torch.randn(images, 3, 32, 32, generator=torch.Generator().manual_seed(3))
@@ -66,7 +72,8 @@ def test_neighbours_change_no_bit(sizes, config):
 
 
 def test_questions_of_any_lengths():
-    """What decoders of answers look at differs in length: no bit of an answer depends on the other questions."""
+    """What decoders of answers look at differs in length: no bit of an answer depends on the other
+    questions."""
     config = BlipConfig(VisionConfig(32, 16, 32, 1, 2), TextConfig(140, 32, 2, 2, 64),
                         SpecialTokens(sep=SEP, cls=101, bos=138, enc=139),
                         "untied", contrastive=False, matching=False)
@@ -87,8 +94,8 @@ def test_questions_of_any_lengths():
 
 
 def test_slots_are_filled_again(small, monkeypatch):
-    """A finished image makes room at once, no more than `slots` requests are taken ahead, every step computes the same
-    shapes until the stream ends, and then fewer."""
+    """A finished image makes room at once, no more than `slots` requests are taken ahead, every step computes
+    the same shapes until the stream ends, and then fewer."""
     _, model = small
     taken, shapes, decode = [], [], TextStack.decode
     kvs = see(model, noise(20, seed=3)).split()
@@ -117,12 +124,13 @@ def test_slots_are_filled_again(small, monkeypatch):
 @pytest.mark.parametrize("config", SEARCHES.values(), ids=SEARCHES)
 @pytest.mark.parametrize("sizes", MODELS.values(), ids=MODELS)
 def test_requests_come_and_go(sizes, config):
-    """As a server's do: slots go when few are left and come back when more enter, some requests are given up, and no
-    bit of the others' texts changes."""
+    """As in a server: slots go when few requests are left and come back when more enter, some requests are
+    given up, and no bit of the other texts changes."""
     model = model_of(*sizes)
     bos, images = model.config.tokens.bos, 12
     pixels = torch.randn(images, 3, 32, 32, generator=torch.Generator().manual_seed(3))
-    requests = [Request(kv, [bos, *range(20, 20 + n % 6)], 100 + n) for n, kv in enumerate(see(model, pixels).split())]
+    requests = [Request(kv, [bos, *range(20, 20 + n % 6)], 100 + n)
+                for n, kv in enumerate(see(model, pixels).split())]
     alone = {n: texts for n, request in enumerate(requests)
              for _, texts in generate_stream(model, [request], config, 1)}
     generation, found, entered, slots = Generation(model, config, 7), {}, set(), set()
@@ -136,22 +144,24 @@ def test_requests_come_and_go(sizes, config):
             generation.leave(5)
             generation.leave(11)  # is not there yet
         found.update(generation.step())
-        slots.add(0 if generation._batch is None else len(generation._batch.places))
+        slots.add(len(generation._places))
     assert found == {n: alone[n] for n in entered - {5}} and generation.idle and generation.free == 7
     assert {0, 11} < entered and 1 in slots and len(slots) > 2
 
 
 @pytest.mark.parametrize("config", [SEARCHES["greedy"], SEARCHES["beams"]], ids=["greedy", "beams"])
 def test_a_prompt_takes_no_step_of_its_own(config):
-    """However long it is: the first step has written the first token after it, as scoring the whole text says."""
+    """Whatever a prompt's length, the first step writes the first token after it: the one that scoring the
+    whole text gives."""
     model = model_of(*MODELS["wide"])
-    prompts = [[998, *(token % 900 + 10 for token in range(n))] for n in (2, 150, 0, 129, 150)]  # of 64 rows at most
+    # of 64 rows at most
+    prompts = [[998, *(token % 900 + 10 for token in range(n))] for n in (2, 150, 0, 129, 150)]
     states = see(model, torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(3))).split()
     generation = Generation(model, replace(config, max_length=180, min_length=180), 5)
     for place, (kv, prompt) in enumerate(zip(states, prompts, strict=True)):
         assert generation.enter(place, Request(kv, prompt))
     generation.step()
-    assert generation._batch.texts.lengths.tolist() == [len(prompt) + 1 for prompt in prompts]
+    assert generation._texts.lengths.tolist() == [len(prompt) + 1 for prompt in prompts]
     for slot, (kv, prompt) in enumerate(zip(states, prompts, strict=True)):
         text = PackedTexts(torch.tensor(prompt), torch.tensor([0, len(prompt)], dtype=torch.int32))
         stream, stack = TextStream(text, "decoder", torch.tensor([0])), model.stack("decoder")
@@ -159,7 +169,7 @@ def test_a_prompt_takes_no_step_of_its_own(config):
             [hidden] = stack([stream], stack.states_kv(kv.rows, offsets=kv.offsets))
             logits = model.vocabulary_logits(hidden)[len(prompt) - 1]
             logits[model.config.tokens.sep] = -torch.inf  # no end before `min_length`
-        assert generation._batch.texts.token_ids[slot, 0, len(prompt)] == logits.argmax()
+        assert generation._texts.token_ids[slot, 0, len(prompt)] == logits.argmax()
 
 
 def test_prompts_of_each_image(small):
@@ -182,6 +192,6 @@ def test_bfloat16(small):
     low.load_state_dict(model.state_dict())
     low.bfloat16()
     for config in SEARCHES.values():
-        for text in generate(low, see(low, noise(3).bfloat16()), prompts_of([model.config.tokens.bos], 3), config,
-                             [1, 2, 3]):
+        for text in generate(low, see(low, noise(3).bfloat16()), prompts_of([model.config.tokens.bos], 3),
+                             config, [1, 2, 3]):
             assert 2 <= len(text.token_ids) <= config.max_length and text.score < 0

@@ -20,8 +20,8 @@ from blip_fast.generate.sample import draw, nucleus
 from blip_fast.media.images import evaluation_transform, load_image
 from blip_fast.model.blip import BlipModel
 from blip_fast.model.config import BlipConfig, SpecialTokens, TextConfig, VisionConfig
+from blip_fast.model.image_kv import ImageStates
 from blip_fast.model.packed_texts import PackedTexts
-from blip_fast.model.text import ImageStates
 from blip_fast.model.tokenizer import Tokenizer
 
 SEP = 102
@@ -43,7 +43,8 @@ def captioning(bert_vocabulary, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("beams", "text", "images"), [
-    (1, "a picture of", 64), (1, "", 64), (3, "a picture of", 64), (3, "", 64), (2, "a picture of", 16), (5, "", 16)])
+    (1, "a picture of", 64), (1, "", 64), (3, "a picture of", 64), (3, "", 64), (2, "a picture of", 16),
+    (5, "", 16)])
 def test_transformers_on_photographs(captioning, photograph_pixels, bert_vocabulary, beams, text, images):
     """64 real photographs, a vocabulary of 30,524 tokens: the same token ids, of many lengths."""
     prompt = [captioning[1].config.tokens.bos, *Tokenizer.from_vocab_file(bert_vocabulary).encode(text)[1:-1]]
@@ -52,19 +53,22 @@ def test_transformers_on_photographs(captioning, photograph_pixels, bert_vocabul
     assert len({tuple(ids) for ids in written}) > 0.75 * images
 
 
-def written_as_transformers(models, pixels: Tensor, prompt: list[int], beams: int, max_length: int) -> list[list[int]]:
+def written_as_transformers(models, pixels: Tensor, prompt: list[int], beams: int,
+                            max_length: int) -> list[list[int]]:
     """Our texts of all images, after they were compared with transformers'.
 
-    Where float32 leaves the search a choice, both are right: texts that differ must be as good as each other to 1e-5
-    by the float64 probabilities of the tokens at which they part (greedy), or as a whole (beams).
+    Where float32 leaves the search a choice, both are right: texts that differ must be as good as each other
+    to 1e-5 by the float64 probabilities of the tokens at which they part (greedy), or as a whole (beams).
     """
     theirs, ours = models
     images, length = len(pixels), len(prompt)
     expected = theirs.generate(pixels, input_ids=torch.tensor([[*prompt, SEP]] * images), num_beams=beams,
                                max_length=max_length, min_length=min(5, max_length), do_sample=False)
     config = GenerationConfig(beams=beams, max_length=max_length, min_length=min(5, max_length))
-    written = [text.token_ids for text in generate(ours, see(ours, pixels), prompts_of(prompt, images), config)]
-    pairs = [(i, ids, until_sep(row, SEP, length)) for i, (ids, row) in enumerate(zip(written, expected, strict=True))]
+    written = [text.token_ids for text in generate(ours, see(ours, pixels), prompts_of(prompt, images),
+                                                   config)]
+    pairs = [(i, ids, until_sep(row, SEP, length))
+             for i, (ids, row) in enumerate(zip(written, expected, strict=True))]
     differing = [pair for pair in pairs if pair[1] != pair[2]]
     assert len(differing) <= max(1, images // 50), differing
     exact = deepcopy(theirs).double()
@@ -73,7 +77,8 @@ def written_as_transformers(models, pixels: Tensor, prompt: list[int], beams: in
         parting = next(n for n, (a, b) in enumerate(zip(*both, strict=False)) if a != b)
         scores = []
         for ids in both:
-            logits = exact.text_decoder(input_ids=torch.tensor([ids]), encoder_hidden_states=embeds).logits[0, :-1]
+            found = exact.text_decoder(input_ids=torch.tensor([ids]), encoder_hidden_states=embeds)
+            logits = found.logits[0, :-1]
             log_probs = logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1)
             scores.append(log_probs[parting - 1] if beams == 1 else log_probs[length - 1 :].mean())
         assert abs(scores[0] - scores[1]) < 1e-5, (i, both, scores)
@@ -89,8 +94,8 @@ def test_transformers_on_many_photographs(photograph_pixels, bert_vocabulary, tm
     models = theirs, load_model(tmp_path)[0]
     for beams, max_length in product((1, 2, 3, 5), (5, 12, 20)):
         for text in ("", "a picture of"):
-            written_as_transformers(models, photograph_pixels, [tokenizer.bos_id, *tokenizer.encode(text)[1:-1]],
-                                    beams, max_length)
+            written_as_transformers(models, photograph_pixels,
+                                    [tokenizer.bos_id, *tokenizer.encode(text)[1:-1]], beams, max_length)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +124,8 @@ def test_transformers_options(small, options):
     prompt = [ours.config.tokens.bos, 11, 12, 13]
     config = GenerationConfig(**options)
     expected = theirs.generate(
-        pixels, input_ids=torch.tensor([[*prompt, sep]] * 24), num_beams=config.beams, max_length=config.max_length,
+        pixels, input_ids=torch.tensor([[*prompt, sep]] * 24), num_beams=config.beams,
+        max_length=config.max_length,
         min_length=config.min_length, length_penalty=config.length_penalty, do_sample=False,
         repetition_penalty=config.repetition_penalty, return_dict_in_generate=True, output_scores=True)
     written = generate(ours, see(ours, pixels), prompts_of(prompt, 24), config)
@@ -153,10 +159,12 @@ def test_published_code(data_root, name):
 
 
 def tiny_model(seed: int) -> BlipModel:
-    """Ours alone, with [SEP] as the textbook search expects it and so likely that texts end everywhere."""
+    """Our model alone, with the [SEP] id that the textbook search expects, likely enough that texts end
+    everywhere."""
     torch.manual_seed(seed)
     config = BlipConfig(VisionConfig(32, 16, 32, 1, 2), TextConfig(140, 32, 2, 2, 64),
-                        SpecialTokens(sep=SEP, cls=101, bos=138, enc=139), "decoder", contrastive=False, matching=False)
+                        SpecialTokens(sep=SEP, cls=101, bos=138, enc=139), "decoder", contrastive=False,
+                        matching=False)
     model = BlipModel(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -168,7 +176,8 @@ def tiny_model(seed: int) -> BlipModel:
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("rule", ["transformers5", "authors"])
 def test_textbook_search(seed, rule):
-    """A search without cache, batches or packing, written apart from ours, finds the same texts and scores."""
+    """A search without cache, batches or packing, written apart from ours, finds the same texts and
+    scores."""
     model, images = tiny_model(seed), 6
     seen = see(model, torch.randn(images, 3, 32, 32))
     search = {"transformers5": beam_search_transformers5, "authors": beam_search_authors}[rule]
@@ -194,14 +203,14 @@ def test_n_best_of_beams_are_transformers(small):
     theirs, model = small
     pixels, bos, sep = noise(12), model.config.tokens.bos, model.config.tokens.sep
     expected = theirs.generate(
-        pixels, input_ids=torch.tensor([[bos, 11, sep]] * 12), num_beams=4, max_length=14, num_return_sequences=3,
-        do_sample=False, return_dict_in_generate=True, output_scores=True)
+        pixels, input_ids=torch.tensor([[bos, 11, sep]] * 12), num_beams=4, max_length=14,
+        num_return_sequences=3, do_sample=False, return_dict_in_generate=True, output_scores=True)
     requests = [Request(kv, [bos, 11]) for kv in see(model, pixels).split()]
     found = dict(generate_stream(model, requests, GenerationConfig(beams=4, max_length=14, n_best=3), 5))
     texts = [text for i in range(12) for text in found[i]]
     assert [text.token_ids for text in texts] == [until_sep(row, sep, 2) for row in expected.sequences]
-    torch.testing.assert_close(torch.tensor([text.score for text in texts]), expected.sequences_scores, rtol=1e-4,
-                               atol=1e-5)
+    torch.testing.assert_close(torch.tensor([text.score for text in texts]), expected.sequences_scores,
+                               rtol=1e-4, atol=1e-5)
 
 
 def test_samples_of_an_image(small):
@@ -218,12 +227,14 @@ def test_samples_of_an_image(small):
 
 
 def test_texts_that_were_cut_off(small):
-    """Greedily those that go on where there is more room; of any search those of full length without [SEP]."""
+    """In greedy search, texts that continue if there is more room; in any search, texts of full length
+    without [SEP]."""
     _, model = small
     seen, bos, sep = see(model, noise(40)), model.config.tokens.bos, model.config.tokens.sep
     short, long = (generate(model, seen, prompts_of([bos, 11], 40), GenerationConfig(max_length=length))
                    for length in (6, 30))
-    assert [text.cut for text in short] == [a.token_ids != b.token_ids for a, b in zip(short, long, strict=True)]
+    assert [text.cut for text in short] == [a.token_ids != b.token_ids
+                                            for a, b in zip(short, long, strict=True)]
     assert len({text.cut for text in short}) == 2
     for options in ({"beams": 3}, {"beams": 3, "beam_rule": "authors"}, {"top_p": 0.95, "temperature": 1.5}):
         texts = generate(model, seen, prompts_of([bos, 11], 40), GenerationConfig(max_length=6, **options),
@@ -240,10 +251,12 @@ def test_banned_words_are_transformers(small, beams):
     seen, config = see(model, pixels), GenerationConfig(beams=beams)
     free = generate(model, seen, prompts_of([bos, 11], 24), config)
     generated = [text.token_ids[2:] for text in free]
-    counts = torch.tensor([token for ids in generated for token in ids if token != sep]).bincount(minlength=120)
+    counts = torch.tensor([token for ids in generated for token in ids
+                           if token != sep]).bincount(minlength=120)
     pair = next(tuple(ids[:2]) for ids in generated if len(ids) > 2 and ids[0] != int(counts.argmax()))
     banned = ((int(counts.argmax()),), pair, (11, generated[0][0]), (bos, 11, generated[1][0]), (5,) * 30)
-    expected = theirs.generate(pixels, input_ids=torch.tensor([[bos, 11, sep]] * 24), num_beams=beams, max_length=20,
+    expected = theirs.generate(pixels, input_ids=torch.tensor([[bos, 11, sep]] * 24), num_beams=beams,
+                               max_length=20,
                                do_sample=False, bad_words_ids=[list(sequence) for sequence in banned])
     texts = generate(model, seen, prompts_of([bos, 11], 24), replace(config, banned=banned))
     assert [text.token_ids for text in texts] == [until_sep(row, sep, 2) for row in expected]
@@ -253,7 +266,8 @@ def test_banned_words_are_transformers(small, beams):
 def test_nucleus_is_transformers():
     """Temperature, top-k, top-p: the same tokens with the same probabilities, and draws that follow them."""
     scores = torch.randn(5, 40, generator=torch.Generator().manual_seed(0)) * 2
-    for top_p, top_k, temperature in [(0.9, 50, 1.0), (0.5, 7, 1.0), (1.0, 3, 0.7), (0.01, 50, 1.5), (0.8, 40, 2.0)]:
+    for top_p, top_k, temperature in [(0.9, 50, 1.0), (0.5, 7, 1.0), (1.0, 3, 0.7), (0.01, 50, 1.5),
+                                      (0.8, 40, 2.0)]:
         config = GenerationConfig(top_p=top_p, top_k=top_k, temperature=temperature)
         warp = LogitsProcessorList([TemperatureLogitsWarper(temperature), TopKLogitsWarper(top_k),
                                     TopPLogitsWarper(top_p)])

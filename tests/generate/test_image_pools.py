@@ -81,7 +81,9 @@ def test_rows_of_some_slots_see_what_they_see_among_all(projection, pool):
     made = pool(CONFIG, projection, 4, KEYS, states(0))
     for slot in range(4):
         made.enter(slot, states(slot, KEYS - slot))
-    q = torch.randn(4, 3, CONFIG.heads, CONFIG.width // CONFIG.heads, generator=torch.Generator().manual_seed(9))
+    q = torch.randn(4, 3, CONFIG.heads, CONFIG.width // CONFIG.heads,
+                    generator=torch.Generator().manual_seed(9))
     slots = torch.tensor([1, 3])
-    some, among_all = made.attend(1, q[slots].flatten(0, 1), slots), made.attend(1, q.flatten(0, 1)).view_as(q)
+    some = made.attend(1, q[slots].flatten(0, 1), slots)
+    among_all = made.attend(1, q.flatten(0, 1)).view_as(q)
     torch.testing.assert_close(some.view(2, *q.shape[1:]), among_all[slots], rtol=0, atol=0)

@@ -61,7 +61,8 @@ def test_transformers_captions(beams: int, penalty: float, min_length: int, max_
 def rough_logits(texts: Tensor, spread: float, sep: float) -> Tensor:
     """A language of 104 words without meaning, rugged enough that the rules of beam search part ways."""
     last, before, words = texts[:, -1:], texts[:, -2:-1], torch.arange(104)
-    logits = spread * (torch.sin(0.7 * last + 1.3 * before + 0.9 * words + 0.05 * last * words) + 0.0011 * words)
+    waves = torch.sin(0.7 * last + 1.3 * before + 0.9 * words + 0.05 * last * words)
+    logits = spread * (waves + 0.0011 * words)
     logits[:, SEP] += sep
     return logits
 
@@ -72,19 +73,22 @@ def rough_logits(texts: Tensor, spread: float, sep: float) -> Tensor:
         (1.0, 2.0, 2, 12, 5, 7, [98, 93, 72, SEP], -2.301797),  # goes on though two texts are finished
         (2.0, 2.0, 2, 9, 1, 11, [91, 99, 96, 96, SEP], -2.278688),  # stops before a better text would end
         (0.5, 0.0, 2, 9, 1, 4, [90, 97, 96, 92, 95, 103], -2.791909),  # unfinished texts count at max_length
-        (0.5, 0.0, 3, 9, 1, 7, [103, 99, 103, 99, 103, 100], -2.793345),  # [SEP] outside the best beams does not
+        # [SEP] outside the best beams does not
+        (0.5, 0.0, 3, 9, 1, 7, [103, 99, 103, 99, 103, 100], -2.793345),
     ],
 )
 def test_authors_rule(spread, sep, beams, max_length, min_length, prompt_end, text, score):
     """Texts and scores recorded from transformers 4.15's own beam scorer."""
     prompt = [103, 5, prompt_end]
-    ours = beam_search_authors(lambda texts: rough_logits(texts, spread, sep), prompt, beams, max_length, min_length)
+    ours = beam_search_authors(lambda texts: rough_logits(texts, spread, sep), prompt, beams, max_length,
+                               min_length)
     assert ours == (prompt + text, pytest.approx(score, abs=1e-5))
 
 
 @pytest.mark.parametrize(
     ("spread", "sep", "beams", "max_length", "min_length"),
-    [(0.5, 0.0, 2, 12, 5), (0.5, 0.0, 5, 12, 5), (0.5, 2.0, 2, 12, 5), (1.0, 0.0, 3, 16, 8), (8.0, 2.0, 2, 16, 8)],
+    [(0.5, 0.0, 2, 12, 5), (0.5, 0.0, 5, 12, 5), (0.5, 2.0, 2, 12, 5), (1.0, 0.0, 3, 16, 8),
+     (8.0, 2.0, 2, 16, 8)],
 )
 def test_transformers5_rule(spread, sep, beams, max_length, min_length):
     from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
@@ -95,7 +99,8 @@ def test_transformers5_rule(spread, sep, beams, max_length, min_length):
 
         def __init__(self):
             super().__init__(PretrainedConfig(vocab_size=104, is_encoder_decoder=False))
-            self.unused = torch.nn.Parameter(torch.zeros(1))  # transformers asks a model's parameters for their device
+            # transformers asks a model's parameters for their device
+            self.unused = torch.nn.Parameter(torch.zeros(1))
 
         def forward(self, input_ids, **_):
             return CausalLMOutput(logits=rough_logits(input_ids, spread, sep)[:, None])

@@ -1,5 +1,5 @@
-"""Models and images for inference on a CPU: linear layers packed, and one image at a time, so that its visual tokens
-are its own to the last bit."""
+"""Models and images for inference on a CPU: linear layers packed, and one image at a time, so that its visual
+tokens are its own to the last bit."""
 
 from copy import deepcopy
 
@@ -8,7 +8,11 @@ import torch
 from blip_kernels.cpu import processor
 from hf_models import save_model, small_tokenizer
 
-from blip_fast.inference.cpu_packing import PackedLinear, pack_linear_layers
+from blip_fast.inference.cpu_packing import (
+    PackedLinear,
+    PackedVocabularyProduct,
+    pack_linear_layers,
+)
 from blip_fast.inference.encoding import encode_images, evaluating
 from blip_fast.inference.int8 import quantise_linear_layers
 from blip_fast.model.blip import BlipModel
@@ -39,7 +43,8 @@ def pixels():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_neighbours_change_nothing_when_packed(pixels, dtype):
-    """Bit-equal at base's width too, where long sums could be cut up differently for other numbers of rows."""
+    """Bit-equal at base's width too, where long sums could be cut up differently for other numbers of
+    rows."""
     tokens = SpecialTokens(pad=0, cls=1, sep=2, bos=3, enc=4)
     text = TextConfig(vocab_size=120, width=48, layers=1, heads=3, mlp_width=96, max_positions=32)
     wide = BlipModel(BlipConfig(VisionConfig(image_size=SIZE, layers=2), text, tokens)).to(dtype)
@@ -92,7 +97,8 @@ def outputs(model, pixels):
 @pytest.mark.parametrize("tied", [True, False], ids=["tied head", "own head"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 4e-2)], ids=str)
 def test_a_packed_model_computes_the_same(pixels, tied, dtype, tolerance):
-    """Held to the plain model, in bfloat16 to the plain one in float32: packing adds no error of its own."""
+    """Compared with the plain model, in bfloat16 with the plain one in float32: packing adds no error of its
+    own."""
     plain = make_model(tied_lm_head=tied).to(dtype)
     packed = deepcopy(plain)
     pack_linear_layers(packed)
@@ -100,7 +106,8 @@ def test_a_packed_model_computes_the_same(pixels, tied, dtype, tolerance):
                    if name != "lm_head.projection")
     exact = outputs(plain.float(), pixels)
     for found, wanted in zip(outputs(packed, pixels.to(dtype)), exact, strict=True):
-        torch.testing.assert_close(found.float(), wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max()))
+        torch.testing.assert_close(found.float(), wanted, rtol=tolerance,
+                                   atol=tolerance * float(wanted.abs().max()))
 
 
 def test_a_packed_model_holds_its_weights_once():
@@ -124,13 +131,15 @@ def test_a_packed_model_stays_where_it_is():
 def test_what_cannot_be_packed_is_left():
     half = make_model().half()
     pack_linear_layers(half)
-    assert not any(isinstance(module, PackedLinear) for module in half.modules()) and half.packed_vocabulary is None
+    packed = PackedLinear | PackedVocabularyProduct
+    assert not any(isinstance(module, packed) for module in half.modules())
 
 
 @pytest.mark.parametrize("products", [True, False])
 def test_int8_weights(pixels, monkeypatch, products):
-    """With products of 8 bits and without: each weight is within half a step of its output's scale (and bfloat16's
-    rounding), so outputs stay near; embeddings and heads are left as they are. With products that is so of images."""
+    """With products of 8 bits and without: each weight is within half a step of its output's scale (and
+    bfloat16's rounding), so outputs stay near; embeddings and heads are left as they are. With products, only
+    the vision blocks are quantised."""
     if products and not processor.has_int8():
         pytest.skip("this processor has no products of 8-bit integers")
     if not products:
@@ -155,7 +164,7 @@ def test_int8_weights(pixels, monkeypatch, products):
 
 
 def test_types_that_cannot_be_used(monkeypatch):
-    """Told before anything is read: the checkpoint need not even exist."""
+    """The error comes before anything is read: the checkpoint need not even exist."""
     monkeypatch.setattr("blip_fast.inference.int8.find_spec", lambda name: None)
     monkeypatch.setattr(processor, "has_int8", lambda: False)
     with pytest.raises(ValueError, match=r"blip-fast\[int8\]"):

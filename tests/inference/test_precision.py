@@ -1,4 +1,4 @@
-"""Which precision runs where: the choice, what is said of it, and that what is resumed or shared keeps it."""
+"""Which precision runs where: the choice, the line about it, and that resumed and shared work keeps it."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ import yaml
 from blip_kernels.cpu import processor
 from blip_train import run
 from blip_train.checkpoint.checkpoints import Written
-from blip_train.experiments.bootstrap import _settled as settled_loop
+from blip_train.experiments.bootstrap import _with_precision as loop_with_precision
 from blip_train.experiments.bootstrap_recipe import BootstrapRecipe, StageRecipe, plan
 from blip_train.recipe import Recipe, RuntimeRecipe, load_recipe
 from hf_models import save_model, small_tokenizer
@@ -34,7 +34,8 @@ HINT = "; --dtype float32 for the published figures"
 COMMANDS = {
     "ask": ("p.jpg", "why?"), "caption": ("p.jpg",),
     "capfilt": ("s.tar", "--output", "o", "--captioner", "c", "--filter", "f"),
-    "classify": ("--labels", "l", "p.jpg"), "explain": ("p.jpg", "a dog", "--output", "o.png"), "score": ("p.jpg", "a"),
+    "classify": ("--labels", "l", "p.jpg"), "explain": ("p.jpg", "a dog", "--output", "o.png"),
+    "score": ("p.jpg", "a"),
     "serve": (), "search index": ("--index", "i"), "evaluate retrieval": ("--data", "d"),
     "evaluate caption": ("--data", "d"), "evaluate vqa": ("--data", "d"), "evaluate nlvr2": ("--data", "d"),
     "evaluate visdial": ("--data", "d"), "evaluate video-retrieval": ("--data", "d"),
@@ -80,32 +81,33 @@ def pictures(tmp_path):
 
 
 @pytest.mark.parametrize(("device", "types", "auto"), [
-    (CPU, ("bfloat16", "float16", "int8"), "bfloat16"), (CPU, ("bfloat16",), "bfloat16"), (CPU, (), "float32"),
-    (CPU, ("int8",), "float32"), (CPU, ("float16",), "float32"), (GPU, ("bfloat16",), "bfloat16"), (GPU, (), "float16"),
-    (torch.device("meta"), ("bfloat16",), "float32"),
+    (CPU, ("bfloat16", "float16", "int8"), "bfloat16"), (CPU, ("bfloat16",), "bfloat16"),
+    (CPU, (), "float32"),
+    (CPU, ("int8",), "float32"), (CPU, ("float16",), "float32"), (GPU, ("bfloat16",), "bfloat16"),
+    (GPU, (), "float16"), (torch.device("meta"), ("bfloat16",), "float32"),
 ])
 def test_auto(machine, device, types, auto):
     machine(*types)
     assert resolve("auto", device) == auto
     assert resolve("auto", device, differentiable=True) == "float32"
     assert [resolve(name, device) for name in PRECISIONS[1:]] == list(PRECISIONS[1:])
-    # What is no 8-bit weight is in what the device multiplies.
+    # Parameters that are not 8-bit weights have the type that the device multiplies.
     assert parameter_type("int8", device) == parameter_type(auto, device) == getattr(torch, auto)
     assert all(advice(name, device) is None for name in ("auto", auto, "float32"))
     assert explained("auto", device, hint=HINT).startswith(f"precision: {auto} (")
 
 
 @pytest.mark.parametrize(("name", "device", "types", "said"), [
-    ("bfloat16", CPU, (), "right, but slower than float32 on this processor, which has no products of it: float32 or "
-                          "auto is the better choice"),
-    ("bfloat16", GPU, (), "right, but slower than float16 on this GPU, which has no products of it: float16 or auto is "
-                          "the better choice"),
-    ("float16", CPU, ("bfloat16",), "right, but slower than bfloat16 on this processor, which has no products of it: "
-                                    "bfloat16 or auto is the better choice"),
-    ("int8", CPU, (), "saves memory, not time, on this processor, which has no products of 8-bit integers; all else in "
-                      "float32"),
-    ("int8", CPU, ("bfloat16", "int8", "amx"), "saves memory, not time, on this processor, which multiplies bfloat16 "
-                                               "as fast; all else in bfloat16"),
+    ("bfloat16", CPU, (), "right, but slower than float32 on this processor, which has no products of it: "
+                          "float32 or auto is the better choice"),
+    ("bfloat16", GPU, (), "right, but slower than float16 on this GPU, which has no products of it: float16 "
+                          "or auto is the better choice"),
+    ("float16", CPU, ("bfloat16",), "right, but slower than bfloat16 on this processor, which has no "
+                                    "products of it: bfloat16 or auto is the better choice"),
+    ("int8", CPU, (), "saves memory, not time, on this processor, which has no products of 8-bit integers; "
+                      "all else in float32"),
+    ("int8", CPU, ("bfloat16", "int8", "amx"), "saves memory, not time, on this processor, which multiplies "
+                                               "bfloat16 as fast; all else in bfloat16"),
 ])
 def test_a_named_precision_without_gain_is_advised_against(machine, name, device, types, said):
     machine(*types)
@@ -120,14 +122,16 @@ def test_one_line_says_what_runs_and_why(machine):
     assert explained("float32", CPU, hint=HINT) == "precision: float32"
     assert explained("auto", CPU, differentiable=True) == "precision: float32 (gradients are computed in it)"
     machine()
-    assert explained("auto", CPU, hint=HINT) == "precision: float32 (this processor has no products of bfloat16)"
+    assert explained("auto", CPU, hint=HINT) == ("precision: float32 (this processor has no products of "
+                                                 "bfloat16)")
 
 
 @pytest.mark.parametrize(("types", "better"), [((), "float32"), (("bfloat16",), "bfloat16")])
 def test_float16_is_refused_on_a_cpu_without_it(machine, types, better):
     """The advice is what is fast there, and not bfloat16 where that is slow."""
     machine(*types)
-    with pytest.raises(ValueError, match=f"float16 has no products on this CPU.*choose {better}, as auto does"):
+    with pytest.raises(ValueError, match="float16 has no products on this CPU.*"
+                                         f"choose {better}, as auto does"):
         check("float16", CPU)
     check("float16", GPU)
     machine("float16")
@@ -135,7 +139,8 @@ def test_float16_is_refused_on_a_cpu_without_it(machine, types, better):
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(ValueError, match="dtype must be one of auto, float32, bfloat16, float16, int8, got 'float8'"):
+    with pytest.raises(ValueError, match="dtype must be one of auto, float32, bfloat16, float16, int8, got "
+                                         "'float8'"):
         resolve("float8", CPU)
 
 
@@ -154,7 +159,8 @@ def test_auto_is_the_default_of_every_command(command):
 
 
 def test_no_command_is_forgotten():
-    """Whoever loads a model by `--dtype` is in the table above; the others have no `--dtype`, or one of their own."""
+    """Whoever loads a model by `--dtype` is in the table above; the others have no `--dtype`, or one of their
+    own."""
     own = {"bench", "kernels"}
     for entry in entry_points(group=GROUP):
         parser = ArgumentParser(exit_on_error=False)
@@ -164,7 +170,7 @@ def test_no_command_is_forgotten():
 
 
 def test_auto_is_the_default_of_the_library(machine, captioner, matcher, monkeypatch):
-    # A processor that is not here cannot be packed for.
+    # Weights cannot be packed for a processor that is not here.
     monkeypatch.setattr("blip_fast.tasks.model_loading.pack_linear_layers", lambda model: None)
     machine()
     assert load_for_task(captioner, device="cpu")[0].vision.cls_token.dtype == torch.float32
@@ -197,7 +203,8 @@ def test_the_library_says_once_that_a_named_precision_is_slow(machine, captioner
 
 
 def test_a_resumed_file_keeps_its_precision(machine, captioner, pictures, tmp_path, capsys):
-    """Begun where bfloat16 is slow, it goes on in float32 where bfloat16 is fast; another one named is refused."""
+    """Work begun where bfloat16 is slow continues in float32 where bfloat16 is fast; naming another precision
+    is refused."""
     output = str(tmp_path / "captions.jsonl")
     command = ["caption", "--model", captioner, "--device", "cpu", "--output", output, "--max-length", "8"]
     machine()
@@ -205,8 +212,8 @@ def test_a_resumed_file_keeps_its_precision(machine, captioner, pictures, tmp_pa
     assert "precision: float32 (this processor has no products of bfloat16)" in capsys.readouterr().err
     machine("bfloat16")
     assert main([*command, *pictures, "--resume", "--dtype", "bfloat16"]) == 2
-    assert capsys.readouterr().err == (f"blip-fast: {output} was begun in float32, not in bfloat16: leave --dtype out, "
-                                       "or name another file\n")
+    assert capsys.readouterr().err == (f"blip-fast: {output} was begun in float32, not in bfloat16: leave "
+                                       "--dtype out, or name another file\n")
     assert main([*command, *pictures, "--resume"]) == 0
     assert capsys.readouterr().err == "blip-fast: precision: float32\n"
     rows = [json.loads(line) for line in Path(output).read_text().splitlines()]
@@ -277,7 +284,7 @@ def test_a_resumed_run_keeps_its_precision(machine, tmp_path, capsys, named, beg
     written = Written(4, 4, 1, 1, "AdamW", 1, 1, "1", {}, begun)
     noted = {key: value for key, value in dataclasses.asdict(written).items() if value is not None}
     (checkpoint / "run.json").write_text(json.dumps(noted))
-    assert run._settled(recipe, resume=True, device=CPU).runtime.precision == runs_in
+    assert run._with_precision(recipe, resume=True, device=CPU).runtime.precision == runs_in
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"blip-fast: precision: {runs_in}")
     assert ("slower than float32" in line) == (runs_in == "bfloat16" and not types)
@@ -290,8 +297,9 @@ def test_a_loop_keeps_the_precision_that_it_began_with(machine, tmp_path, monkey
     sources = {"data.root": None, "data.sources": [{"name": "web", "root": "w"}]}
     recipe = BootstrapRecipe(
         pretrain=StageRecipe("pretrain_base.yaml", sources), captioner=StageRecipe("caption_coco.yaml"),
-        filter=StageRecipe("retrieval_coco.yaml", {"runtime.precision": "float32"}), web=["web"], runs=str(tmp_path))
-    begun = settled_loop(recipe, resume=False)
+        filter=StageRecipe("retrieval_coco.yaml", {"runtime.precision": "float32"}), web=["web"],
+        runs=str(tmp_path))
+    begun = loop_with_precision(recipe, resume=False)
     (loop,) = plan(begun)
     assert {name: stage.runtime.precision for name, stage in loop.stages.items()} == {
         "pretrain": "bfloat16", "captioner": "bfloat16", "filter": "float32", "bootstrapped": "bfloat16"}
@@ -299,5 +307,5 @@ def test_a_loop_keeps_the_precision_that_it_began_with(machine, tmp_path, monkey
     recipe.directory.mkdir()
     (recipe.directory / "bootstrap.yaml").write_text(yaml.safe_dump(dataclasses.asdict(begun)))
     machine()
-    assert settled_loop(recipe, resume=True) == begun
-    assert settled_loop(recipe, resume=False).precision == "float32"
+    assert loop_with_precision(recipe, resume=True) == begun
+    assert loop_with_precision(recipe, resume=False).precision == "float32"

@@ -15,7 +15,8 @@ from blip_fast.media.images import MEAN, STD, ImageError, evaluation_transform, 
 def difference(image: Image.Image, expected: Image.Image) -> float:
     """Mean absolute difference, of 255."""
     assert image.mode == "RGB" and image.size == expected.size
-    return float(np.abs(np.asarray(image, dtype=np.int64) - np.asarray(expected.convert("RGB"), dtype=np.int64)).mean())
+    return float(np.abs(np.asarray(image, dtype=np.int64)
+                        - np.asarray(expected.convert("RGB"), dtype=np.int64)).mean())
 
 
 @pytest.mark.parametrize("name", odd_files.good_files())
@@ -83,7 +84,8 @@ def test_postscript_is_never_run() -> None:
 @pytest.mark.parametrize("image_size", [16, 224, 385])
 def test_evaluation_transform_equals_transformers(image_size: int, photographs) -> None:
     transformers = pytest.importorskip("transformers")
-    images = [load_image(path) for path in photographs.paths[:4]] + [odd_files.picture(7, 300), odd_files.picture(1, 1)]
+    images = [load_image(path) for path in photographs.paths[:4]]
+    images += [odd_files.picture(7, 300), odd_files.picture(1, 1)]
     processor = transformers.BlipImageProcessor(size={"height": image_size, "width": image_size})
     expected = processor(images, return_tensors="pt")["pixel_values"]
     pixels = evaluation_transform(images, image_size)

@@ -101,12 +101,12 @@ def test_what_lies_between_is_not_decoded(tmp_path, monkeypatch):
                 yield frame
 
     @contextmanager
-    def counted(path, name, opened=video._opened):
+    def counted(path, name, opened=video._open_video):
         with opened(path, name) as (container, stream):
             yield Counted(container), stream
 
     path = encode(tmp_path / "long.mp4", 1000, preset="ultrafast", bf="2")
-    monkeypatch.setattr(video, "_opened", counted)
+    monkeypatch.setattr(video, "_open_video", counted)
     assert numbers(path, 8) == frame_places(1000, 8)
     assert 8 <= len(decoded) <= 8 * 2 * 12  # of a frame's group of twelve, and of the group before
     decoded.clear()
@@ -143,7 +143,7 @@ def written(path, content):
 
 
 def spoilt(path):
-    """The index stays, the frames behind the first third become noise."""
+    """The index stays, the frames after the first third become noise."""
     content = bytearray(path.read_bytes())
     start = content.index(b"mdat") + 8
     start += (len(content) - start) // 3
@@ -165,7 +165,8 @@ OPENED = "not a whole video of a known format (MP4"
     (lambda place: written(place / "list.mp4", b"ffconcat version 1.0\nfile a.mp4\n"), OPENED),
     (lambda place: sound(place / "sound.mp4"), "sound.mp4: the file has no video stream"),
     (lambda place: truncated(encode(place / "a.avi", 60, "mpeg4"), 0.6), OPENED),
-    (lambda place: truncated(encode(place / "a.mp4", 60), 0.6), "no video stream, nor any other: is it whole?"),
+    (lambda place: truncated(encode(place / "a.mp4", 60), 0.6),
+     "no video stream, nor any other: is it whole?"),
     (lambda place: truncated(encode(place / "a.mp4", 60, **FAST), 0.8), "truncated video: it ends at "),
     (lambda place: truncated(encode(place / "a.mkv", 60), 0.6), "truncated video: it ends at "),
     (lambda place: spoilt(encode(place / "a.mp4", 60, **FAST)), "broken video: "),
@@ -182,7 +183,7 @@ def test_what_is_no_whole_video_is_named(tmp_path, make, said):
 def test_frames_of_too_many_pixels_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
     path = encode(tmp_path / "a.mp4", 5)
     monkeypatch.setattr(video, "MAX_PIXELS", SIDE * SIDE - 1)
-    monkeypatch.setattr(video, "_decoded", None)
+    monkeypatch.setattr(video, "_wanted_frames", None)
     with pytest.raises(ImageError, match="frames of 64 × 64 pixels are more than 4,095"):
         read_frames(path, 8)
 

@@ -1,4 +1,5 @@
-"""BERT-CNN beside transformers' BertModel and torch's own layers, its checkpoints, and captions re-ranked by it."""
+"""BERT-CNN against transformers' BertModel and torch's own layers; its checkpoints; captions re-ranked by
+it."""
 
 import json
 from pathlib import Path
@@ -22,7 +23,8 @@ from blip_fast.tasks.captioner import Captioner
 from blip_fast.tasks.classifier import Classifier
 from blip_fast.tasks.reranking import related
 
-PAIRS = [("a red ball on a table", "ball"), ("dogs", "small blue square"), ("", "man"), ("a man rides a horse " * 9,
+PAIRS = [("a red ball on a table", "ball"), ("dogs", "small blue square"), ("", "man"),
+         ("a man rides a horse " * 9,
          "the large circle " * 9), ("two dogs", "a")]
 
 
@@ -42,12 +44,15 @@ def test_forward(tmp_path, task):
     theirs = save_bert(tmp_path, task=task)
     model, tokenizer = bert_cnn(tmp_path), load_bert(tmp_path)[1]
     packed, types = pack_pairs(tokenizer, *zip(*PAIRS, strict=True))
-    assert packed.lengths.max() == 64 and packed.lengths.min() >= 4 and not model.bert.word_embeds.weight[-2:].any()
-    expected = torch.stack([independent(getattr(theirs, "bert", theirs), model.convolution, model.output, *pair)
+    assert packed.lengths.max() == 64 and packed.lengths.min() >= 4
+    assert not model.bert.word_embeds.weight[-2:].any()
+    expected = torch.stack([independent(getattr(theirs, "bert", theirs), model.convolution, model.output,
+                                        *pair)
                             for pair in PAIRS])
     torch.testing.assert_close(model(packed, types), expected, rtol=0, atol=1e-5)
     assert expected.std() > 0.05
-    scores = related(model, *pack_pairs(tokenizer, *zip(*PAIRS * 20, strict=True)))  # more than pass at a time
+    # more than pass at a time
+    scores = related(model, *pack_pairs(tokenizer, *zip(*PAIRS * 20, strict=True)))
     torch.testing.assert_close(scores, expected.double().sigmoid().repeat(20), rtol=0, atol=1e-5)
     assert related(model, *pack_pairs(tokenizer, [], [])).shape == (0,)
 
@@ -77,7 +82,8 @@ def test_gradients(tmp_path):
     output.load_state_dict(model.output.state_dict())
     weights = torch.randn(len(PAIRS))
     (model(*pack_pairs(TOKENIZER, *zip(*PAIRS, strict=True))) * weights).sum().backward()
-    (torch.stack([independent(theirs, convolution, output, *pair) for pair in PAIRS]) * weights).sum().backward()
+    (torch.stack([independent(theirs, convolution, output, *pair) for pair in PAIRS])
+     * weights).sum().backward()
 
     def close(ours: torch.Tensor | None, expected: torch.Tensor | None) -> None:
         assert ours is not None and expected is not None and expected.abs().max() > 1e-6
@@ -102,7 +108,8 @@ def test_a_pair_does_not_see_its_neighbours(bert):
     model = bert_cnn(bert)
     together = model(*pack_pairs(TOKENIZER, *zip(*PAIRS, strict=True)))
     for pair, logit in zip(PAIRS, together, strict=True):
-        torch.testing.assert_close(model(*pack_pairs(TOKENIZER, [pair[0]], [pair[1]])), logit[None], rtol=0, atol=1e-5)
+        torch.testing.assert_close(model(*pack_pairs(TOKENIZER, [pair[0]], [pair[1]])), logit[None], rtol=0,
+                                   atol=1e-5)
 
 
 def test_drop_out_is_for_training(bert):
@@ -117,17 +124,20 @@ def test_drop_out_is_for_training(bert):
 
 @torch.no_grad()
 def test_checkpoints_of_2018(bert):
-    """Norms called gamma and beta, a `bert.` in front, heads and position ids beside: as bert-base-uncased's."""
+    """As in bert-base-uncased's file: norms called gamma and beta, a `bert.` in front, heads and position
+    ids."""
     expected = load_bert(bert)[0].state_dict()
     tensors = safetensors.torch.load_file(bert / "model.safetensors")
-    old = {"bert." + name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"):
+    old = {"bert." + name.replace("LayerNorm.weight",
+                                  "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"):
            tensor for name, tensor in tensors.items()}
     old |= {"cls.predictions.bias": torch.zeros(3), "cls.seq_relationship.weight": torch.zeros(2, 48),
             "bert.embeddings.position_ids": torch.arange(64)[None]}
     (bert / "model.safetensors").unlink()
     torch.save(old, bert / "pytorch_model.bin")
     found = load_bert(bert)[0].state_dict()
-    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name])
+                                                   for name in expected)
 
 
 def test_saved_and_loaded(bert, tmp_path):
@@ -202,13 +212,15 @@ def folder(tmp_path_factory) -> Path:
 
 
 def rerank(folder: Path, *arguments) -> int:
-    return cli._run("caption", CAPTION, ["--model", str(folder / "captioner"), "--dtype", "float32", "--max-length",
+    return cli._run("caption", CAPTION, ["--model", str(folder / "captioner"), "--dtype", "float32",
+                                         "--max-length",
                                          "14", "--n-best", "5", "--rerank", "bert-cnn", *map(str, arguments)])
 
 
 @torch.no_grad()
 def test_captions_are_reranked(folder, capsys):
-    """Each caption without its prompt, and the image's likeliest label: transformers' BERT, torch's convolution."""
+    """Each caption without its prompt, and the image's likeliest label: transformers' BERT, torch's
+    convolution."""
     paths = [folder / f"{i}.png" for i in range(3)]
     status = rerank(folder, "--matcher", folder / "matcher", "--labels", folder / "labels.txt", "--reranker",
                     folder / "reranker", "--json", *paths)
@@ -232,7 +244,8 @@ def test_captions_are_reranked(folder, capsys):
 
 
 def test_reranking_refuses(folder):
-    image, labels, matcher = folder / "0.png", ("--labels", folder / "labels.txt"), ("--matcher", folder / "matcher")
+    image, labels = folder / "0.png", ("--labels", folder / "labels.txt")
+    matcher = ("--matcher", folder / "matcher")
     reranker = ("--reranker", folder / "reranker")
     for said, arguments in {
         "--rerank belief or bert-cnn and --labels FILE need each other": reranker,

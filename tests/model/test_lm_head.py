@@ -1,4 +1,5 @@
-"""LM heads whose projection is not the word embeddings: read, computed, trained, written, in all three forms."""
+"""LM heads whose projection is not the word embeddings: read, computed, trained, written, in all three
+forms."""
 
 import dataclasses
 from pathlib import Path
@@ -11,6 +12,7 @@ import transformers
 from blip_train.prepare import prepare_model
 from blip_train.recipe import Recipe
 from blip_train.steps.pretraining import Batch, Objective, Pretraining
+from blip_train.steps.step import StepContext
 from hf_models import save_model, small_tokenizer
 from published import assert_same, convert, weights
 from torch import nn
@@ -88,20 +90,21 @@ def test_parts_keep_it(tmp_path):
 
 
 def test_training_from_it_trains_it(tmp_path):
-    """The run's own `tied_lm_head` is a size like others: the checkpoint's stands."""
+    """`tied_lm_head` comes from the checkpoint, like sizes, and not from the recipe."""
     path = save_original_kind("pretraining", tmp_path / "x.pth")
     recipe = Recipe(init=str(path), model=BlipConfig(vision=VisionConfig(image_size=24, patch_size=8)))
     model = prepare_model(recipe, Tokenizer([*BERT_TOKENS, *"abcdefg"]))
     batch = Batch(torch.randn(3, 3, 24, 24), PackedTexts.from_lists(TEXTS), torch.arange(3))
-    Pretraining(model, Objective(losses=("lm",)), seed=0)(batch, alpha=0.0).total.backward()
+    Pretraining(model, Objective(losses=("lm",)), seed=0)(batch, StepContext()).total.backward()
     assert model.lm_head.projection.weight.grad.abs().sum() > 0
     assert torch.equal(model.lm_head.projection.weight, published.read(path)[HEAD])
 
 
 def test_fresh_projection_is_initialised():
-    """Of a size that keeps its input's, as every other weight."""
+    """It keeps its input's size, as every other weight does."""
     config = BlipConfig(vision=VisionConfig(image_size=16, width=16, layers=1, heads=1),
-                        text=TextConfig(vocab_size=40, width=16, layers=1, heads=1, mlp_width=16, max_positions=9),
+                        text=TextConfig(vocab_size=40, width=16, layers=1, heads=1, mlp_width=16,
+                                        max_positions=9),
                         tokens=SpecialTokens(**published.SPECIAL_TOKENS), tied_lm_head=False)
     weight = BlipModel(config).lm_head.projection.weight.detach()
     assert weight.std() == pytest.approx(16**-0.5, rel=0.2)
@@ -112,7 +115,8 @@ def test_fresh_projection_is_initialised():
 
 @pytest.fixture
 def fine_tuned(tmp_path) -> Path:
-    """As the transformers of 2023 left a fine-tuned captioner: the two untied, and a config.json that says tied."""
+    """As transformers of 2023 saved a fine-tuned captioner: untied weights, and a config.json that says
+    tied."""
     save_model("BlipForConditionalGeneration", small_tokenizer(), tmp_path / "hf")
     tensors = weights(tmp_path / "hf")
     tensors[HEAD] = tensors[WORDS] + 0.1 * torch.randn(tensors[WORDS].shape)
@@ -141,7 +145,7 @@ def test_transformers_and_we_read_it_alike_and_back(fine_tuned, tmp_path):
     torch.testing.assert_close(*logits_of_both(again), rtol=1e-4, atol=1e-4)
     loaded = transformers.BlipForConditionalGeneration.from_pretrained(again)
     assert loaded.config.tie_word_embeddings is loaded.config.text_config.tie_word_embeddings is False
-    # What its own training makes of it: two biases, of which it computes with the projection's.
+    # Training in transformers gives two biases; it computes with the projection's.
     nn.init.normal_(loaded.text_decoder.cls.predictions.decoder.bias)
     loaded.save_pretrained(again)
     torch.testing.assert_close(*logits_of_both(again), rtol=1e-4, atol=1e-4)

@@ -1,4 +1,5 @@
-"""Parity with transformers' BLIP: random weights saved by it, loaded by us; outputs, losses, gradients; and back."""
+"""Parity with transformers' BLIP: random weights saved by it, loaded by us; outputs, losses, gradients; and
+back."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,8 @@ class Pair:
     def close_gradients(self) -> None:
         """Every parameter's gradient, each compared under transformers' own name."""
         ours = hugging_face_layout(self.ours.config).split(
-            {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in self.ours.named_parameters()})
+            {name: torch.zeros_like(p) if p.grad is None else p.grad
+             for name, p in self.ours.named_parameters()})
         ours.pop("temp", None)  # transformers has none
         theirs = {name: parameter.grad for name, parameter in self.theirs.named_parameters()}
         assert ours.keys() == theirs.keys()
@@ -104,7 +106,8 @@ def captioning(request, tmp_path_factory) -> Pair:
     return make_pair("BlipForConditionalGeneration", request.param, tmp_path_factory.mktemp("captioning"))
 
 
-@pytest.fixture(scope="module")  # transformers' own VQA model works only where image and text are equally wide
+# transformers' own VQA model works only where image and text are equally wide
+@pytest.fixture(scope="module")
 def answering(tmp_path_factory) -> Pair:
     return make_pair("BlipForQuestionAnswering", "equal_widths", tmp_path_factory.mktemp("answering"))
 
@@ -148,7 +151,7 @@ def test_matching_logits(retrieval, lengths, first):
 
 
 def test_matching_gradients(retrieval):
-    """Of a loss that reads ITM logits and cosines at once."""
+    """Gradients of a loss that reads ITM logits and cosines at once."""
     pair, texts, pixels = retrieval, random_texts([4, 2, 6], CLS), retrieval.pixels(3)
     ids, mask = texts.to_padded(0)
     weights = torch.randn(3, 2), torch.randn(3, 3)
@@ -192,8 +195,9 @@ def test_captioning(captioning, lengths):
 def test_answering(answering, lengths):
     """Question → encoder states → answer decoder: loss and gradients of both stacks.
 
-    transformers 5.23 leaves the cross-attention mask unread, so its answers would attend to padded question tokens,
-    against what the published code trains: it gets one question at a time here, we get all of them packed.
+    transformers 5.23 does not read the cross-attention mask, so its answers would attend to padded question
+    tokens, unlike in the published training. So it gets one question at a time here; our model gets all of
+    them packed.
     """
     pair, pixels = answering, answering.pixels(len(lengths))
     questions, answers = random_texts(lengths, ENC, seed=1), random_texts(lengths[::-1], BOS, seed=2)
@@ -202,7 +206,8 @@ def test_answering(answering, lengths):
     theirs = torch.zeros(())
     for i in each:
         question, answer = (texts.select(i[None]).token_ids[None] for texts in (questions, answers))
-        theirs = theirs + pair.theirs(question, pixels[i][None], answer, labels=answer).loss * (answer.shape[1] - 1)
+        loss = pair.theirs(question, pixels[i][None], answer, labels=answer).loss
+        theirs = theirs + loss * (answer.shape[1] - 1)
     (theirs / targets).backward()
     pair.ours.zero_grad()
     encoder, decoder = pair.ours.stack("encoder"), pair.ours.stack("decoder")
@@ -225,7 +230,8 @@ def test_written_by_us_read_by_transformers(architecture, size, tmp_path):
     pair = make_pair(architecture, size, tmp_path / "theirs")
     save_hugging_face(pair.ours, None, tmp_path / "ours")
     theirs, report = type(pair.theirs).from_pretrained(tmp_path / "ours", output_loading_info=True)
-    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys",
+                                             "error_msgs"))
     expected = pair.theirs.state_dict()
     assert theirs.state_dict().keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in theirs.state_dict().items())
@@ -239,7 +245,7 @@ def test_written_by_us_read_by_transformers(architecture, size, tmp_path):
 
 
 def test_processor_of_a_written_directory(tmp_path, bert_vocabulary):
-    """transformers finds tokenizer and image processor beside the weights, and they do as ours do."""
+    """transformers finds tokenizer and image processor next to the weights, and they give what ours give."""
     from PIL import Image
 
     from blip_fast.media.images import evaluation_transform
@@ -247,8 +253,8 @@ def test_processor_of_a_written_directory(tmp_path, bert_vocabulary):
 
     tokenizer = Tokenizer.from_vocab_file(bert_vocabulary)
     sizes = {"width": 8, "layers": 1, "heads": 1}
-    config = BlipConfig(VisionConfig(image_size=32, **sizes), TextConfig(mlp_width=8, **sizes), text_stacks="decoder",
-                        contrastive=False, matching=False)
+    config = BlipConfig(VisionConfig(image_size=32, **sizes), TextConfig(mlp_width=8, **sizes),
+                        text_stacks="decoder", contrastive=False, matching=False)
     save_hugging_face(BlipModel(config), tokenizer, tmp_path)
     processor = transformers.AutoProcessor.from_pretrained(tmp_path)
     image = Image.effect_mandelbrot((50, 40), (-2, -1, 1, 1), 50).convert("RGB")

@@ -1,4 +1,5 @@
-"""The yardstick itself: the textbook models against files saved by the published code, and against transformers."""
+"""The yardstick itself: the textbook models against files saved by the published code, and against
+transformers."""
 
 import pytest
 import torch
@@ -32,7 +33,8 @@ def test_published_matcher():
     _, weights, expected, sizes = published("itm")
     model = Matcher(sizes)
     model.load_state_dict(weights)
-    ids, mask, embeds = expected["input_ids"], expected["attention_mask"], model.visual_encoder(expected["images"])
+    ids, mask = expected["input_ids"], expected["attention_mask"]
+    embeds = model.visual_encoder(expected["images"])
     image, text = model.image_features(embeds), model.text_features(ids, mask)
     assert_close(embeds, expected["image_embeds"])
     assert_close(image, expected["image_feat"])
@@ -109,18 +111,21 @@ def test_transformers_captioner():
     theirs.loss.backward()
     gradients = dict(twin.named_parameters())
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, gradients[transformers_name(name)].grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(parameter.grad, gradients[transformers_name(name)].grad, rtol=1e-4,
+                                   atol=1e-6)
 
 
 EQUAL_WIDTHS = Sizes(**{**vars(SMALL), "vision_width": 32, "vision_heads": 4})
 
 
 def test_transformers_question_answerer():
-    """transformers' decoder has the encoder's `encoder_hidden_size`, so both widths are equal here. Its cross-attention
-    drops the mask that it is given (5.23), so the loss is compared on a question without padding."""
+    """transformers' decoder has the encoder's `encoder_hidden_size`, so both widths are equal here. Its
+    cross-attention drops the mask that it is given (5.23), so the loss is compared on a question without
+    padding."""
     model = roughened(QuestionAnswerer(EQUAL_WIDTHS))
     twin = transformers_twin("BlipForQuestionAnswering", model, EQUAL_WIDTHS)
-    images, (ids, mask), (answer, answer_mask) = torch.randn(1, 3, 32, 32), texts(7, padded_to=7), texts(5, padded_to=5)
+    images, (ids, mask) = torch.randn(1, 3, 32, 32), texts(7, padded_to=7)
+    answer, answer_mask = texts(5, padded_to=5)
     ids, answer = with_first_token(ids, ENC), with_first_token(answer, DEC)
     theirs = twin(ids, images, attention_mask=mask, labels=answer, decoder_attention_mask=answer_mask)
     ours = model.loss(images, ids, mask, answer, answer_mask, torch.tensor([0]), torch.tensor([1.0]))
@@ -143,14 +148,16 @@ def test_question_answerer_ranks_by_loss():
     def score(question: int, answer: int) -> float:
         one = slice(question, question + 1)
         answer_row = answers[answer : answer + 1], answer_mask[answer : answer + 1]
-        loss = model.loss(images[one], ids[one], mask[one], *answer_row, torch.tensor([0]), torch.tensor([1.0]))
+        loss = model.loss(images[one], ids[one], mask[one], *answer_row, torch.tensor([0]),
+                          torch.tensor([1.0]))
         return -float(loss)
 
     best = [max(range(4), key=lambda answer: score(question, answer)) for question in range(2)]
     assert model.rank(images, ids, mask, answers, answer_mask, shortlist=4).tolist() == best
     states = model.question_states(images, ids, mask)
     first = model.text_decoder(torch.full((2, 1), DEC), torch.ones(2, 1), states, mask)[:, 0, answers[:, 1]]
-    assert model.rank(images, ids, mask, answers, answer_mask, shortlist=1).tolist() == first.argmax(1).tolist()
+    assert model.rank(images, ids, mask, answers, answer_mask,
+                      shortlist=1).tolist() == first.argmax(1).tolist()
 
 
 @torch.no_grad()
@@ -161,7 +168,8 @@ def test_twin_cross_attention_of_equal_images_is_the_ordinary_one():
     merges = {f"text_encoder.encoder.layer.{i}.crossattention.output.merge_layer" for i in (6, 7)}
     assert {key.rsplit(".", 1)[0] for key in missing} == merges | {"cls_head.0", "cls_head.2"}
     half = 0.5 * torch.eye(sizes.text_width)
-    for layer in twin.text_encoder.encoder["layer"][6:]:  # a merge that takes the mean, as the layers below do
+    # a merge that takes the mean, as the layers below do
+    for layer in twin.text_encoder.encoder["layer"][6:]:
         layer.crossattention.output.merge_layer.weight.copy_(torch.cat([half, half], dim=1))
         layer.crossattention.output.merge_layer.bias.zero_()
     images, (ids, mask) = torch.randn(3, 3, 32, 32), texts(9, 4, 12, padded_to=12)
@@ -186,8 +194,8 @@ def test_causal_mode_sees_no_later_token():
 
 @torch.no_grad()
 def test_masks_are_additive():
-    """Masked keys do not matter; where all keys are masked, -10,000 changes nothing (but for rounding) and -1e9
-    leaves every key alike."""
+    """Masked keys do not matter; where all keys are masked, -10,000 changes nothing (but for rounding) and
+    -1e9 leaves every key alike."""
     stack = roughened(TextStack(SMALL, SMALL.vision_width))
     (ids, mask), states = texts(5, padded_to=8), torch.randn(1, 6, SMALL.vision_width)
     alone = stack(ids[:, :5], mask[:, :5], states[:, :4])

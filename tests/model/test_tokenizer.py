@@ -37,7 +37,8 @@ def test_packed_texts_do_what_lists_do(texts: list[list[int]], chance: random.Ra
     assert unpack(packed.with_first(3)) == [[3, *text[1:]] for text in texts]
     assert unpack(packed.without_last()) == [text[:-1] for text in texts]
     assert unpack(packed.without_first()) == [text[1:] for text in texts]
-    assert unpack(PackedTexts.cat([packed, packed.with_first(1)])) == texts + [[1, *text[1:]] for text in texts]
+    both = PackedTexts.cat([packed, packed.with_first(1)])
+    assert unpack(both) == texts + [[1, *text[1:]] for text in texts]
     chosen = chance.choices(range(len(texts)), k=5) if texts else []
     assert unpack(packed.select(torch.tensor(chosen, dtype=torch.int64))) == [texts[i] for i in chosen]
 
@@ -155,7 +156,8 @@ def test_saved_tokenizer_reads_back_here_and_in_transformers(tmp_path) -> None:
 
 
 def test_training_is_repeatable_and_knows_its_own_words() -> None:
-    captions = [f"a {colour} {shape}" for colour in ("red", "blue", "green") for shape in ("ball", "box", "cone")] * 2
+    captions = [f"a {colour} {shape}" for colour in ("red", "blue",
+                                                     "green") for shape in ("ball", "box", "cone")] * 2
     one, two = (Tokenizer.train(iter(captions), vocab_size=80) for _ in range(2))
     assert one._tokenizer.to_str() == two._tokenizer.to_str()
     with pytest.raises(ValueError, match="vocab_size is 20: the characters of these captions alone need"):
@@ -166,7 +168,8 @@ def test_training_is_repeatable_and_knows_its_own_words() -> None:
 
 
 def test_hub_checkpoint_without_tokenizer_json(monkeypatch, tmp_path) -> None:
-    """Older checkpoints hold vocab.txt alone; being offline is another error than a file that is not there."""
+    """Older checkpoints hold vocab.txt alone; being offline is another error than a file that is not
+    there."""
     vocabulary = tmp_path / "vocab.txt"
     vocabulary.write_text("\n".join([*BERT_TOKENS, "dog"]) + "\n")
     not_there = RemoteEntryNotFoundError(
@@ -183,7 +186,8 @@ def test_hub_checkpoint_without_tokenizer_json(monkeypatch, tmp_path) -> None:
     assert Tokenizer.from_pretrained("someone/blip").encode("dog") == [2, 5, 3]
     offline = LocalEntryNotFoundError("offline")
     monkeypatch.setattr("huggingface_hub.hf_hub_download", MagicMock(side_effect=offline))
-    with pytest.raises(FileNotFoundError, match=r"^someone/blip: no such file or directory, and the Hub.* cannot be"):
+    with pytest.raises(FileNotFoundError, match=r"^someone/blip: no such file or directory, and the Hub.* "
+                                                r"cannot be"):
         Tokenizer.from_pretrained("someone/blip")
 
 

@@ -1,4 +1,4 @@
-"""Independent work, one piece to a core."""
+"""Independent work, one piece per core."""
 
 import os
 import signal

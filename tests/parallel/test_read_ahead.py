@@ -76,7 +76,7 @@ def test_what_the_source_raises_comes_behind_its_items():
 
 
 def test_a_signal_leaves_nothing_locked():
-    """Hundreds of signals that raise in a main thread, wherever they find it: each ends its stream, none hangs."""
+    """Hundreds of signals that raise anywhere in a main thread: each ends its stream, none hangs."""
     interrupted = """if True:
         import faulthandler, random, signal
         from blip_fast.parallel.read_ahead import read_ahead
@@ -157,8 +157,8 @@ def test_prompts_of_all_or_of_each(captioner):
         captioner(images, prompts[:2], SHORT)
     with pytest.raises(ValueError, match="max_length"):
         captioner.stream(images, "the large blue circle is left of the small table", SHORT)
-    long = list(captioner.stream([(images[0], "the large blue circle is left of the small table"), images[1]], "",
-                                 SHORT))
+    long = list(captioner.stream([(images[0], "the large blue circle is left of the small table"), images[1]],
+                                 "", SHORT))
     assert "image 0: the prompt has" in str(long[0].result) and long[1].result == each[1]
 
 
@@ -181,8 +181,8 @@ def test_every_kind_of_image_is_one_picture(tmp_path):
     array = np.asarray(image)
     tensor = torch.from_numpy(array.copy())
     expected = evaluation_transform([image], IMAGE_SIZE)[0]
-    for source in (path, str(path), path.as_uri(), path.read_bytes(), image, array, tensor.permute(2, 0, 1), expected,
-                   StoredImage("named", path)):
+    for source in (path, str(path), path.as_uri(), path.read_bytes(), image, array, tensor.permute(2, 0, 1),
+                   expected, StoredImage("named", path)):
         assert torch.equal(image_pixels(source, IMAGE_SIZE), expected)
     assert path.as_uri().startswith("file:///") and "%20" in path.as_uri()
     assert load_image(tensor[..., 0]).size == image.size

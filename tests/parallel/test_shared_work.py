@@ -47,12 +47,13 @@ def rank_of_three(rank: int, port: int, folder: str) -> None:
                  for count in (7, 2, 0)]
         import torch.distributed.nn.functional  # noqa: F401  some package imports it in the middle
     threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
-    (Path(folder) / f"{rank}.json").write_text(json.dumps([found, [name for name in threads if "gloo" in name]]))
+    (Path(folder) / f"{rank}.json").write_text(json.dumps([found,
+                                                           [name for name in threads if "gloo" in name]]))
 
 
 def test_three_processes(tmp_path):
-    """Seven items, then fewer items than processes, then none: all processes have all results, and none of the group's
-    threads is left, which would abort a process that ends."""
+    """Seven items, then fewer items than processes, then none: all processes have all results, and none of
+    the group's threads is left, which would abort a process that ends."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

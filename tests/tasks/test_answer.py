@@ -1,4 +1,4 @@
-"""Answers to questions: token for token what transformers writes, but independent of the batch."""
+"""Answers to questions: equal to transformers' token for token, but independent of the batch."""
 
 import pytest
 import torch
@@ -10,13 +10,15 @@ from blip_fast.model.tokenizer import Tokenizer
 from blip_fast.tasks.answerer import Answerer
 from blip_fast.tasks.captioner import Captioner
 
-SAME_LENGTH = ["what is the man doing?", "how many dogs are running?", "is this a sunny day?", "what color is the dog?"]
+SAME_LENGTH = ["what is the man doing?", "how many dogs are running?", "is this a sunny day?",
+               "what color is the dog?"]
 
 
 @pytest.fixture(scope="module")
 def on_bert(bert_vocabulary, tmp_path_factory):
     directory = tmp_path_factory.mktemp("on_bert")
-    theirs = save_model("BlipForQuestionAnswering", Tokenizer.from_vocab_file(bert_vocabulary), directory, sep_bias=6.0)
+    theirs = save_model("BlipForQuestionAnswering", Tokenizer.from_vocab_file(bert_vocabulary),
+                        directory, sep_bias=6.0)
     return theirs, Answerer.from_pretrained(directory, dtype="float32")
 
 
@@ -29,21 +31,24 @@ def answerer(tmp_path_factory) -> Answerer:
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_transformers_on_photographs(on_bert, photographs, beams):
-    """Questions of one length, since transformers lets an answer see the padding behind shorter ones."""
+    """With questions of one length, since transformers lets an answer see the padding of shorter ones."""
     theirs, answerer = on_bert
     images, questions = photographs.paths[:16], SAME_LENGTH * 4
     pixels = evaluation_transform([load_image(image) for image in images], IMAGE_SIZE)
     token_ids = torch.tensor([answerer.tokenizer.encode(question) for question in questions])
-    expected = theirs.generate(token_ids, pixels, num_beams=beams, max_length=10, min_length=1, do_sample=False)
-    answers = answerer(images, questions, GenerationConfig(beams=beams, max_length=10, min_length=1), batch_size=5)
+    expected = theirs.generate(token_ids, pixels, num_beams=beams, max_length=10, min_length=1,
+                               do_sample=False)
+    answers = answerer(images, questions, GenerationConfig(beams=beams, max_length=10, min_length=1),
+                       batch_size=5)
     assert [answer.token_ids for answer in answers] == [until_sep(row, 102) for row in expected]
     assert len({len(answer.token_ids) for answer in answers}) > 1
 
 
 def test_batch_does_not_matter(answerer):
-    """Questions of different lengths together and alone: the same answers."""
+    """Questions of different lengths get the same answers together and alone."""
     pixels = torch.randn(5, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
-    questions = ["dog", "a red ball on a table", "is the man left of the horse", "two dogs", "a green table eat people"]
+    questions = ["dog", "a red ball on a table", "is the man left of the horse", "two dogs",
+                 "a green table eat people"]
     packed = answerer.tokenizer.pack(questions)
     assert len(set(packed.lengths.tolist())) > 2
     together = answerer.answer_pixels(pixels, packed)
@@ -54,7 +59,7 @@ def test_batch_does_not_matter(answerer):
 
 
 def test_first_token_matters(answerer):
-    """[ENC] is another question than [CLS]: its scores differ."""
+    """A question with [ENC] and one with [CLS] get different scores."""
     pixels = torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(1))
     cls, enc = (answerer.answer_pixels(pixels, answerer.tokenizer.pack(["a dog"], first))[0].score
                 for first in ("[CLS]", "[ENC]"))

@@ -1,5 +1,5 @@
-"""VQA by ranking: scores equal the textbook's, which computes every answer padded and by itself; each distinct prefix
-is computed once."""
+"""VQA by ranking: scores equal the textbook's, which pads every answer and computes it separately; each
+distinct prefix is computed once."""
 
 import pytest
 import torch
@@ -38,16 +38,17 @@ def models():
 
 @pytest.fixture(scope="module")
 def asked(models):
-    """Three questions of different lengths: pixels and texts."""
+    """Pixels and texts of three questions of different lengths."""
     generator = torch.Generator().manual_seed(1)
-    questions = PackedTexts.from_lists([[tasks.ENC, *torch.randint(1000, 2000, (n,), generator=generator).tolist(), 102]
+    questions = PackedTexts.from_lists([[tasks.ENC,
+                                         *torch.randint(1000, 2000, (n,), generator=generator).tolist(), 102]
                                         for n in (6, 1, 9)])
     return torch.randn(3, 3, 32, 32, generator=generator), questions
 
 
 def answer_tokens(count, seed):
-    """Answers of 1 to 5 words from a few, so that most share their beginnings, some are others' beginnings, and some
-    stand twice in the list."""
+    """Answers of 1 to 5 words from a small vocabulary: most share beginnings, some are the beginning of
+    others, and some occur twice."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 6, (count,), generator=generator).tolist()
     return [[tasks.DEC, *(1000 + torch.randint(4, (n,), generator=generator)).tolist(), 102] for n in lengths]
@@ -57,7 +58,8 @@ def ranked(model, asked, answers, top_k):
     pixels, questions = asked
     with torch.no_grad():
         question_kv = model.question_kv(model.encode_images(pixels), questions)
-        return rank_answers(model, question_kv, AnswerList.of([str(i) for i in range(len(answers))], answers), top_k)
+        return rank_answers(model, question_kv, AnswerList.of([str(i) for i in range(len(answers))], answers),
+                            top_k)
 
 
 @pytest.mark.parametrize("count, top_k", [(40, 16), (40, 3), (40, 1000), (1, 1), (7, 128)])
@@ -90,7 +92,7 @@ def test_of_answers_with_one_first_token_those_that_stand_first_in_the_list_are_
 
 
 def test_every_distinct_prefix_is_one_row_and_a_question_is_encoded_once(models, asked, monkeypatch):
-    """Counted: the decoder's rows are the distinct prefixes of the answers of all questions, no more."""
+    """The decoder computes exactly the distinct prefixes of the answers of all questions."""
     rows, encoded = [], []
     tree, forward = TextStack.decode_tree, TextStack.forward
 
@@ -109,7 +111,8 @@ def test_every_distinct_prefix_is_one_row_and_a_question_is_encoded_once(models,
     prefixes = {tuple(answer[:n]) for answer in answers for n in range(1, len(answer))}
     assert rows == [3 * len(prefixes)]
     assert len(prefixes) < sum(len(answer) - 1 for answer in answers) / 2
-    assert encoded == [("encoder", len(asked[1].token_ids)), ("decoder", 3)]  # the questions, and [DEC] once each
+    # the questions, and one [DEC] for each
+    assert encoded == [("encoder", len(asked[1].token_ids)), ("decoder", 3)]
 
 
 def test_neighbours_do_not_change_a_question(models, asked):
@@ -129,7 +132,8 @@ def test_the_list_gives_back_its_answers(words):
     found = AnswerList.of([str(word) for word in words], answers)
     assert [found.token_ids(i) for i in range(len(answers))] == answers
     assert len(found) == len(answers)
-    assert len(found.tokens) == len({tuple(answer[:n]) for answer in answers for n in range(1, len(answer) + 1)})
+    assert len(found.tokens) == len({tuple(answer[:n]) for answer in answers
+                                     for n in range(1, len(answer) + 1)})
 
 
 def test_wrong_lists():

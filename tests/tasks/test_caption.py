@@ -1,4 +1,5 @@
-"""Captions from Python and from the command line: transformers' tokens and text, any image, resumable output."""
+"""Captions from Python and from the command line: transformers' tokens and text, any image, resumable
+output."""
 
 import io
 import json
@@ -65,7 +66,8 @@ def test_transformers(checkpoint, captioner, folder, prompt):
     paths, tokenizer = pictures(folder), captioner.tokenizer
     pixels = evaluation_transform([Image.open(path).convert("RGB") for path in paths], IMAGE_SIZE)
     input_ids = torch.tensor([tokenizer.encode(prompt, "[DEC]")] * len(paths))
-    expected = theirs.generate(pixels, input_ids=input_ids, num_beams=3, max_length=20, min_length=5, do_sample=False)
+    expected = theirs.generate(pixels, input_ids=input_ids, num_beams=3, max_length=20, min_length=5,
+                               do_sample=False)
     captions = captioner(paths, prompt, batch_size=4)
     length = input_ids.shape[1] - 1
     assert [c.token_ids for c in captions] == [until_sep(row, tokenizer.sep_id, length) for row in expected]
@@ -83,7 +85,8 @@ def test_kinds_of_images(captioner, folder):
     captions = captioner(kinds)
     assert len({tuple(caption.token_ids) for caption in captions}) == 1
     assert captioner(kinds[3]) == captioner([kinds[4]])
-    assert captioner(kinds[3])[0].token_ids == captions[0].token_ids  # scores may round otherwise in another batch
+    # scores may round otherwise in another batch
+    assert captioner(kinds[3])[0].token_ids == captions[0].token_ids
     assert captioner([]) == []
     with pytest.raises(ImageError, match=r"03\.png"):
         captioner([path, folder / "03.png"])
@@ -136,7 +139,8 @@ def test_load_for_task(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="tokenizer"):
         load_for_task(tmp_path, dtype="float32")
     for kept in (directory, directory / "vocab.txt", directory / "tokenizer.json"):
-        assert load_for_task(tmp_path, tokenizer=kept, dtype="float32")[1].vocab_size == model.config.text.vocab_size
+        loaded = load_for_task(tmp_path, tokenizer=kept, dtype="float32")[1]
+        assert loaded.vocab_size == model.config.text.vocab_size
 
 
 def test_a_tokenizer_that_does_not_fit_is_refused(checkpoint, tmp_path):
@@ -147,10 +151,10 @@ def test_a_tokenizer_that_does_not_fit_is_refused(checkpoint, tmp_path):
 
 
 def test_command_prints_json(checkpoint, captioner, folder, capsys):
-    """One object a line, in the order of the arguments; the numbers are the library's."""
+    """One object per line, in the order of the arguments; the numbers are the library's."""
     paths = pictures(folder)[:3]
-    status, lines, _ = run(capsys, "--model", checkpoint[0], "--beams", 3, "--max-length", 20, "--min-length", 5,
-                           "--prompt", PROMPT, "--dtype", "float32", "--json", *paths)
+    status, lines, _ = run(capsys, "--model", checkpoint[0], "--beams", 3, "--max-length", 20, "--min-length",
+                           5, "--prompt", PROMPT, "--dtype", "float32", "--json", *paths)
     rows = [json.loads(line) for line in lines]
     assert status == 0
     assert [row["image"] for row in rows] == [str(path) for path in paths]
@@ -161,7 +165,8 @@ def test_command_prints_json(checkpoint, captioner, folder, capsys):
 def test_command_samples(checkpoint, captioner, folder, capsys):
     """--top-p is greedy's companion: it needs no --beams 1."""
     path = pictures(folder)[0]
-    _, lines, _ = run(capsys, "--model", checkpoint[0], "--top-p", 0.9, "--seed", 3, "--temperature", 1.5, path)
+    _, lines, _ = run(capsys, "--model", checkpoint[0], "--top-p", 0.9, "--seed", 3, "--temperature", 1.5,
+                      path)
     expected = captioner(path, generation=GenerationConfig(top_p=0.9, seed=3, temperature=1.5, min_length=5))
     assert lines == [f"{path}\t{expected[0].caption}"]
 
@@ -178,7 +183,7 @@ def test_command_goes_on_after_a_broken_image(checkpoint, folder, capsys):
 
 
 def test_command_reads_shards(checkpoint, captioner, folder, tmp_path, capsys):
-    """The images of a webdataset shard, named SHARD/MEMBER; records beside them are left alone."""
+    """The images of a webdataset shard, named SHARD/MEMBER; other records are left alone."""
     shard = tmp_path / "000000.tar"
     paths = pictures(folder)[:3]
     with tarfile.open(shard, "w") as tar:
@@ -202,7 +207,8 @@ def test_resume(checkpoint, folder, tmp_path, capsys, left):
     assert run(capsys, *command, whole)[:2] == (1, [])
     content = whole.read_bytes()
     lines = content.splitlines(keepends=True)
-    tail = {"whole lines": b"", "a line cut short": lines[5][:9], "a cut in a character": b'{"image": "caf\xc3'}[left]
+    tail = {"whole lines": b"", "a line cut short": lines[5][:9],
+            "a cut in a character": b'{"image": "caf\xc3'}[left]
     cut.write_bytes(b"".join(lines[:5]) + tail)
     status, _, err = run(capsys, *command, cut, "--resume")
     assert status == 0 and not err, "the broken image is among those already reported"

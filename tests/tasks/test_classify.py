@@ -1,4 +1,4 @@
-"""Zero-shot labels: transformers' features, averaged and compared in float64; the command over many images."""
+"""Zero-shot labels against transformers' features, compared in float64; the command on many images."""
 
 import json
 
@@ -35,7 +35,7 @@ def images() -> list[Image.Image]:
 
 @pytest.fixture
 def folder(images, tmp_path):
-    """Five pictures, and a broken one between them."""
+    """Five pictures and a broken one among them."""
     for i, image in enumerate(images):
         image.save(tmp_path / f"{i}.png")
     (tmp_path / "2b.png").write_bytes(b"no image")
@@ -45,14 +45,15 @@ def folder(images, tmp_path):
 
 
 def run(capsys, checkpoint, *arguments) -> tuple[int, list[str], str]:
-    status = cli._run("classify", COMMAND, ["--model", str(checkpoint[0]), "--dtype", "float32", *map(str, arguments)])
+    status = cli._run("classify", COMMAND, ["--model", str(checkpoint[0]), "--dtype", "float32",
+                                            *map(str, arguments)])
     out, err = capsys.readouterr()
     return status, out.splitlines(), err
 
 
 @pytest.mark.parametrize("templates", [TEMPLATES, ("{}",), ("two {}", "a {} and a {}")])
 def test_transformers(checkpoint, classifier, images, templates):
-    """Cosines with the normalised mean of its prompts' features, divided by τ, softmax: all in float64."""
+    """In float64: cosines with the normalised mean of a label's prompt features, divided by τ, softmax."""
     _, theirs = checkpoint
     with torch.no_grad():
         states = theirs.vision_model(evaluation_transform(images, IMAGE_SIZE)).last_hidden_state
@@ -69,8 +70,8 @@ def test_transformers(checkpoint, classifier, images, templates):
     cosines = image_features @ torch.cat(means).T
     expected = (cosines / 0.07).softmax(dim=-1)
     assert classifier.model.temperature.item() == pytest.approx(0.07)
-    for found, row, cosine in zip(classifier(images, LABELS, templates=templates, top_k=9, batch_size=2), expected,
-                                  cosines, strict=True):
+    for found, row, cosine in zip(classifier(images, LABELS, templates=templates, top_k=9, batch_size=2),
+                                  expected, cosines, strict=True):
         assert [each.label for each in found] == [LABELS[i] for i in row.argsort(descending=True)]
         for each in found:
             assert each.probability == pytest.approx(row[LABELS.index(each.label)].item(), abs=2e-5)
@@ -78,7 +79,7 @@ def test_transformers(checkpoint, classifier, images, templates):
 
 
 def test_the_temperature_is_the_models(classifier, images):
-    """A colder one makes the likeliest label likelier, in the ratio that the formula says."""
+    """A lower temperature makes the likeliest label likelier, by the factor of the formula."""
     before = classifier(images[0], LABELS)[0]
     with torch.no_grad():
         classifier.model.temperature.div_(2)
@@ -90,7 +91,7 @@ def test_the_temperature_is_the_models(classifier, images):
 
 
 def test_top_k_is_the_beginning_of_all(classifier, images):
-    """And probabilities stay those among all labels; one image needs no list."""
+    """Probabilities are still those among all labels; a single image needs no list."""
     (every,) = classifier(images[0], LABELS, top_k=99)
     assert len(every) == len(LABELS) and sum(each.probability for each in every) == pytest.approx(1, abs=1e-5)
     assert classifier(images[0], LABELS, top_k=2) == [every[:2]]
@@ -102,7 +103,8 @@ def test_a_broken_image(classifier, folder):
     labels = classifier.labels(LABELS)
     results = list(classifier.stream(paths, labels, batch_size=2))
     assert [each.image for each in results] == [str(path) for path in paths]
-    assert [isinstance(each.result, ImageError) for each in results] == [path.name == "2b.png" for path in paths]
+    broken = [path.name == "2b.png" for path in paths]
+    assert [isinstance(each.result, ImageError) for each in results] == broken
     with pytest.raises(ImageError, match="2b"):
         classifier(paths, LABELS)
 
@@ -110,7 +112,8 @@ def test_a_broken_image(classifier, folder):
 def test_wrong_calls(classifier, images, tmp_path):
     for said, labels, options in [
         ("a label and a template", [], {}), ("a label and a template", LABELS, {"templates": []}),
-        ("'a dog'", LABELS, {"templates": ["{}", "a dog"]}), ("'man' is there twice", ["man", "dog", "man"], {}),
+        ("'a dog'", LABELS, {"templates": ["{}", "a dog"]}),
+        ("'man' is there twice", ["man", "dog", "man"], {}),
         ("' ' has no token", ["dog", " "], {}), ("top_k", LABELS, {"top_k": 0}),
         ("batch_size", LABELS, {"batch_size": 0}),
     ]:
@@ -122,18 +125,19 @@ def test_wrong_calls(classifier, images, tmp_path):
 
 
 def test_command(checkpoint, classifier, folder, capsys):
-    """A row per image with the library's labels; without --json a line per label; a broken image costs its own row."""
+    """A row per image as from the library; without --json, a line per label; a broken image costs its row."""
     paths = [path for path in sorted(folder.glob("*.png")) if path.name != "2b.png"]
     expected = dict(zip(map(str, paths), classifier(paths, LABELS, top_k=2), strict=True))
-    status, lines, err = run(capsys, checkpoint, folder, "--labels", folder / "labels.txt", "--top-k", 2, "--json",
-                             "--batch-size", 4)
+    status, lines, err = run(capsys, checkpoint, folder, "--labels", folder / "labels.txt",
+                             "--top-k", 2, "--json", "--batch-size", 4)
     rows = {row["image"]: row for row in map(json.loads, lines)}
     assert status == 1 and "2b.png" in err and "2b.png" in rows.pop(str(folder / "2b.png"))["error"]
     assert rows.keys() == expected.keys()
     for image, row in rows.items():
         assert [label["label"] for label in row["labels"]] == [label.label for label in expected[image]]
         for label, wanted in zip(row["labels"], expected[image], strict=True):
-            assert (label["probability"], label["itc"]) == pytest.approx((wanted.probability, wanted.itc), abs=1e-5)
+            assert (label["probability"], label["itc"]) == pytest.approx((wanted.probability, wanted.itc),
+                                                                         abs=1e-5)
     status, lines, _ = run(capsys, checkpoint, paths[0], "--labels", folder / "labels.json", "--top-k", 1,
                            "--template", "{}")
     (best,) = classifier(paths[0], LABELS, templates=["{}"], top_k=1)[0]
@@ -141,7 +145,7 @@ def test_command(checkpoint, classifier, folder, capsys):
 
 
 def test_resume(checkpoint, folder, tmp_path, capsys):
-    """A file that was cut short ends with the rows of one run; a list may hold prompts, which do not matter here."""
+    """A truncated file is completed to the rows of one run; prompts in a list are ignored."""
     (tmp_path / "list").write_text("".join(f"{path}\ta prompt\n" for path in sorted(folder.glob("*.png"))))
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     arguments = ["--list", tmp_path / "list", "--labels", folder / "labels.txt", "--output"]
@@ -171,4 +175,5 @@ def test_command_refuses(checkpoint, folder):
         "missing.txt": (image, "--labels", folder / "missing.txt"),
     }.items():
         with pytest.raises((ValueError, OSError), match=said.replace("(", "")):
-            cli._run("classify", COMMAND, ["--model", str(checkpoint[0]), "--dtype", "float32", *map(str, arguments)])
+            cli._run("classify", COMMAND, ["--model", str(checkpoint[0]), "--dtype", "float32",
+                                           *map(str, arguments)])

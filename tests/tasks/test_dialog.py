@@ -1,4 +1,5 @@
-"""Ranking answers in dialogues: transformers' own modules candidate by candidate, and `blip-fast evaluate visdial`."""
+"""Ranking answers in dialogues, against transformers' modules candidate by candidate;
+`blip-fast evaluate visdial`."""
 
 import json
 from pathlib import Path
@@ -22,15 +23,17 @@ from blip_fast.tasks.dialog_ranking import DialogRanker, Dialogue, Round
 
 ANSWERS = ["red", "Yes!", "a dog", "two dogs", "on the grass", "no", "left of it", "a long wooden table"]
 DIALOGUES = [
-    Dialogue("A small dog.", [Round("What is it?", "a dog", ANSWERS[:5]), Round("is it red?", "no", ANSWERS[2:7]),
+    Dialogue("A small dog.", [Round("What is it?", "a dog", ANSWERS[:5]),
+                              Round("is it red?", "no", ANSWERS[2:7]),
                               Round("Where is it?", "on the grass", ANSWERS[3:])]),
-    Dialogue("The red ball on a table", [Round("a ball?", "Yes!"), Round("which table", "long", ANSWERS[:40])]),
+    Dialogue("The red ball on a table",
+             [Round("a ball?", "Yes!"), Round("which table", "long", ANSWERS[:40])]),
 ]
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """(directory, transformers' model)"""
+    """The directory, and transformers' model in it."""
     directory = tmp_path_factory.mktemp("matching")
     return str(directory), save_model("BlipForImageTextRetrieval", small_tokenizer(), directory)
 
@@ -42,7 +45,8 @@ def pictures(tmp_path_factory) -> Path:
 
 def plain_scores(theirs, tokenizer, image, dialogue: Dialogue, caption_in: str) -> list[list[float]]:
     """One candidate at a time, nothing shared."""
-    turns = [tokenizer.encode(f"{clean_question(r.question)} {clean_question(r.answer)}")[1:] for r in dialogue.rounds]
+    turns = [tokenizer.encode(f"{clean_question(r.question)} {clean_question(r.answer)}")[1:]
+             for r in dialogue.rounds]
     caption = tokenizer.encode(clean_caption(dialogue.caption))
     found = []
     for number, one in enumerate(dialogue.rounds):
@@ -53,9 +57,11 @@ def plain_scores(theirs, tokenizer, image, dialogue: Dialogue, caption_in: str) 
             ids += tokenizer.encode(f"{clean_question(one.question)} {clean_question(candidate)}")[1:]
             seen = theirs.vision_model(image[None]).last_hidden_state
             if caption_in == "attention":
-                states = theirs.text_encoder(torch.tensor([caption]), torch.ones(1, len(caption))).last_hidden_state
+                states = theirs.text_encoder(torch.tensor([caption]),
+                                             torch.ones(1, len(caption))).last_hidden_state
                 seen = torch.cat([seen, states], dim=1)
-            hidden = theirs.text_encoder(torch.tensor([ids]), torch.ones(1, len(ids)), encoder_hidden_states=seen,
+            hidden = theirs.text_encoder(torch.tensor([ids]), torch.ones(1, len(ids)),
+                                         encoder_hidden_states=seen,
                                          encoder_attention_mask=torch.ones(seen.shape[:2])).last_hidden_state
             logits = theirs.itm_head(hidden[:, 0])[0]
             scores.append(float(logits[1] - logits[0]))
@@ -67,7 +73,7 @@ def plain_scores(theirs, tokenizer, image, dialogue: Dialogue, caption_in: str) 
 @pytest.mark.parametrize("caption_in", ["attention", "text"])
 @torch.no_grad()
 def test_scores_are_those_of_one_candidate_at_a_time(checkpoint, pictures, caption_in, monkeypatch):
-    monkeypatch.setattr("blip_fast.tasks.matcher.CPU_TEXTS", 4)  # rounds are cut
+    monkeypatch.setattr("blip_fast.tasks.matcher.CPU_TEXTS", 4)  # splits rounds into several passes
     ranker = DialogRanker.from_pretrained(checkpoint[0], dtype="float32")
     images = [image_pixels(pictures / f"{i}.png", 64) for i in range(2)]
     together = ranker.score_pixels(torch.stack(images), DIALOGUES, caption_in=caption_in)
@@ -85,7 +91,8 @@ def test_the_earliest_rounds_give_way_to_a_long_dialogue(checkpoint):
     ranker = DialogRanker.from_pretrained(checkpoint[0], dtype="float32")
     rounds = [Round("red " * 30, "dog " * 19 + "no") for _ in range(30)]
     ids = ranker.pack(Dialogue("a dog", [*rounds, Round("why?", "", ["no"])]), 30, "text").token_ids.tolist()
-    caption, turn = (ranker.tokenizer.encode(text)[1:] for text in ("a dog", "red " * 30 + "dog " * 19 + "no"))
+    caption, turn = (ranker.tokenizer.encode(text)[1:]
+                     for text in ("a dog", "red " * 30 + "dog " * 19 + "no"))
     end = ranker.tokenizer.encode("why? no")[1:]
     most = ranker.model.config.text.max_positions
     kept = (most - 1 - len(caption) - len(end)) // len(turn)
@@ -111,7 +118,8 @@ def test_what_a_ranker_refuses(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("dialog", [
-    [], "a", [{"question": 3}], [{"question": "a"}, {"question": "b"}], [{"question": "a", "candidates": [1]}],
+    [], "a", [{"question": 3}], [{"question": "a"}, {"question": "b"}],
+    [{"question": "a", "candidates": [1]}],
     [{"question": "a", "candidates": ["b"], "right": 1}], [{"question": "a", "right": 0}],
     [{"question": "a", "candidates": ["b"], "relevance": [-1]}],
     [{"question": "a", "candidates": ["b"], "relevance": []}],
@@ -125,7 +133,7 @@ def test_rows_without_a_dialogue_are_refused(tmp_path, dialog):
 
 @pytest.fixture
 def data(tmp_path, pictures) -> Path:
-    """VisDial in small, turned into rows by the command."""
+    """A small VisDial, converted to rows by the command."""
     pytest.importorskip("ijson", reason="VisDial's files need the extra `visdial`")
     folder = tmp_path / "visdial"
     (folder / "VisualDialog_val2018").mkdir(parents=True)
@@ -133,15 +141,16 @@ def data(tmp_path, pictures) -> Path:
         picture = folder / "VisualDialog_val2018" / f"VisualDialog_val2018_{number:012d}.jpg"
         picture.write_bytes((pictures / f"{i}.png").read_bytes())
     files = [written(tmp_path / "visdial.json", VISDIAL), written(tmp_path / "dense.json", DENSE)]
-    assert main(["data", "annotations", "visdial", *files, "--output", str(folder / "annotations.jsonl")]) == 0
+    assert main(["data", "annotations", "visdial", *files, "--output",
+                 str(folder / "annotations.jsonl")]) == 0
     return folder
 
 
 @pytest.mark.parametrize("options", [[], ["--caption-in", "text"]])
 def test_evaluate_visdial(checkpoint, data, capsys, options):
     capsys.readouterr()
-    assert main(["evaluate", "visdial", "--model", checkpoint[0], "--dtype", "float32", "--data", str(data), "--split",
-                 "val", *options, "--json"]) == 0
+    assert main(["evaluate", "visdial", "--model", checkpoint[0], "--dtype", "float32", "--data",
+                 str(data), "--split", "val", *options, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     ranker, scores = DialogRanker.from_pretrained(checkpoint[0], dtype="float32"), []
     for row in read_annotations(data / "annotations.jsonl"):
@@ -154,8 +163,8 @@ def test_evaluate_visdial(checkpoint, data, capsys, options):
                      "ndcg": pytest.approx(ndcg(scores[1][None], torch.tensor([[0, 0.5, 1]]))),
                      **{name: pytest.approx(value) for name, value in expected.items()}}
     assert main(["data", "pack", str(data), "--output", str(data / "shards")]) == 0
-    assert main(["evaluate", "visdial", "--model", checkpoint[0], "--dtype", "float32", "--data", str(data / "shards"),
-                 "--split", "val", *options, "--json"]) == 0
+    assert main(["evaluate", "visdial", "--model", checkpoint[0], "--dtype", "float32", "--data",
+                 str(data / "shards"), "--split", "val", *options, "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found
     assert main(["evaluate", "visdial", "--model", checkpoint[0], "--dtype", "float32", "--data", str(data),
                  "--split", "val"]) == 0
@@ -163,12 +172,13 @@ def test_evaluate_visdial(checkpoint, data, capsys, options):
 
 
 def test_ranks_share_dialogues(checkpoint, data):
-    """Two ranks, one after the other: together they have scored what one alone scores."""
+    """Two ranks, run one after the other, together compute the scores of a single one."""
     class TwoRanks(Ranks):
         def share(self, work, items):
             return merged([list(work(dealt(items, rank, 2))) for rank in range(2)], len(items))
 
-    ranker, images = DialogRanker.from_pretrained(checkpoint[0], dtype="float32"), annotated_images(data, "val")
+    ranker = DialogRanker.from_pretrained(checkpoint[0], dtype="float32")
+    images = annotated_images(data, "val")
     shared, alone = (evaluate_dialogues(ranker, images, ranks=ranks) for ranks in (TwoRanks(), ALONE))
     assert shared.pop("chance") == alone.pop("chance") and shared == pytest.approx(alone)
 

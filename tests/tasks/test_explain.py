@@ -1,4 +1,4 @@
-"""Grad-CAM maps: transformers' attention weights and their gradients by autograd; words, and the picture."""
+"""Grad-CAM maps against transformers' attention weights and autograd; words, and the picture."""
 
 import json
 
@@ -37,8 +37,8 @@ def picture() -> Image.Image:
 
 
 def published(theirs, pixels, ids: list[int], layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """ITM's logits [2], and maps [tokens, grid, grid] from the attention probabilities that transformers computes and
-    their gradients, put together as the published code does."""
+    """ITM's logits [2], and maps [tokens, grid, grid] from transformers' attention probabilities and their
+    gradients, combined as in the published code."""
     kept = []
 
     def keep(module, inputs, outputs) -> None:
@@ -58,7 +58,7 @@ def published(theirs, pixels, ids: list[int], layer: int) -> tuple[torch.Tensor,
 @pytest.mark.parametrize("first_token", ["[CLS]", "[ENC]"])
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_transformers(checkpoint, explainer, picture, layer, first_token, backend, monkeypatch):
-    """Maps of every token, of texts of several lengths at once, whatever computes attention."""
+    """Maps of every token, for texts of several lengths at once, with either attention backend."""
     monkeypatch.setenv("BLIP_FAST_ATTENTION", backend)
     _, theirs = checkpoint
     pixels = evaluation_transform([picture], IMAGE_SIZE)
@@ -72,8 +72,8 @@ def test_transformers(checkpoint, explainer, picture, layer, first_token, backen
 
 
 def test_one_text(checkpoint, explainer, picture):
-    """A word's map is the mean of its tokens', the text's that of all its words; the layer's default is the published
-    one's share; the probability is the matcher's."""
+    """A word's map is the mean over its tokens, the text's map the mean over all words. The default layer is
+    at the published fraction. The probability equals the matcher's."""
     text = "a red tablet on a table"
     ids = explainer.tokenizer.encode(text)
     logits, maps = published(checkpoint[1], evaluation_transform([picture], IMAGE_SIZE), ids, layer=1)
@@ -89,12 +89,13 @@ def test_one_text(checkpoint, explainer, picture):
 
 
 def test_chosen_words(explainer, picture):
-    """In any case, wherever they stand; phrases too; not a part of a word."""
+    """In upper or lower case, at every occurrence; phrases too; not parts of words."""
     text = "a red Ball on a tablet"
     every = explainer(picture, text).words
     ball, *a = explainer(picture, text, ["BALL", "a"]).words
     assert torch.equal(ball.map, every[2].map)
-    assert [torch.equal(found.map, every[place].map) for found, place in zip(a, (0, 4), strict=True)] == [True, True]
+    assert [torch.equal(found.map, every[place].map)
+            for found, place in zip(a, (0, 4), strict=True)] == [True, True]
     assert explainer(picture, text, ["red ball"]).words[0].map.shape == (GRID, GRID)
     assert explainer.tokenizer.encode("table")[1:-1] == explainer.tokenizer.encode("tablet")[1:2]
     for missing in ("green", "ball red", "table", " "):
@@ -103,12 +104,14 @@ def test_chosen_words(explainer, picture):
 
 
 def test_nothing_of_the_model_changes(explainer, picture):
-    """Neither its mode nor its gradients nor its hooks; what follows is computed as before."""
+    """Neither mode, gradients nor hooks; later results are the same as before."""
     model = explainer.model.train()
-    before = {name: module._forward_hooks | module._forward_pre_hooks for name, module in model.named_modules()}
+    before = {name: module._forward_hooks | module._forward_pre_hooks
+              for name, module in model.named_modules()}
     first = explainer(picture, TEXTS[0])
     assert model.training and all(parameter.grad is None for parameter in model.parameters())
-    assert before == {name: module._forward_hooks | module._forward_pre_hooks for name, module in model.named_modules()}
+    assert before == {name: module._forward_hooks | module._forward_pre_hooks
+                      for name, module in model.named_modules()}
     model.eval()
     assert torch.equal(first.text.map, explainer(picture, TEXTS[0]).text.map)
 
@@ -135,7 +138,7 @@ def test_wrong_calls(checkpoint, explainer, picture, tmp_path):
 
 
 def test_overlay():
-    """The hot patch is red and hides the picture, the cold ones show it; a map without differences changes nothing."""
+    """The hot patch is red and hides the picture; cold patches show it; a uniform map changes nothing."""
     grey = Image.new("RGB", (80, 40), (100, 100, 100))
     heat = np.zeros((4, 4), np.float32)
     heat[1, 2] = 7.0
@@ -151,7 +154,7 @@ def test_overlay():
 
 
 def test_sheet():
-    """Panels stand in rows, each under its caption; a long caption has more lines."""
+    """Panels are arranged in rows, each under its caption; a long caption takes several lines."""
     panels = [(Image.new("RGB", (50, 30), (10 * i, 0, 0)), f"word{i}") for i in range(COLUMNS + 2)]
     page = np.asarray(sheet(panels))
     line = FONT_SIZE + 7
@@ -172,7 +175,8 @@ def test_command(checkpoint, explainer, picture, tmp_path, capsys):
     assert cli._run("explain", COMMAND, [*arguments, "--json", "--word", "ball"]) == 0
     row = json.loads(capsys.readouterr().out)
     expected = explainer(path, "a red ball", ["ball"])
-    assert (row["image"], row["text"], [word["word"] for word in row["words"]]) == (str(path), "a red ball", ["ball"])
+    assert (row["image"], row["text"]) == (str(path), "a red ball")
+    assert [word["word"] for word in row["words"]] == ["ball"]
     assert row["itm"] == pytest.approx(expected.itm, abs=1e-6)
     torch.testing.assert_close(torch.tensor(row["map"]), expected.text.map)
     torch.testing.assert_close(torch.tensor(row["words"][0]["map"]), expected.words[0].map)

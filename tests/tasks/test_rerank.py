@@ -1,4 +1,4 @@
-"""Captions re-ranked: the formula by hand, scores by transformers' modules, prompts and errors on the way."""
+"""Re-ranked captions: the formula by hand, scores by transformers' modules, prompts and errors."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ LABELS = ["dog", "red ball", "man", "wooden table"]
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """A captioner's directory; a matcher's, and transformers' model of it."""
+    """The directories of a captioner and a matcher, and transformers' model of the matcher."""
     captioner, matcher = tmp_path_factory.mktemp("captioner"), tmp_path_factory.mktemp("matcher")
     save_model("BlipForConditionalGeneration", small_tokenizer(), captioner, sep_bias=4.0, seed=2)
     return captioner, matcher, save_model("BlipForImageTextRetrieval", small_tokenizer(), matcher)
@@ -42,7 +42,7 @@ def captioner(checkpoints) -> Captioner:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Three pictures, and a broken one between them."""
+    """Three pictures and a broken one among them."""
     random = np.random.default_rng(0)
     for i in range(3):
         Image.fromarray(random.integers(0, 256, (40, 30 + i, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
@@ -53,7 +53,8 @@ def folder(tmp_path) -> Path:
 
 def stripped(captioner: Captioner, paths: list[Path], prompt: str = PROMPT) -> dict[tuple[int, ...], str]:
     """Each text's words without the prompt."""
-    return {tuple(text.token_ids): text.caption for caption in captioner(paths, prompt, FIVE, strip_prompt=True)
+    return {tuple(text.token_ids): text.caption
+            for caption in captioner(paths, prompt, FIVE, strip_prompt=True)
             for text in (caption, *caption.others)}
 
 
@@ -76,9 +77,9 @@ def feature(theirs, text: str) -> torch.Tensor:
     (0.25, 0.6, 0.5, 0.5),  # α = (0.4 / 1.6) ** 0.5 = 1/2
     (0.09, 0.6, 0.5, 0.3),
     (0.25, -0.6, 0.5, 0.0625),  # α = (1.6 / 0.4) ** 0.5 = 2
-    (0.0001, 0.6, 0.0, 0.1),  # α = 1/4: a context that nobody expected tells most
+    (0.0001, 0.6, 0.0, 0.1),  # α = 1/4: an unexpected context changes most
     (0.3, 0.0, 0.7, 0.3),  # unrelated: unchanged
-    (0.3, 0.9, 1.0, 0.3),  # a context that is certain tells nothing
+    (0.3, 0.9, 1.0, 0.3),  # a certain context changes nothing
     (0.3, -0.9, 1.0, 0.3),
     (0.3, 1.0, 0.5, 1.0), (0.3, -1.0, 0.5, 0.0), (0.3, 1.0, 1.0, 0.3), (0.3, -1.0, 1.0, 0.3),
     (0.3, 1 + 1e-9, 0.5, 1.0), (0.3, -1 - 1e-9, 0.5, 0.0),  # rounding
@@ -95,7 +96,7 @@ def test_belief_by_hand(probability, similarity, confidence, expected):
 @pytest.mark.parametrize("first_token", ["[CLS]", "[ENC]"])
 @torch.no_grad()
 def test_itm(checkpoints, captioner, folder, first_token):
-    """Each text scores transformers' matching probability of it without its prompt, the best comes first."""
+    """A text's score is transformers' matching probability without the prompt; the best comes first."""
     _, directory, theirs = checkpoints
     paths = [folder / "0.png", folder / "2.png"]
     words = stripped(captioner, paths)
@@ -110,7 +111,8 @@ def test_itm(checkpoints, captioner, folder, first_token):
             expected = theirs(ids, pixels_of(path)).itm_score.softmax(-1)[0, 1].item() if said else 0.0
             assert text.rerank == pytest.approx(expected, abs=1e-5)
         assert not any(text.others for text in texts[1:])
-        assert [text.rerank for text in texts[1:]] == sorted((text.rerank for text in texts[1:]), reverse=True)
+        assert [text.rerank for text in texts[1:]] == sorted((text.rerank for text in texts[1:]),
+                                                             reverse=True)
         assert texts[0].rerank == max(text.rerank for text in texts)
         assert sorted((text.token_ids, text.score, text.caption) for text in texts) == sorted(
             (text.token_ids, text.score, text.caption) for text in (before, *before.others))
@@ -118,7 +120,7 @@ def test_itm(checkpoints, captioner, folder, first_token):
 
 @torch.no_grad()
 def test_belief(checkpoints, captioner, folder):
-    """All of the formula's parts from transformers' modules, put together in float64."""
+    """All parts of the formula by transformers' modules, combined in float64."""
     _, directory, theirs = checkpoints
     path = folder / "1.png"
     states = theirs.vision_model(pixels_of(path)).last_hidden_state
@@ -165,7 +167,7 @@ class Shortest:
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_stream(captioner, folder, batch_size):
-    """In order, whatever is scored together; broken images pass; each text without its own image's prompt."""
+    """In order for every batch size; broken images pass through; texts are scored without their prompts."""
     paths = sorted(folder.glob("*.png"))
     given = [(paths[0], "two dogs"), *paths[1:]]
     scorer = Shortest(captioner.model)
@@ -183,7 +185,7 @@ def test_stream(captioner, folder, batch_size):
 
 
 def test_ties_and_texts_without_words(captioner, folder):
-    """Ties keep the decoder's order. A text that ends at once has no word to be scored: it scores 0."""
+    """Ties keep the decoder's order. A text that ends at once has no word to score, so it scores 0."""
     class Half(Shortest):
         def score(self, pixels, candidates):
             assert all(each.text for mine in candidates for each in mine)
@@ -195,7 +197,8 @@ def test_ties_and_texts_without_words(captioner, folder):
         captioner.model.lm_head.bias[captioner.tokenizer.sep_id] += 20
     try:
         (before,) = captioner(path, "", generation)
-        (captioned,) = reranked(captioner, captioner.stream([path], "", generation), Half(captioner.model), "", 4)
+        (captioned,) = reranked(captioner, captioner.stream([path], "", generation),
+                                Half(captioner.model), "", 4)
     finally:
         with torch.no_grad():
             captioner.model.lm_head.bias[captioner.tokenizer.sep_id] -= 20
@@ -206,21 +209,23 @@ def test_ties_and_texts_without_words(captioner, folder):
 
 
 def test_an_image_that_is_gone(checkpoints, captioner, folder):
-    """It was captioned, but cannot be read again: its error stands for it."""
+    """An image that was captioned but cannot be read again yields its error."""
     path = folder / "0.png"
     captioned = list(captioner.stream([path, folder / "2.png"], PROMPT, FIVE))
     path.unlink()
     gone, other = reranked(captioner, captioned, Shortest(captioner.model), PROMPT, 8)
-    assert isinstance(gone.result, ImageError) and "0.png" in str(gone.result) and other.result.rerank is not None
+    assert isinstance(gone.result, ImageError) and "0.png" in str(gone.result)
+    assert other.result.rerank is not None
 
 
 def test_no_candidates_at_all(checkpoints):
-    """Images whose texts have no word leave a scorer nothing to do."""
+    """If no text has a word, the scorer has nothing to do."""
     matcher = Matcher.from_pretrained(checkpoints[1], dtype="float32")
     pixels = torch.zeros(2, 3, IMAGE_SIZE, IMAGE_SIZE)
     assert ItmScorer(matcher).score(pixels, [[], []]).tolist() == []
     one = ItmScorer(matcher).score(pixels, [[], [Candidate("a dog", -1.0)]])
-    assert one.tolist() == pytest.approx(matcher.score_pixels(pixels, matcher.pack(["a dog"])).itm[1].tolist())
+    alone = matcher.score_pixels(pixels, matcher.pack(["a dog"])).itm[1]
+    assert one.tolist() == pytest.approx(alone.tolist())
 
 
 # ---------------------------------------------------------------- the command
@@ -234,17 +239,18 @@ def run(capsys, model, *arguments) -> tuple[int, list[str], str]:
 
 
 def test_command(checkpoints, captioner, folder, capsys):
-    """The library's order and scores; beams follow --n-best."""
+    """The library's order and scores; --n-best raises the number of beams."""
     directory, matching, _ = checkpoints
     classifier = Classifier.from_pretrained(matching, dtype="float32")
     generation = GenerationConfig(beams=4, max_length=14, min_length=5, n_best=4)
     paths = [folder / "0.png", folder / "2.png"]
     for by, options, scorer in (
-        ("itm", ("--first-token", "[ENC]"), ItmScorer(Matcher.from_pretrained(matching, dtype="float32"), "[ENC]")),
+        ("itm", ("--first-token", "[ENC]"),
+         ItmScorer(Matcher.from_pretrained(matching, dtype="float32"), "[ENC]")),
         ("belief", ("--labels", folder / "labels.txt"), BeliefScorer(classifier, classifier.labels(LABELS))),
     ):
-        status, lines, _ = run(capsys, directory, "--rerank", by, "--matcher", matching, "--n-best", 4, *options,
-                               "--json", *paths)
+        status, lines, _ = run(capsys, directory, "--rerank", by, "--matcher", matching,
+                               "--n-best", 4, *options, "--json", *paths)
         expected = list(reranked(captioner, captioner.stream(paths, PROMPT, generation), scorer, PROMPT, 16))
         assert status == 0 and len(lines) == 2
         for row, captioned in zip(map(json.loads, lines), expected, strict=True):
@@ -256,12 +262,14 @@ def test_command(checkpoints, captioner, folder, capsys):
 
 
 def test_one_model_for_both(folder, tmp_path, capsys):
-    """A pre-training checkpoint writes captions and re-ranks them itself."""
+    """A pre-training checkpoint captions and re-ranks by itself."""
     tokenizer = small_tokenizer()
     torch.manual_seed(0)
-    tokens = SpecialTokens(tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.bos_id, tokenizer.enc_id)
+    tokens = SpecialTokens(tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.bos_id,
+                           tokenizer.enc_id)
     config = BlipConfig(vision=VisionConfig(image_size=32, width=32, layers=2, heads=2),
-                        text=TextConfig(vocab_size=tokenizer.vocab_size, width=32, layers=2, heads=2, mlp_width=64),
+                        text=TextConfig(vocab_size=tokenizer.vocab_size, width=32, layers=2, heads=2,
+                                        mlp_width=64),
                         tokens=tokens, embed_dim=16)
     save_native(BlipModel(config), tokenizer, tmp_path / "model")
     for by, *labels in (["itm"], ["belief", "--labels", folder / "labels.txt"]):
@@ -280,11 +288,12 @@ def test_command_refuses(checkpoints, folder):
         "--matcher is for --rerank": ("--matcher", matching),
         "need each other": ("--rerank", "belief", "--n-best", 3, "--matcher", matching),
         "--rerank belief or bert-cnn and --labels": ("--rerank", "itm", "--n-best", 3, "--labels", labels),
-        "log-probabilities per token": ("--rerank", "belief", "--n-best", 3, "--labels", labels, "--beam-rule",
-                                        "authors"),
+        "log-probabilities per token": ("--rerank", "belief", "--n-best", 3, "--labels", labels,
+                                        "--beam-rule", "authors"),
         "no matching head": ("--rerank", "itm", "--n-best", 3),
         "no contrastive head": ("--rerank", "belief", "--n-best", 3, "--labels", labels),
-        "first token 'DOG'": ("--rerank", "itm", "--n-best", 3, "--matcher", matching, "--first-token", "DOG"),
+        "first token 'DOG'": ("--rerank", "itm", "--n-best", 3, "--matcher", matching,
+                              "--first-token", "DOG"),
     }.items():
         with pytest.raises(ValueError, match=said):
             cli._run("caption", COMMAND, ["--model", str(directory), *map(str, (*arguments, image))])

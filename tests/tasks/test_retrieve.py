@@ -1,4 +1,4 @@
-"""Retrieval scores against the published evaluation written pair by pair; recalls and losses against plain counting."""
+"""Retrieval scores against the published evaluation, pair by pair; recalls and losses by plain counting."""
 
 import math
 import statistics
@@ -50,13 +50,14 @@ def texts(count, seed=2):
 
 
 def pair_by_pair(pixels, packed, top_k, first_token=39):
-    """The published evaluation: two directions, one after the other, every pair with an image of its own."""
+    """The published evaluation: one direction after the other, with the image repeated for every pair."""
     blip = model().eval()
     rows = packed.token_ids.split(packed.lengths.tolist())
     with torch.no_grad():
         embeds = [blip.encode_images(p[None]) for p in pixels]
         vision = torch.cat([F.normalize(blip.vision_projection(e[:, 0]), dim=-1) for e in embeds])
-        text = torch.cat([blip.text_features(PackedTexts.from_lists([[1, *row[1:].tolist()]])) for row in rows])
+        text = torch.cat([blip.text_features(PackedTexts.from_lists([[1, *row[1:].tolist()]]))
+                          for row in rows])
         similarities = vision @ text.T
 
         def matched(i, j):
@@ -107,8 +108,10 @@ def test_an_image_is_projected_once_however_many_texts_it_meets(monkeypatch):
 
 def test_batches_of_images_and_one_tensor_give_the_same_scores():
     pixels, packed = images(7), texts(5)
-    whole, parts = retrieve(model(), pixels, packed, 3), retrieve(model(), iter(pixels.split([1, 4, 2])), packed, 3)
-    for one, other in ((parts.image_to_text, whole.image_to_text), (parts.text_to_image, whole.text_to_image)):
+    whole = retrieve(model(), pixels, packed, 3)
+    parts = retrieve(model(), iter(pixels.split([1, 4, 2])), packed, 3)
+    for one, other in ((parts.image_to_text, whole.image_to_text),
+                       (parts.text_to_image, whole.text_to_image)):
         torch.testing.assert_close(one.dense(), other.dense(), atol=1e-5, rtol=1e-5)
 
 
@@ -118,7 +121,8 @@ def test_the_first_token_of_the_texts_does_not_matter_and_that_of_matching_is_ex
     with_enc = retrieve(model(), pixels, packed.with_first(39), 4)
     torch.testing.assert_close(with_enc.image_to_text.dense(), expected.image_to_text.dense())
     with_cls = retrieve(model(), pixels, packed, 4, first_token="[CLS]").image_to_text.dense()
-    torch.testing.assert_close(with_cls, pair_by_pair(pixels, packed, 4, first_token=1)[1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(with_cls, pair_by_pair(pixels, packed, 4, first_token=1)[1],
+                               atol=1e-5, rtol=1e-5)
     assert (with_cls - expected.image_to_text.dense()).abs().max() > 1e-3
 
 
@@ -132,7 +136,7 @@ def test_without_re_ranking_the_scores_are_the_cosines():
 
 def test_dropout_is_off_and_every_module_keeps_its_mode():
     blip = model().train()
-    blip.vision.eval()  # a frozen vision transformer, say
+    blip.vision.eval()  # for example a frozen vision transformer
     first, second = (retrieve(blip, images(3), texts(4), 2) for _ in range(2))
     assert torch.equal(first.image_to_text.scores, second.image_to_text.scores)
     assert not first.image_to_text.scores.requires_grad
@@ -167,9 +171,10 @@ def dense_recalls(scores, right):
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), queries=st.integers(1, 6), candidates=st.integers(1, 25))
 def test_ranks_equal_counting_with_the_right_one_last_among_equals(data, queries, candidates):
-    """Of all scores, and of the best k alone, where no rank but those behind the k-th score is known."""
+    """For all scores, and for the k best only, where nothing is known after the k-th score."""
     scores = torch.tensor(data.draw(st.lists(
-        st.lists(st.integers(-2, 2), min_size=candidates, max_size=candidates), min_size=queries, max_size=queries)))
+        st.lists(st.integers(-2, 2), min_size=candidates, max_size=candidates), min_size=queries,
+        max_size=queries)))
     right = torch.zeros(queries, candidates, dtype=torch.bool)
     for i in range(queries):
         right[i, data.draw(st.lists(st.integers(0, candidates - 1), min_size=1, max_size=4))] = True
@@ -188,8 +193,10 @@ def test_ranks_equal_counting_with_the_right_one_last_among_equals(data, queries
         known = k == candidates or row[marks].max() > row.topk(k).values[-1]
         assert rank == truth if known else rank >= truth
     chosen = torch.zeros_like(right).scatter_(1, items, True)  # the published evaluation: −100 for all others
-    assert right_ranks(best, right.gather(1, items), right.sum(1), candidates, NOT_CANDIDATE).tolist() == right_ranks(
-        scores.float().masked_fill(~chosen, NOT_CANDIDATE), right, right.sum(1), candidates, 0).tolist()
+    sparse = right_ranks(best, right.gather(1, items), right.sum(1), candidates, NOT_CANDIDATE)
+    dense = right_ranks(scores.float().masked_fill(~chosen, NOT_CANDIDATE), right, right.sum(1),
+                        candidates, 0)
+    assert sparse.tolist() == dense.tolist()
 
 
 @pytest.mark.parametrize("value", [0.0, -100.0, math.nan, -math.inf])
@@ -223,7 +230,8 @@ def ranking(scores):
 
 def test_several_captions_of_one_image():
     image_of_text = torch.tensor([0, 0, 1, 1])
-    image_to_text = torch.tensor([[0.1, 0.9, 0.5, 0.0], [0.8, 0.7, 0.1, 0.2]])  # hit by its second text; two ahead
+    # found by its second text; two are ahead
+    image_to_text = torch.tensor([[0.1, 0.9, 0.5, 0.0], [0.8, 0.7, 0.1, 0.2]])
     result = RetrievalResult(ranking(image_to_text), ranking(image_to_text.T), 0)
     found = result.recalls(image_of_text)
     assert found == {"i2t_r1": 0.5, "i2t_r5": 1, "i2t_r10": 1, "t2i_r1": 0.5, "t2i_r5": 1, "t2i_r10": 1}
@@ -257,9 +265,10 @@ def test_caption_loss_equals_the_mean_token_by_token(prompt_tokens, monkeypatch)
             logits = blip.lm_logits(one, torch.tensor([0]), image_kv).double().log_softmax(-1)
             losses += [-logits[i, row[i + 1]] for i in range(prompt_tokens - 1, len(row) - 1)]
     expected = float(torch.stack(losses).mean())
-    assert caption_loss(model(), pixels, packed, image_of_text, prompt_tokens) == pytest.approx(expected, rel=1e-5)
+    expected = pytest.approx(expected, rel=1e-5)
+    assert caption_loss(model(), pixels, packed, image_of_text, prompt_tokens) == expected
     parts = iter(pixels.split([2, 1]))
-    assert caption_loss(model(), parts, packed, image_of_text, prompt_tokens) == pytest.approx(expected, rel=1e-5)
+    assert caption_loss(model(), parts, packed, image_of_text, prompt_tokens) == expected
 
 
 def test_caption_loss_refuses_images_that_are_not_there_and_texts_without_targets():
@@ -277,6 +286,7 @@ def test_unigram_entropies():
     assert unigram_entropy(test) == pytest.approx(math.log(3))
     assert unigram_entropy(train, prompt_tokens=2) == pytest.approx(  # targets 5 6 2 2
         -(2 * 0.25 * math.log(0.25) + 0.5 * math.log(0.5)))
-    expected = -(math.log(4 / 16) + math.log(1 / 16) + math.log(3 / 16)) / 3  # 6 tokens + 10 of the vocabulary
+    # 6 tokens + 10 of the vocabulary
+    expected = -(math.log(4 / 16) + math.log(1 / 16) + math.log(3 / 16)) / 3
     assert unigram_cross_entropy(train, test, vocab_size=10) == pytest.approx(expected)
     assert unigram_cross_entropy(test, test, 10) >= unigram_entropy(test)

@@ -1,4 +1,4 @@
-"""Retrieval among many: memory and disk stay bounded, and scores are those of each pair by itself."""
+"""Retrieval among many: memory and disk are bounded, and scores equal those of each pair alone."""
 
 import pytest
 import torch
@@ -13,12 +13,14 @@ from blip_fast.tasks import retriever as retrieve_module
 from blip_fast.tasks.candidates import EmbedsFile
 from blip_fast.tasks.retriever import retrieve
 
-EMBEDS_BYTES = CONFIG.vision.tokens * CONFIG.vision.width * 4  # of one image
+EMBEDS_BYTES = CONFIG.vision.tokens * CONFIG.vision.width * 4  # per image
 
 
 def textbook():
-    sizes = Sizes(image_size=16, patch_size=8, vision_width=32, vision_layers=1, vision_heads=2, vocabulary=40,
-                  positions=24, text_width=32, text_layers=2, text_heads=2, text_feed_forward=48, projection=8)
+    sizes = Sizes(image_size=16, patch_size=8, vision_width=32, vision_layers=1, vision_heads=2,
+                  vocabulary=40,
+                  positions=24, text_width=32, text_layers=2, text_heads=2,
+                  text_feed_forward=48, projection=8)
     reference = tasks.Matcher(sizes)
     layout = original_layout(CONFIG)
     state = layout.split(model().state_dict())
@@ -29,7 +31,7 @@ def textbook():
 
 @pytest.fixture
 def file_sizes(monkeypatch):
-    """How large the files of embeds have become."""
+    """The sizes of the embeds' files."""
     sizes, close = [], EmbedsFile.close
 
     def measured(self):
@@ -53,9 +55,10 @@ def test_memory_is_bounded_and_scores_are_those_of_each_pair(count, texts_count,
         result = retrieve(model(), stream, packed, top_k)
     dense = count * texts_count * 4
     candidates = (count + texts_count) * top_k * (8 + 4)
-    # A block of cosines with its best, the candidates some times over while pairs are made unique, and a pass of texts.
+    # A block of cosines and its best; several copies of the candidates while pairs are made unique; one pass
+    # of texts.
     bound = dense / 6 + 8 * candidates + 40_000 * together
-    assert counters.peak - before < bound < dense  # not even one table of all pairs
+    assert counters.peak - before < bound < dense  # less than a single table of all pairs
     assert file_sizes == [count * EMBEDS_BYTES]
     assert count * top_k < result.pairs < (count + texts_count) * top_k
 
@@ -65,7 +68,7 @@ def test_memory_is_bounded_and_scores_are_those_of_each_pair(count, texts_count,
     queries = torch.randint(texts_count, (40,), generator=generator)
     items, scores = (x[queries] for x in (result.text_to_image.items, result.text_to_image.scores))
     with torch.no_grad():
-        ids, text_mask = padded[queries].repeat_interleave(top_k, 0), mask[queries].repeat_interleave(top_k, 0)
+        ids, text_mask = (x[queries].repeat_interleave(top_k, 0) for x in (padded, mask))
         embeds = reference.visual_encoder(pixels[items.flatten()])
         cosines = (reference.image_features(embeds) * reference.text_features(ids, text_mask)).sum(1)
         ids[:, 0] = CONFIG.tokens.enc
@@ -84,7 +87,7 @@ def test_a_stream_of_images_takes_no_more_disk_than_its_candidates(monkeypatch, 
                       directions="text_to_image")
     assert result.pairs <= asked * top_k and result.text_to_image.gallery == count
     assert file_sizes[0] <= (asked * top_k + 100) * EMBEDS_BYTES
-    assert int(result.text_to_image.items.max()) > 1000  # found late in the stream, in a slot used again
+    assert int(result.text_to_image.items.max()) > 1000  # a late image, in a reused slot
 
 
 def test_a_full_disk_is_named(monkeypatch):

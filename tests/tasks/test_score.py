@@ -1,4 +1,4 @@
-"""Scores of images with texts: transformers' numbers, every pair at once."""
+"""Scores of images with texts: transformers' numbers, for all pairs at once."""
 
 import json
 
@@ -36,7 +36,7 @@ def images() -> list[Image.Image]:
 
 @pytest.mark.parametrize("pairs", [512, 3])
 def test_transformers(checkpoint, matcher, images, monkeypatch, pairs):
-    """Matching probabilities and cosines of every pair, in whatever portions they are computed."""
+    """Matching probabilities and cosines of every pair, for every batch size."""
     monkeypatch.setattr(matching, "CPU_TEXTS", pairs)
     _, theirs = checkpoint
     pixels = evaluation_transform(images, IMAGE_SIZE)
@@ -52,7 +52,7 @@ def test_transformers(checkpoint, matcher, images, monkeypatch, pairs):
 
 
 def test_published_code(data_root, bert_vocabulary):
-    """ITM with [CLS] and with [ENC] first, and ITC, as the published code computed them; 35 tokens at most."""
+    """ITM with [CLS] and with [ENC], and ITC, equal to the published code's results; at most 35 tokens."""
     path = data_root / "original_blip" / "itm.pth"
     matcher = Matcher.from_pretrained(path, tokenizer=bert_vocabulary, dtype="float32")
     captions = json.loads(path.with_suffix(".json").read_text())["captions"]
@@ -67,7 +67,7 @@ def test_published_code(data_root, bert_vocabulary):
 
 
 def test_one_image_one_text(matcher, images):
-    """Neither needs a list; a first token other than [CLS] changes ITM alone; no images give no rows."""
+    """Neither needs a list; another first token than [CLS] changes only ITM; no images give no rows."""
     scores = matcher.score(images[0], "a dog")
     assert scores.itm.shape == (1, 1)
     with_enc = matcher.score(images[:1], ["a dog"], first_token="[ENC]")
@@ -86,10 +86,11 @@ def test_wrong_calls(matcher, images, tmp_path):
 
 
 def test_command(checkpoint, matcher, images, tmp_path, capsys):
-    """One object per text, and a plain line without --json."""
+    """One JSON object per text; without --json, a plain line."""
     path = tmp_path / "picture.png"
     images[0].save(path)
-    assert main(["score", "--model", str(checkpoint[0]), "--dtype", "float32", "--json", str(path), *TEXTS]) == 0
+    assert main(["score", "--model", str(checkpoint[0]), "--dtype", "float32", "--json",
+                 str(path), *TEXTS]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     scores = matcher.score(path, TEXTS)
     assert [(row["image"], row["text"]) for row in rows] == [(str(path), text) for text in TEXTS]
@@ -100,7 +101,7 @@ def test_command(checkpoint, matcher, images, tmp_path, capsys):
 
 
 def test_command_refuses(checkpoint, images, tmp_path, capsys):
-    """Bad input ends with status 2 and one line that names it."""
+    """Bad input exits with status 2 and one line that names it."""
     path = tmp_path / "picture.png"
     images[0].save(path)
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff")
@@ -110,7 +111,8 @@ def test_command_refuses(checkpoint, images, tmp_path, capsys):
         "no token": (path, "a dog", ""),
         "[DOG]": (path, "a dog", "--first-token", "[DOG]"),
     }.items():
-        assert main(["score", "--model", str(checkpoint[0]), "--dtype", "float32", *map(str, arguments)]) == 2, named
+        assert main(["score", "--model", str(checkpoint[0]), "--dtype", "float32",
+                     *map(str, arguments)]) == 2, named
         out, err = capsys.readouterr()
         assert not out and named in err and err.count("\n") == 1, err
 
@@ -120,7 +122,7 @@ def test_command_refuses(checkpoint, images, tmp_path, capsys):
 
 @pytest.fixture
 def pairs(images, tmp_path):
-    """Six rows about three pictures, one of which is broken; `more` is a key of the user's own."""
+    """Six rows about three pictures, one of them broken; `more` is a key of the user."""
     names = [str(tmp_path / f"{i}.png") for i in range(2)]
     for name, image in zip(names, images, strict=False):
         image.save(name)
@@ -135,10 +137,10 @@ def pairs(images, tmp_path):
 
 @pytest.mark.parametrize("batch_size", [1, 16])
 def test_pairs(checkpoint, matcher, pairs, capsys, batch_size):
-    """Each row with its scores, in order; a broken image costs its own rows alone, and the status says so."""
+    """Each row with its scores, in order; a broken image costs only its rows, and the exit status is 1."""
     path, rows = pairs
-    arguments = ["score", "--model", str(checkpoint[0]), "--dtype", "float32", "--pairs", str(path), "--batch-size",
-                 str(batch_size)]
+    arguments = ["score", "--model", str(checkpoint[0]), "--dtype", "float32", "--pairs", str(path),
+                 "--batch-size", str(batch_size)]
     assert main(arguments) == 1
     out, err = capsys.readouterr()
     found = [json.loads(line) for line in out.splitlines()]
@@ -166,10 +168,11 @@ def test_an_image_of_many_pairs_is_encoded_once(checkpoint, pairs, monkeypatch, 
 
 @pytest.mark.parametrize("left", [0, 1, 3, 5])
 def test_resume(checkpoint, pairs, tmp_path, capsys, left):
-    """A file that was cut short anywhere, even within a line, ends as the whole one, without scoring anything twice."""
+    """A file truncated anywhere, even within a line, is completed without scoring anything twice."""
     path, rows = pairs
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
-    arguments = ["score", "--model", str(checkpoint[0]), "--dtype", "float32", "--pairs", str(path), "--output"]
+    arguments = ["score", "--model", str(checkpoint[0]), "--dtype", "float32", "--pairs",
+                 str(path), "--output"]
     assert main([*arguments, str(whole)]) == 1
     lines = whole.read_text().splitlines(keepends=True)
     assert len(lines) == len(rows)
@@ -192,7 +195,8 @@ def test_files_of_pairs_that_are_refused(checkpoint, pairs, tmp_path, capsys):
         "bad.tsv, line 1 is not an image, a tab and a text": ["--pairs", "bad.tsv"],
         "empty.tsv holds no line": ["--pairs", "empty.tsv"],
         "must be a .jsonl file": ["--pairs", "pairs.csv"],
-        "others.jsonl, line 1 is no JSON object": ["--pairs", "pairs.jsonl", "--output", "others.jsonl", "--resume"],
+        "others.jsonl, line 1 is no JSON object": ["--pairs", "pairs.jsonl", "--output",
+                                                   "others.jsonl", "--resume"],
         "others.jsonl exists": ["--pairs", "pairs.jsonl", "--output", "others.jsonl"],
         "--resume needs --output": ["--pairs", "pairs.jsonl", "--resume"],
         "--batch-size must be at least 1": ["--pairs", "pairs.jsonl", "--batch-size", "0"],
