@@ -11,7 +11,7 @@ TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 SSE := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
 
-.PHONY: setup demo test test-all test-processors test-oldest test-newest lint bench
+.PHONY: setup demo test test-all test-processors test-oldest test-newest lint bench docs
 
 setup: .venv/installed
 
@@ -51,3 +51,7 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m pytest benchmarks
+
+# The documentation as a site, in site/.
+docs: setup
+	$(BIN)/mkdocs build
