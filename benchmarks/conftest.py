@@ -1,4 +1,4 @@
-"""Cases under pytest-benchmark, lines below its table, and `report.html` beside this file."""
+"""Runs cases under pytest-benchmark, prints lines below its table, and writes `report.html` here."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REPORT = Path(__file__).with_name("report.html")
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Callable[[str], Path]:
-    """`checkpoint("caption")` → a directory with BLIP base, random weights, 384 px, for that part of `TASK_PARTS`."""
+    """`checkpoint("caption")` → a directory with that part of a random BLIP base, 384 px (`TASK_PARTS`)"""
 
     @cache
     def write(part: str) -> Path:
@@ -36,49 +36,51 @@ def checkpoint(tmp_path_factory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def dtypes() -> list[str]:
-    """Those that the processor multiplies."""
+    """The dtypes that the processor multiplies in hardware."""
     return dtypes_for("caption", None)
 
 
 @pytest.fixture(scope="session")
 def peers() -> list[str]:
-    """Those that are installed."""
+    """The peers that are installed."""
     return [peer for peer, reason in chosen("caption", None).items() if reason is None]
 
 
 @pytest.fixture
 def side_by_side(benchmark, request) -> Callable[[Case, int], dict[str, Any]]:
-    """`side_by_side(case, rounds)` → what each call returned last, by name. pytest-benchmark's figures are those of the
-    case's first call; the others' have their turn before each of its rounds, and stand in `extra_info`."""
+    """`side_by_side(case, rounds)` → each call's last result, by name. pytest-benchmark's own figures are
+    those of the case's first call. The other calls take their turn before each of its rounds; their figures
+    are in `extra_info`."""
 
     def run(case: Case, rounds: int) -> dict[str, Any]:
         first, *others = case.calls
         case.get_warm()
-        taken = Rounds(case)
-        benchmark.pedantic(taken.take, args=(first,), setup=lambda: taken.take(*others), rounds=rounds)
-        benchmark.extra_info.update(taken.summary())
-        _keep(request, TimeRecord(*_place(request), taken.summary()))
-        request.config.stash[LINES] += _lines(request.node.name, taken.summary())
-        return taken.results
+        timed = Rounds(case)
+        benchmark.pedantic(timed.take, args=(first,), setup=lambda: timed.take(*others), rounds=rounds)
+        benchmark.extra_info.update(timed.summary())
+        _keep(request, TimeRecord(*_place(request), timed.summary()))
+        request.config.stash[LINES] += _lines(request.node.name, timed.summary())
+        return timed.results
 
     return run
 
 
 @pytest.fixture
 def record_memory(request, record_line) -> Callable[[str, dict[str, Added]], None]:
-    """`record_memory(case, {name: what it adds})`."""
+    """`record_memory(case, {name: memory added})`."""
 
     def record(case: str, added: dict[str, Added]) -> None:
         _keep(request, MemoryRecord(*_place(request), case, added))
         record_line(f"{case}, peak memory: " + "; ".join(
-            f"{name} adds {each.added / 1e9:.2f} GB to {each.before / 1e9:.2f}" for name, each in added.items()))
+            f"{name} adds {each.added / 1e9:.2f} GB to {each.before / 1e9:.2f}"
+            for name, each in added.items()))
 
     return record
 
 
 @pytest.fixture
 def record_line(request) -> Callable[[str], None]:
-    """`record_line(text)` puts a finding of another kind than time below the table."""
+    """`record_line(text)` prints a finding other than time below the table."""
     return request.config.stash[LINES].append
 
 
@@ -87,9 +89,10 @@ def _keep(request: pytest.FixtureRequest, record: TimeRecord | MemoryRecord) -> 
 
 
 def _place(request: pytest.FixtureRequest) -> tuple[str, str, dict[str, Any]]:
-    """The module's and the test's name, and the test's parameters."""
+    """The names of the module and the test, and the test's parameters."""
     node = request.node
-    return node.module.__name__, node.originalname, dict(node.callspec.params) if hasattr(node, "callspec") else {}
+    return node.module.__name__, node.originalname, dict(node.callspec.params) if hasattr(node,
+                                                                                          "callspec") else {}
 
 
 def _lines(name: str, summary: dict[str, Any]) -> list[str]:

@@ -1,5 +1,5 @@
-"""A process that reads images: `python readers.py dali|pillow SHARDS plain|augmented`. Each line on its standard input
-is a number of images to read; it answers with the CPU seconds of itself and of its workers so far."""
+"""A process that reads images: `python readers.py dali|pillow SHARDS plain|augmented`. Each line on standard
+input is a number of images to read. It answers with the CPU seconds of itself and its workers so far."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ IMAGE_SIZE, BATCH, WORKERS = 224, 32, 2
 
 
 def ours(shards: Path, augment: bool) -> Iterator[Tensor]:
-    """Batches without end. Both sides shuffle the whole data set."""
-    source = TrainInput(InputConfig([Source("photographs", str(shards))], image_size=IMAGE_SIZE, batch_size=BATCH,
-                                    threads=WORKERS, rand_augment=augment))
+    """Endless batches of our training input. Both sides shuffle the whole data set."""
+    source = TrainInput(InputConfig([Source("photographs", str(shards))], image_size=IMAGE_SIZE,
+                                    batch_size=BATCH, threads=WORKERS, rand_augment=augment))
     while True:
         yield from (batch.images for batch in source)
 

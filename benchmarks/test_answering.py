@@ -1,4 +1,4 @@
-"""Ranking 1,000 answers, 128 in full, beside the published loop, in bfloat16."""
+"""Ranking 1,000 answers, 128 in full, compared with the published loop, in bfloat16."""
 
 import pytest
 from blip_bench.cases import vqa

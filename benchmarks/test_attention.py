@@ -1,4 +1,4 @@
-"""Attention implementations at the visual lengths of 96, 224 and 384 px. "Ours" is the one that `auto` takes here."""
+"""Attention implementations at the visual lengths of 96, 224 and 384 px. "Ours" is what `auto` selects."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 def plain(images: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The formula in three lines, all images and heads at once: [images × tokens, heads, head_dim] → the same."""
+    """The formula for all images and heads at once: [images × tokens, heads, head_dim] → the same shape."""
     q, k, v = (x.view(images, -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
     weights = torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, dim=-1)
     return (weights @ v).transpose(1, 2).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""Captions of 20 tokens beside transformers, throughput by batch and beams, and memory."""
+"""Captions of 20 tokens compared with peers, throughput by batch and beams, and memory."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def captioner(checkpoint) -> Captioner:
 def test_batch_and_beams(side_by_side, captioner, batch, beams):
     pixels = pictures(batch, IMAGE_SIZE)
     call = partial(captions, captioner, full_length(beams))
-    side_by_side(Case(f"{batch} images, {beams} beams", {"ours bfloat16": partial(call, pixels)}, amount=batch,
-                      unit="images", warm_up=partial(call, pixels[:1])), 2)
+    side_by_side(Case(f"{batch} images, {beams} beams", {"ours bfloat16": partial(call, pixels)},
+                      amount=batch, unit="images", warm_up=partial(call, pixels[:1])), 2)
 
 
 def test_peak_memory(checkpoint, record_memory):

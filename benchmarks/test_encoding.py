@@ -1,4 +1,4 @@
-"""The vision encoder next to transformers', the other peers' and this machine's matrix products."""
+"""The vision encoder compared with transformers', the other peers' and this machine's matrix products."""
 
 from blip_bench.cases import encode
 

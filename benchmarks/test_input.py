@@ -1,5 +1,6 @@
-"""Images a second of the training input beside a DataLoader with Pillow: the same shards, work and cores, each side a
-process of its own, in turn. Both have a few batches ready when their turn comes, the DataLoader twice as many."""
+"""Images per second of the training input compared with a DataLoader with Pillow: the same shards, work and
+cores, each side in its own process, in turn. Both have a few batches ready when their turn comes, the
+DataLoader twice as many."""
 
 from __future__ import annotations
 
@@ -26,10 +27,10 @@ from blip_fast.data.shards.pack import pack
 from blip_fast.media.images import load_image
 
 READERS = Path(__file__).with_name("readers.py")
-IMAGES = {"photographs": 2000, "mosaics": 800}  # of a round
+IMAGES = {"photographs": 2000, "mosaics": 800}  # per round
 ROUNDS = 3
 BROKEN = 0.05
-OUTCOMES = {  # ours: which operation with which sign an outcome stands for
+OUTCOMES = {  # the operation and sign of each of our outcomes
     **{3 * i + j: (name, sign) for i, sign in enumerate((1, -1)) for j, name in
        enumerate(("shear x", "shear y", "rotate"))},
     6: ("translate x", 1), 7: ("translate x", -1), 8: ("translate y", 1), 9: ("translate y", -1),
@@ -38,7 +39,7 @@ OUTCOMES = {  # ours: which operation with which sign an outcome stands for
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """The photographs of Flickr8k, mosaics of them of 1,200 × 900 pixels, and the annotations of both."""
+    """The photographs of Flickr8k, and mosaics of them of 1,200 × 900 pixels."""
     root = os.environ.get("BLIP_FAST_DATA")
     if not root:
         pytest.skip("BLIP_FAST_DATA is unset: no photographs to measure with")
@@ -59,7 +60,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 def shards_of(images: Path, name: str, broken: float = 0) -> Path:
-    """Packed. `broken` of the files are cut short before, `broken` of the packed images are overwritten after."""
+    """Pack images into shards. Before, a share `broken` of the files is truncated; after, a share `broken` of
+    the packed images is overwritten."""
     shards, rng = images.parent / name, np.random.default_rng(1)
     files = sorted(images.iterdir())
     rows = [json.dumps({"image": file.name, "caption": "a picture"}) for file in files]
@@ -79,7 +81,7 @@ def shards_of(images: Path, name: str, broken: float = 0) -> Path:
 
 @contextmanager
 def reader(*arguments: object) -> Iterator[subprocess.Popen[str]]:
-    """`readers.py`, ready: its first batches are read."""
+    """A running `readers.py` that has read its first batches."""
     command = [sys.executable, str(READERS), *map(str, arguments)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
@@ -89,7 +91,7 @@ def reader(*arguments: object) -> Iterator[subprocess.Popen[str]]:
 
 
 def read(process: subprocess.Popen[str], images: int) -> float:
-    """CPU seconds of the process so far."""
+    """Let the process read images. Returns its CPU seconds so far."""
     assert process.stdin is not None and process.stdout is not None
     process.stdin.write(f"{images}\n")
     process.stdin.flush()
@@ -98,14 +100,14 @@ def read(process: subprocess.Popen[str], images: int) -> float:
 
 @pytest.fixture
 def compare(side_by_side, benchmark, record_line) -> Callable[..., None]:
-    """`compare(case, images, arguments of our reader, peer's name, arguments of its reader)`: wall and CPU seconds."""
+    """`compare(case, images, our reader's arguments, peer, its reader's arguments)`: wall and CPU seconds."""
 
     def run(case: str, images: int, ours: tuple[object, ...], name: str, peer: tuple[object, ...]) -> None:
         with reader(*ours) as one, reader(*peer) as other:
             spent = read(one, BATCH), read(other, BATCH)
             results = side_by_side(
-                Case.beside(case, lambda: read(one, images), {name: lambda: read(other, images)}, amount=images,
-                            unit="images", warm_up=lambda: None), ROUNDS)
+                Case.beside(case, lambda: read(one, images), {name: lambda: read(other, images)},
+                            amount=images, unit="images", warm_up=lambda: None), ROUNDS)
         seconds = results["ours"] - spent[0], results[name] - spent[1]
         benchmark.extra_info["CPU"] = {"ours": seconds[0], name: seconds[1], "ratio": seconds[1] / seconds[0]}
         record_line(f"{case}: {name} takes {seconds[1] / seconds[0]:.2f} × our CPU seconds")
@@ -120,12 +122,13 @@ def test_input_beside_a_data_loader(compare, folder, kind, augment):
     if not shards.exists():
         shards_of(folder / kind, shards.name)
     assert difference(shards, augment == "augmented") < 1.5
-    compare(f"{kind}, {augment}", IMAGES[kind], ("dali", shards, augment), "Pillow", ("pillow", shards, augment))
+    compare(f"{kind}, {augment}", IMAGES[kind], ("dali", shards, augment), "Pillow",
+            ("pillow", shards, augment))
 
 
 @pytest.mark.slow
 def test_broken_images_and_speed(compare, folder):
-    """5 % refused when packed, and 5 % damaged on disk since; beside the same input of whole images."""
+    """5 % refused during packing and 5 % damaged on disk later, compared with our input on whole images."""
     whole, broken = folder / "whole packed", folder / "broken packed"
     shards_of(folder / "photographs", whole.name)
     shards_of(folder / "photographs", broken.name, BROKEN)
@@ -134,9 +137,9 @@ def test_broken_images_and_speed(compare, folder):
 
 
 def difference(shards: Path, augment: bool) -> float:
-    """Mean absolute difference, of 255, to what the DataLoader makes of the same images and choices."""
-    source = TrainInput(InputConfig([Source("a", str(shards))], image_size=IMAGE_SIZE, batch_size=BATCH, threads=1,
-                                    rand_augment=augment))
+    """Mean absolute difference (of 255) from what the DataLoader makes of the same images and choices."""
+    source = TrainInput(InputConfig([Source("a", str(shards))], image_size=IMAGE_SIZE,
+                                    batch_size=BATCH, threads=1, rand_augment=augment))
     images = [transform(load_image(item.encoded[0].tobytes()), choices(item.drawn[0]), IMAGE_SIZE)
               for item in source.items(0)]
     batch = next(iter(source))

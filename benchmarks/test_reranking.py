@@ -1,4 +1,4 @@
-"""Re-ranking beside the published loop, a kth of both's work (all of it: -m slow), and memory."""
+"""Re-ranking compared with the published loop, 1/k of the work for both (all of it: -m slow), and memory."""
 
 from __future__ import annotations
 

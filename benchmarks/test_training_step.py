@@ -1,7 +1,7 @@
-"""A pre-training step of the base model at 224 px, losses and gradients, beside the published algorithm in plain code:
-the textbook of tests/reference, whose five padded passes project keys and values again for each text, gather the
-negatives' images, and hold full attention weights, similarities and logits. Both have the same weights, batch, queue
-(57,600) and negatives; neither has dropout or an optimiser.
+"""A pre-training step of the base model at 224 px (losses and gradients), compared with the published
+algorithm in plain code: the textbook model of tests/reference. Its five padded passes project keys and values
+again for each text, gather the negatives' images, and hold full attention weights, similarities and logits.
+Both have the same weights, batch, queue (57,600) and negatives; neither has dropout or an optimiser.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from blip_bench.memory import added_memory
 from blip_bench.timing import Case
 from blip_train.steps.pretraining import Batch, Objective, Pretraining
+from blip_train.steps.step import StepContext
 from reference import pretraining as textbook
 from reference.model import Sizes
 from torch import Tensor
@@ -27,11 +28,11 @@ from blip_fast.model.config import BlipConfig, TextConfig
 from blip_fast.model.packed_texts import PackedTexts
 
 PADDED, ALPHA = 30, 0.4  # captions are padded to 30 tokens, as published
-# What a step costs whatever its batch (casts of weights, EMA, gradients of embeddings) weighs much in 8 pairs; the
-# paper has 75 on a GPU.
+# With 8 pairs, the costs that do not depend on the batch (casts of weights, EMA, gradients of embeddings)
+# weigh heavily. The paper has 75 pairs per GPU.
 CASES = [pytest.param("float32", 8, marks=pytest.mark.slow), ("bfloat16", 8),
          pytest.param("bfloat16", 32, marks=pytest.mark.slow)]
-LENGTHS = (14, 11, 17, 13, 12, 19, 10, 15)  # with [CLS] and [SEP]: as long as those of COCO and the web
+LENGTHS = (14, 11, 17, 13, 12, 19, 10, 15)  # with [CLS] and [SEP]: lengths as in COCO and on the web
 TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2}
 Step = Callable[[], dict[str, Tensor]]
 
@@ -45,7 +46,7 @@ def make_ours(pairs: int) -> tuple[Pretraining, Batch]:
 
 
 def make_textbook(ours: Pretraining, batch: Batch) -> tuple[textbook.TextbookPretraining, textbook.Batch]:
-    """The textbook with the product's weights and queue, and its padded batch."""
+    """The textbook model with the product's weights and queue, and the batch padded for it."""
     layout = original_layout(ours.model.config)
     theirs = textbook.TextbookPretraining(Sizes())
     state = layout.split(dict(ours.model.state_dict()))
@@ -64,13 +65,14 @@ def autocast(precision: str) -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
 
 
-def our_step(ours: Pretraining, batch: Batch, precision: str, drawn: list[textbook.Negatives]) -> dict[str, Tensor]:
-    """Losses behind their backward; `drawn` takes the negatives, the same every time."""
+def our_step(ours: Pretraining, batch: Batch, precision: str,
+             drawn: list[textbook.Negatives]) -> dict[str, Tensor]:
+    """Run a step with its backward; return the losses. `drawn` receives the negatives, always the same."""
     torch.manual_seed(1)
     ours.zero_grad()
     ours.follow()
     with autocast(precision):
-        output = ours(batch, ALPHA)
+        output = ours(batch, StepContext(alpha=ALPHA))
     output.total.backward()
     ours.enqueue(output)
     assert output.negatives is not None
@@ -89,7 +91,7 @@ def their_step(theirs: textbook.TextbookPretraining, batch: textbook.Batch, prec
 
 @pytest.mark.parametrize(("precision", "pairs"), CASES)
 def test_training_step(side_by_side, precision, pairs):
-    """Beside the published algorithm in the same precision and, for 8 pairs, in float32, its default."""
+    """Compared with the published algorithm in the same precision and, for 8 pairs, in float32 (its own)."""
     ours, batch = make_ours(pairs)
     theirs, padded = make_textbook(ours, batch)
     drawn: list[textbook.Negatives] = []
@@ -98,21 +100,23 @@ def test_training_step(side_by_side, precision, pairs):
     peers = {f"published, {own}": partial(their_step, theirs, padded, own, drawn)
              for own in dict.fromkeys([precision, *["float32"] * (pairs == 8)])}
     for name, loss in peers[f"published, {precision}"]().items():
-        torch.testing.assert_close(losses[name].float(), loss.float(), rtol=TOLERANCES[precision], atol=0, msg=name)
-    case = Case.beside(f"{pairs} pairs, {precision}", step, peers, amount=pairs, unit="pairs", warm_up=lambda: None)
+        torch.testing.assert_close(losses[name].float(), loss.float(), rtol=TOLERANCES[precision],
+                                   atol=0, msg=name)
+    case = Case.beside(f"{pairs} pairs, {precision}", step, peers, amount=pairs, unit="pairs",
+                       warm_up=lambda: None)
     side_by_side(case, 2)
 
 
 @pytest.mark.parametrize(("precision", "pairs"), CASES)
 def test_peak_memory(precision, pairs, record_memory):
-    """What a step adds to what stays (weights, momentum copy, queue): activations and gradients."""
+    """Memory that a step adds to what stays (weights, momentum copy, queue): activations and gradients."""
     added = {side: added_memory(step_alone, side, precision, pairs) for side in ("ours", "published")}
     record_memory(f"a step of {pairs} pairs, {precision}", added)
     assert added["ours"].added < added["published"].added
 
 
 def step_alone(side: Literal["ours", "published"], precision: str, pairs: int) -> Callable[[], object]:
-    """One side's step, with nothing of the other in memory. It leaves no gradients behind."""
+    """One side's step, with nothing of the other side in memory. It clears its gradients."""
     ours, batch = make_ours(pairs)
     drawn = [textbook.Negatives(torch.arange(1, pairs + 1) % pairs, torch.arange(1, pairs + 1) % pairs)]
     step: Step = partial(our_step, ours, batch, precision, drawn)
@@ -139,4 +143,5 @@ def test_flops(record_line):
         with FlopCounterMode(display=False) as counter:
             step()
         counted[side] = counter.get_total_flops() / pairs / 1e9
-    record_line(f"a step's GFLOP a pair: {', '.join(f'{side} {count:.1f}' for side, count in counted.items())}")
+    record_line("a step's GFLOP a pair: "
+                f"{', '.join(f'{side} {count:.1f}' for side, count in counted.items())}")

@@ -18,15 +18,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Answerer", "Captioner", "Classifier", "Explainer", "Matcher", "Retriever"]
 
-_ROOMS = {"Answerer": "answer", "Captioner": "caption", "Classifier": "classify", "Explainer": "explain",
-          "Matcher": "match", "Retriever": "retrieve"}
-
 
 def __getattr__(name: str) -> object:
     """A task is imported, and PyTorch with it, when it is first asked for."""
-    if name not in _ROOMS:
+    if name not in __all__:
         raise AttributeError(f"module 'blip_fast' has no attribute {name!r}")
-    return getattr(import_module(f"blip_fast.tasks.{_ROOMS[name]}"), name)
+    return getattr(import_module(f"blip_fast.tasks.{name.lower()}"), name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""`blip-fast`: finds the commands that the installed packages offer and runs the one named."""
+"""`blip-fast`: finds the commands of the installed packages and runs the one that is named."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ GROUP = "blip_fast.commands"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command. Returns its exit status: 0 done, 2 bad input, 130 interrupted."""
+    """Run one command. Returns the exit status: 0 done, 2 bad input, 130 interrupted."""
     try:
         try:
             return _dispatch(sys.argv[1:] if arguments is None else arguments)
         finally:
-            sys.stdout.flush()  # while it can still be noticed that the reader of our output went away
+            sys.stdout.flush()  # here, where a BrokenPipeError is still handled
     except KeyboardInterrupt:
         return _fail("interrupted", status=130)
-    except BrokenPipeError:  # as `| head` does
+    except BrokenPipeError:  # the reader of our output has ended, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except ModuleNotFoundError as error:
@@ -46,8 +46,8 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _run(name: str, command: Command, arguments: list[str]) -> int:
-    parser = ArgumentParser(prog=f"blip-fast {name}", description=command.help, epilog=f"example: {command.example}",
-                            exit_on_error=False)
+    parser = ArgumentParser(prog=f"blip-fast {name}", description=command.help,
+                            epilog=f"example: {command.example}", exit_on_error=False)
     command.arguments(parser)
     return command.run(parser.parse_args(arguments)) or 0
 

@@ -1,7 +1,8 @@
-"""What runs here and why not more: accelerators and optional packages, and what each part of blip_fast uses therefore.
+"""Finds the accelerators and optional packages that work here, and what each part of blip_fast uses as a
+result, and why not more.
 
-Each probe imports its package in a process of its own: a package that is missing, does not fit PyTorch or crashes on
-import becomes a sentence in the report and stops nothing.
+Each probe imports its package in its own process. A package that is missing, does not fit PyTorch or crashes
+on import thus becomes a sentence in the report and stops nothing.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from typing import Any
 from blip_fast.metrics.java import find_java
 
 NEEDS_CUDA = "needs CUDA (see there)"
-TIMEOUT = 120  # seconds for one import; the first after an installation compiles bytecode
+TIMEOUT = 120  # seconds for one import; the first import after an installation compiles bytecode
 
 
 @dataclass(frozen=True)
 class Probe:
     """A package to look for.
 
-    `code` runs in a process of its own and prints a JSON object as its last line, its key `detail` for people; it
-    exits with a sentence where the package cannot be used.
+    `code` runs in its own process and prints a JSON object as its last line, with a readable `detail`. If the
+    package cannot be used, it exits with a sentence instead.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Finding:
-    """What a probe found. `detail` describes it, or says why it cannot be used and what would help."""
+    """What a probe found. `detail` describes it, or says why it cannot be used and what helps."""
 
     name: str
     purpose: str
@@ -54,7 +55,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Part:
-    """One part of blip_fast: what it uses here, and why not the alternatives."""
+    """One part of blip_fast: what it uses here, and why it does not use the alternatives."""
 
     name: str
     uses: str
@@ -63,7 +64,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Everything that the doctor knows of this machine."""
+    """Everything that the doctor knows about this machine."""
 
     system: str
     findings: tuple[Finding, ...]
@@ -144,7 +145,7 @@ def _imports(statement: str, detail: str) -> str:
     return f"import json\n{statement}\nprint(json.dumps({{'detail': {detail!r}}}))"
 
 
-def _version(distribution: str) -> str | None:
+def _installed_version(distribution: str) -> str | None:
     try:
         return version(distribution)
     except PackageNotFoundError:
@@ -153,7 +154,8 @@ def _version(distribution: str) -> str | None:
 
 _EXTRA = "pip install 'blip-fast[{}]'".format
 _DALI_EXTRA = f"{_EXTRA('dali-cuda12')}, or dali-cuda13 (Linux only)"
-_DALI_DISTRIBUTION = "nvidia-dali-cuda130" if _version("nvidia-dali-cuda130") else "nvidia-dali-cuda120"
+_DALI_DISTRIBUTION = ("nvidia-dali-cuda130" if _installed_version("nvidia-dali-cuda130")
+                      else "nvidia-dali-cuda120")
 
 TORCH = Probe("PyTorch", "torch", "torch", "tensors", _TORCH, "pip install blip-fast")
 ATTENTION = Probe("blip_kernels", "blip_kernels", "blip-fast", "attention over segments", _ATTENTION,
@@ -166,7 +168,8 @@ PACKAGES = (
     Probe("Triton", "triton", "triton", "our own GPU kernels", _imports("import triton.language", "imports"),
           "pip install triton (Linux only)"),
     Probe("FlashAttention", "flash_attn", "flash-attn", "attention on GPUs",
-          _imports("from flash_attn import flash_attn_varlen_func", "flash_attn_varlen_func"), _EXTRA("flash")),
+          _imports("from flash_attn import flash_attn_varlen_func", "flash_attn_varlen_func"),
+          _EXTRA("flash")),
     Probe("xFormers", "xformers", "xformers", "attention on GPUs",
           _imports("from xformers.ops import memory_efficient_attention", "memory_efficient_attention"),
           _EXTRA("xformers")),
@@ -174,13 +177,16 @@ PACKAGES = (
           "build github.com/NVIDIA/apex (apex on PyPI is another package)"),
     Probe("DALI on the CPU", "nvidia.dali", _DALI_DISTRIBUTION, "decoding and augmentation",
           _DALI.format(device_id=None, device="cpu"), _DALI_EXTRA),
-    Probe("DeepSpeed", "deepspeed", "deepspeed", "training", _imports("import deepspeed", "imports"), _EXTRA("train")),
-    Probe("PEFT", "peft", "peft", "low-rank adapters", _imports("from peft import LoraConfig", "LoRA"), _EXTRA("peft")),
+    Probe("DeepSpeed", "deepspeed", "deepspeed", "training", _imports("import deepspeed", "imports"),
+          _EXTRA("train")),
+    Probe("PEFT", "peft", "peft", "low-rank adapters", _imports("from peft import LoraConfig", "LoRA"),
+          _EXTRA("peft")),
     Probe("torchao", "torchao", "torchao", "low-precision weights", _imports("import torchao", "imports"),
           _EXTRA("int8")),
     Probe("Ray", "ray", "ray", "many machines", _imports("import ray.data", "ray.data"), _EXTRA("scale")),
     Probe("FastAPI", "fastapi", "fastapi", "serving",
-          _imports("import fastapi, prometheus_client, python_multipart, uvicorn", "imports"), _EXTRA("serve")),
+          _imports("import fastapi, prometheus_client, python_multipart, uvicorn", "imports"),
+          _EXTRA("serve")),
     Probe("pycocoevalcap", "pycocoevalcap", "pycocoevalcap", "BLEU, METEOR, CIDEr, SPICE",
           _imports("from pycocoevalcap.eval import COCOEvalCap", "COCOEvalCap"), _EXTRA("eval")),
     Probe("PyAV", "av", "av", "video", _imports("import av", "imports"), _EXTRA("video")),
@@ -188,52 +194,57 @@ PACKAGES = (
 
 
 def diagnose() -> Diagnosis:
-    """Probe everything, some probes at a time, and decide what each part uses."""
+    """Run all probes, several at a time, and decide what each part uses."""
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         torch, kernels, precision, *packages = pool.map(look_for, (TORCH, ATTENTION, PRECISION, *PACKAGES))
     cuda = _cuda(torch)
-    dali_gpu = look_for(DALI_GPU) if cuda.usable else Finding(DALI_GPU.name, DALI_GPU.purpose, False, NEEDS_CUDA)
+    dali_gpu = (look_for(DALI_GPU) if cuda.usable
+                else Finding(DALI_GPU.name, DALI_GPU.purpose, False, NEEDS_CUDA))
     findings = (torch, cuda, kernels, precision, *packages, dali_gpu, look_for_java())
-    system = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores"
+    system = (f"Python {platform.python_version()}, {platform.system()} {platform.machine()}, "
+              f"{os.cpu_count()} CPU cores")
     return Diagnosis(system, findings, decide(findings))
 
 
 def look_for(probe: Probe) -> Finding:
-    """Import a package in a process of its own. Never raises for what the package does there."""
+    """Import a package in its own process. Nothing that the package does there raises here."""
     if not is_there(probe.module):
         return Finding(probe.name, probe.purpose, False, f"not installed: {probe.remedy}")
-    installed = _version(probe.distribution)
-    # -P: a folder of the same name in the working directory is not the package.
+    installed = _installed_version(probe.distribution)
+    # -P: a folder of the same name in the working directory must not be taken for the package.
     command = [sys.executable, "-P", "-c", probe.code]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, stdin=subprocess.DEVNULL)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT,
+                              stdin=subprocess.DEVNULL)
     except subprocess.TimeoutExpired:
         return Finding(probe.name, probe.purpose, False, f"did not import within {TIMEOUT} s", installed)
     if done.returncode < 0:
-        return Finding(probe.name, probe.purpose, False, f"crashes on import (signal {-done.returncode})", installed)
+        return Finding(probe.name, probe.purpose, False, f"crashes on import (signal {-done.returncode})",
+                       installed)
     try:
         facts = json.loads(done.stdout.strip().splitlines()[-1])
         return Finding(probe.name, probe.purpose, True, facts.pop("detail"), installed, facts)
     except (IndexError, ValueError, KeyError):
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        return Finding(probe.name, probe.purpose, False, f"installed, but cannot be used: {reason}", installed)
+        return Finding(probe.name, probe.purpose, False, f"installed, but cannot be used: {reason}",
+                       installed)
 
 
 def remedy(package: str | None) -> str:
-    """How to install the package that a failed import named."""
+    """How to install the package named by a failed import."""
     return next((probe.remedy for probe in PACKAGES if probe.module.partition(".")[0] == package),
                 "see `blip-fast doctor`")
 
 
 def look_for_java() -> Finding:
-    """The `java` command; macOS has one that only asks for Java to be installed."""
+    """Look for the `java` command."""
     purpose = "PTB tokenizer, METEOR, SPICE"
     java = find_java()
-    return Finding("Java", purpose, java.runs, java.said)
+    return Finding("Java", purpose, java.runs, java.description)
 
 
 def is_there(module: str) -> bool:
-    """Whether the module can be found; it is not imported."""
+    """Whether the module can be found. It is not imported."""
     try:
         return find_spec(module) is not None
     except (ImportError, ValueError, AttributeError):  # a parent package is missing or broken
@@ -247,12 +258,13 @@ def _cuda(torch: Finding) -> Finding:
 
 
 def decide(findings: tuple[Finding, ...]) -> tuple[Part, ...]:
-    """What each part uses, given what was found. Follows the code's own rules, it does not set them."""
+    """What each part uses, given the findings. This describes the rules of the code elsewhere; it does not
+    set them."""
     found = {finding.name: finding for finding in findings}
     inference = Part("images for inference", "Pillow in threads",
                      {"DALI": "here inference equals transformers', which uses Pillow"})
-    return (_device(found), _precision(found), _attention(found), _training(found), _optimiser(found), _input(found),
-            inference, _caption_metrics(found))
+    return (_device(found), _precision(found), _attention(found), _training(found), _optimiser(found),
+            _input(found), inference, _caption_metrics(found))
 
 
 def _device(found: Mapping[str, Finding]) -> Part:
@@ -264,7 +276,8 @@ def _precision(found: Mapping[str, Finding]) -> Part:
     precision = found["Precision"]
     if not precision.usable:
         return Part("precision", f"nothing: {precision.detail}")
-    return Part("precision", f"auto is {precision.facts['auto']} in inference and training, float32 in heat maps",
+    return Part("precision",
+                f"auto is {precision.facts['auto']} in inference and training, float32 in heat maps",
                 precision.facts["slow"])
 
 

@@ -1,1 +1,1 @@
-"""What is measured and beside what: cases, peers and clock of `blip-fast bench` and of `pytest benchmarks/`."""
+"""Benchmarks: the cases, peers and timing of `blip-fast bench` and of `pytest benchmarks/`."""

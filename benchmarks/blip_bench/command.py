@@ -1,4 +1,5 @@
-"""`blip-fast bench`: how fast this machine captions, re-ranks, answers and encodes, beside others in the same run."""
+"""`blip-fast bench`: how fast this machine captions, re-ranks, answers and encodes, compared with other
+implementations in the same run."""
 
 from __future__ import annotations
 
@@ -28,16 +29,17 @@ def _arguments(parser: ArgumentParser) -> None:
         help="checkpoint to take the weights of (default: random ones of the base size, the same every time)")
     add("--image-size", type=int, default=384, help="pixels a side; position embeddings are resized to it")
     add("--images", type=int | None,
-        help="pictures in a call (default: 4; for caption 16, the captioner's own batch; for vqa 8 with a question "
-             "each); rerank always has 64 and 320 captions")
+        help="pictures in a call (default: 4; for caption 16, the captioner's own batch; for vqa 8 "
+             "with a question each); rerank always has 64 and 320 captions")
     add("--rounds", type=int, default=3, help="how often everyone has a turn")
     add("--full", action="store_true", help="rerank: all of the work instead of a kth; takes many minutes")
     add("--dtypes", type=str | None, metavar="DTYPE,...",
-        help="float32, bfloat16, and for caption and encode int8 (default: those that this processor multiplies in "
-             "hardware; for rerank, which takes minutes, the last of them)")
+        help="float32, bfloat16, and for caption and encode int8 (default: those that this processor "
+             "multiplies in hardware; for rerank, which takes minutes, the last of them)")
     add("--peers", type=str | None, metavar="PEER,...",
-        help="caption, encode: who is measured as well: openvino, onnxruntime, compiled (PyTorch's compiler), "
-             "transformers (default: all that are installed; pip install 'blip-fast[peers]')")
+        help="caption, encode: who is measured as well: openvino, onnxruntime, compiled "
+             "(PyTorch's compiler), transformers (default: all that are installed; pip install "
+             "'blip-fast[peers]')")
     add("--threads", type=int | None, help="threads of everyone (default: as PyTorch chooses)")
     add("--json", action="store_true", help="print one JSON object")
 
@@ -63,13 +65,16 @@ def _run(args: Namespace) -> int:
         torch.set_num_threads(args.threads)
     found: dict[str, Any] = {"task": args.task, "model": args.model or "base, random weights",
                              "image_size": args.image_size, "rounds": args.rounds, "machine": machine(),
-                             "peers": {peer: version(peer) for peer, reason in peers.items() if reason is None},
-                             "missing": {peer: reason for peer, reason in peers.items() if reason}, "cases": []}
+                             "peers": {peer: version(peer) for peer, reason in peers.items()
+                                       if reason is None},
+                             "missing": {peer: reason for peer, reason in peers.items() if reason},
+                             "cases": []}
     console = Console(stderr=True)
     with TemporaryDirectory() as directory, console.status("making the models"):
         try:
             for case in _cases(args, dtypes, found["peers"], Path(directory)):
-                with console.status(f"{args.task}, {case.name}: {args.rounds} rounds of {', '.join(case.calls)}"):
+                with console.status(f"{args.task}, {case.name}: {args.rounds} rounds of "
+                                    f"{', '.join(case.calls)}"):
                     found["cases"].append(measure(case, args.rounds))
         except Disagreement as error:
             console.print(f"blip-fast: {error}", soft_wrap=True)
@@ -85,7 +90,8 @@ def _cases(args: Namespace, dtypes: Sequence[str], peers: Collection[str], direc
     from blip_bench import models
 
     part = {"caption": "caption", "rerank": "match", "vqa": "answer"}.get(args.task)
-    models.write_checkpoint(directory, part or models.part_for_encoding(args.model), args.image_size, args.model)
+    models.write_checkpoint(directory, part or models.part_for_encoding(args.model),
+                            args.image_size, args.model)
     if args.task == "caption":
         from blip_bench.cases import caption
         from blip_fast.tasks.captioner import BATCH
@@ -108,8 +114,10 @@ def _print(found: dict[str, Any]) -> None:
     from rich.console import Console
 
     console, about = Console(), found["machine"]
-    console.print(f"[bold]{found['task']}[/bold]: {found['model']}, {found['image_size']} px, {found['rounds']} rounds")
-    console.print(f"{about['cpu']}, {about['instructions']}, {about['threads']} threads, torch {about['torch']}")
+    console.print(f"[bold]{found['task']}[/bold]: {found['model']}, {found['image_size']} px, "
+                  f"{found['rounds']} rounds")
+    console.print(f"{about['cpu']}, {about['instructions']}, {about['threads']} threads, torch "
+                  f"{about['torch']}")
     for case in found["cases"]:
         console.print(*_tables(case), sep="")
         if agreement := "; ".join(f"{name} {value:.3g}" for name, value in case["agreement"].items()):
@@ -119,7 +127,7 @@ def _print(found: dict[str, Any]) -> None:
 
 
 def _tables(case: dict[str, Any]) -> list[Table]:
-    """Seconds, and the ratios where there are any."""
+    """A table of seconds, and one of ratios if there are any."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
@@ -134,7 +142,8 @@ def _tables(case: dict[str, Any]) -> list[Table]:
     for ratio in case["ratios"]:
         target = Text("")
         if "target" in ratio:
-            target = Text(f"{ratio['target']} {'✓' if ratio['met'] else '✗'}", "green" if ratio["met"] else "red")
+            target = Text(f"{ratio['target']} {'✓' if ratio['met'] else '✗'}",
+                          "green" if ratio["met"] else "red")
         of, beside = (who if who.startswith(name) else f"{name} ({who})"
                       for name, who in zip((ratio["of"], ratio["beside"]), ratio["fastest"], strict=True))
         ratios.add_row(f"{of} as {beside}", _spread(ratio), target)

@@ -1,4 +1,4 @@
-"""On what was measured."""
+"""The machine that was measured."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from blip_kernels.cpu.processor import instruction_set
 
 
 def machine() -> dict[str, Any]:
-    """Processor, what it multiplies in hardware, cores, threads and versions: what every figure is shown with."""
+    """The processor, its instruction sets, cores, threads and versions: these are shown with every figure."""
     return {"cpu": _cpu_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
             "instructions": instruction_set(), "capability": torch.backends.cpu.get_cpu_capability(),
             "torch": torch.__version__, "python": platform.python_version(), "system": platform.system()}
 
 
 def _cpu_model() -> str:
-    """With family and model number, since a virtual machine may name no more than its maker."""
+    """The name with family and model number, since a virtual machine may show only the vendor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""What a call adds, at its peak, to the memory of a process of its own."""
+"""The peak memory of a call, measured in a new process."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from blip_bench.timing import Call
 
 
 class Added(NamedTuple):
-    """Resident bytes before a call, and what its peak adds."""
+    """Resident bytes before a call, and the bytes that its peak adds."""
 
     before: int
     added: int
 
 
 def added_memory(make: Callable[..., Call], *arguments: Any) -> Added:
-    """What a second call of `make(*arguments)` adds, in a new process; the first leaves threads and buffers that stay.
+    """The memory added by the second call of `make(*arguments)` in a new process; the first call creates
+    threads and buffers that stay.
 
-    `make` is a function of a module, its arguments can be pickled. Linux only.
+    `make` must be importable, and its arguments must be picklable. Linux only.
     """
     with multiprocessing.get_context("spawn").Pool(1) as alone:
         return alone.apply(_measure, (make, arguments))
@@ -30,8 +31,8 @@ def added_memory(make: Callable[..., Call], *arguments: Any) -> Added:
 def _measure(make: Callable[..., Call], arguments: tuple[Any, ...]) -> Added:
     call = make(*arguments)
     call()
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    ctypes.CDLL(None).malloc_trim(0)  # return freed memory to the system
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = _resident("VmRSS")
     call()
     return Added(before, _resident("VmHWM") - before)

@@ -1,4 +1,4 @@
-"""One set of weights for ours and for transformers: a directory that both load."""
+"""The same weights for ours and for transformers: a directory that both load."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ TOKENS = 20  # of a caption, the prompt included
 
 
 def random_model(part: str, image_size: int) -> BlipModel:
-    """BLIP base with the parts of one of `TASK_PARTS`, weights drawn from `SEED`."""
+    """BLIP base with the parts of one of `TASK_PARTS`, and random weights from `SEED`."""
     torch.manual_seed(SEED)
     return BlipModel(BlipConfig(vision=VisionConfig(image_size=image_size), **TASK_PARTS[part])).eval()
 
 
 def write_checkpoint(directory: Path, part: str, image_size: int, source: str | None = None) -> None:
-    """Write the weights of `part` (one of `TASK_PARTS`) in float32 with a tokenizer: those of the checkpoint `source`,
-    or random ones of the base size. Raises ValueError where `source` has no such part."""
+    """Write the weights of `part` (one of `TASK_PARTS`) in float32 with a tokenizer: from the checkpoint
+    `source`, or random ones of the base size. Raises ValueError if `source` has no such part."""
     if source is None:
         save_hugging_face(random_model(part, image_size), words.tokenizer(), directory)
         return
@@ -38,7 +38,7 @@ def write_checkpoint(directory: Path, part: str, image_size: int, source: str | 
 
 
 def part_for_encoding(source: str | None) -> str:
-    """Which of `TASK_PARTS` a checkpoint can be reduced to; every one of them has the vision encoder."""
+    """One of `TASK_PARTS` that the checkpoint contains; all of them have the vision encoder."""
     if source is None:
         return "caption"
     stacks = load_model(source)[0].config.text_stacks
@@ -46,7 +46,7 @@ def part_for_encoding(source: str | None) -> str:
 
 
 def load_transformers(directory: Path, dtype: str) -> Any:
-    """transformers' model of a directory."""
+    """The transformers model in a directory."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -56,11 +56,12 @@ def load_transformers(directory: Path, dtype: str) -> Any:
 
 
 def transformers_models(directory: Path, dtypes: Sequence[str], peers: Collection[str]) -> dict[str, Any]:
-    """transformers' models by name, in those of `dtypes` that it has, where it is one of `peers`."""
+    """transformers' models by name, one per dtype that it supports; none if it is not among `peers`."""
     return {f"transformers {dtype}": load_transformers(directory, dtype) for dtype in dtypes
             if dtype != "int8" and "transformers" in peers}
 
 
 def pictures(number: int, image_size: int) -> Tensor:
-    """Noise in place of transformed pictures, float32 [number, 3, image_size, image_size]: all cost the same."""
+    """Noise in place of transformed pictures, float32 [number, 3, image_size, image_size]: the content does
+    not change the cost."""
     return torch.randn(number, 3, image_size, image_size, generator=torch.Generator().manual_seed(SEED))

@@ -1,4 +1,4 @@
-"""The page of a run of the benchmarks: what was to be reached, peers side by side, by batch and beams, memory."""
+"""The HTML page of a benchmark run: targets, comparisons, throughput by batch and beams, memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from blip_fast.report import Bars, Metric, Plot, Report
 
 
 class TimeRecord(NamedTuple):
-    """What a test timed. `parameters` may hold `batch` and `beams`: such tests are one plot, a line for each beams."""
+    """The times of a test. Tests whose `parameters` have `batch` and `beams` form one plot with a line per
+    number of beams."""
 
     module: str
     test: str
@@ -22,7 +23,7 @@ class TimeRecord(NamedTuple):
 
 
 class MemoryRecord(NamedTuple):
-    """What a test found of its implementations' memory, by name."""
+    """The memory of a test's implementations, by name."""
 
     module: str
     test: str
@@ -38,21 +39,25 @@ def write_report(records: Sequence[Record], path: Path) -> Path:
     about = machine()
     facts = {"Processor": about["cpu"], "Threads": f"{about['threads']} of {about['cores']} cores",
              "Instructions": about["instructions"], "PyTorch": about["torch"]}
-    report = Report("Benchmarks", "blip_fast beside others, in turn in one process. Medians of the rounds.", facts)
+    report = Report("Benchmarks",
+                    "blip_fast beside others, in turn in one process. Medians of the rounds.", facts)
     times = [record for record in records if isinstance(record, TimeRecord)]
     if targets := [metric for record in times for metric in _targets(record.summary)]:
-        report.section("What is to be reached", "How many times as fast, and how many it should be.").metrics(targets)
+        about_targets = "How many times as fast, and how many it should be."
+        report.section("What is to be reached", about_targets).metrics(targets)
     for module, own in groupby(times, key=lambda record: record.module):
         own = list(own)
         sweep = [record for record in own if {"batch", "beams"} <= record.parameters.keys()]
-        beside = [record.summary for record in own if record not in sweep]
+        others = [record.summary for record in own if record not in sweep]
         report.section(_heading(module))
-        report.plots([*_bars(_heading(module), beside), *([_sweep(sweep)] if sweep else [])])
-        if beside:
-            report.table(["case", "by", "seconds", "lowest", "highest", "a second", ""], list(_rows(beside)))
+        report.plots([*_bars(_heading(module), others), *([_sweep(sweep)] if sweep else [])])
+        if others:
+            report.table(["case", "by", "seconds", "lowest", "highest", "a second", ""], list(_rows(others)))
     if memory := [record for record in records if isinstance(record, MemoryRecord)]:
-        groups = {record.case: {name: each.added / 1e9 for name, each in record.added.items()} for record in memory}
-        report.section("Memory", "What a call adds, at its peak, to the resident memory of a process of its own.")
+        groups = {record.case: {name: each.added / 1e9 for name, each in record.added.items()}
+                  for record in memory}
+        report.section("Memory",
+                       "What a call adds, at its peak, to the resident memory of a process of its own.")
         report.plots([Bars("Added by a call", groups, "GB")])
     return report.write(path)
 
@@ -69,7 +74,7 @@ def _targets(summary: dict[str, Any]) -> Iterable[Metric]:
 
 
 def _bars(heading: str, summaries: Sequence[dict[str, Any]]) -> Iterable[Bars]:
-    """A drawing for all cases with the same names: FLOPs a second where they are known, else amounts a second."""
+    """A chart for all cases with the same implementations: FLOPs (if known) or units per second."""
     kinds: dict[tuple[str, ...], dict[str, dict[str, float]]] = {}
     for summary in summaries:
         each = summary["implementations"]
@@ -82,7 +87,7 @@ def _bars(heading: str, summaries: Sequence[dict[str, Any]]) -> Iterable[Bars]:
 
 
 def _sweep(records: Sequence[TimeRecord]) -> Plot:
-    """Throughput of the first implementation over the batch."""
+    """Throughput of the first implementation by batch size."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for record in sorted(records, key=lambda record: record.parameters["batch"]):
         first = next(iter(record.summary["implementations"].values()))
@@ -94,9 +99,10 @@ def _sweep(records: Sequence[TimeRecord]) -> Plot:
 
 def _rows(summaries: Sequence[dict[str, Any]]) -> Iterable[list[str | float]]:
     for summary in summaries:
-        beside = {ratio["fastest"][1]: ratio for ratio in reversed(summary["ratios"])}  # the first that names it counts
+        # Of several ratios with the same name, the first counts.
+        ratios = {ratio["fastest"][1]: ratio for ratio in reversed(summary["ratios"])}
         for name, each in summary["implementations"].items():
-            seconds, ratio = each["seconds"], beside.get(name)
-            said = "" if ratio is None else f"{ratio['of']} is {ratio['median']:.2f} × as fast"
+            seconds, ratio = each["seconds"], ratios.get(name)
+            remark = "" if ratio is None else f"{ratio['of']} is {ratio['median']:.2f} × as fast"
             yield [summary["case"], name, *(seconds[key] for key in ("median", "lowest", "highest")),
-                   each["per_second"], said]
+                   each["per_second"], remark]

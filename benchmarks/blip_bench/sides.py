@@ -1,7 +1,8 @@
-"""Which dtypes are measured here, and who is compared with whom.
+"""Which dtypes are measured here, and which implementations are compared.
 
-An implementation is named after who it is and its dtype, a variant after a comma: `openvino float32, streams
-2`."""
+An implementation's name consists of who made it and the dtype; a variant follows a comma:
+`openvino float32, streams 2`.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +12,19 @@ from blip_kernels.cpu.processor import has_bfloat16, has_int8
 
 from blip_bench.timing import Comparison
 
-PRODUCTS = {"float32": lambda: True, "bfloat16": has_bfloat16, "int8": has_int8}  # has the processor any?
+# Whether the processor has products of each dtype.
+PRODUCTS = {"float32": lambda: True, "bfloat16": has_bfloat16, "int8": has_int8}
 OURS, THEIRS = "best of ours", "best of theirs"
 Targets = Mapping[tuple[str, str], float]
 
 
 def dtypes_for(task: str, named: str | None) -> list[str]:
-    """The dtypes that are `named`, with commas between; by default those that the processor multiplies, and
-    for rerank, which takes minutes, the last of them. The published loops of rerank and vqa have no int8.
+    """The comma-separated dtypes in `named`. The default is those that the processor multiplies in hardware;
+    for rerank, which takes minutes, only the last of them. The published loops of rerank and vqa have no
+    int8.
 
     Raises:
-        ValueError: a dtype is unknown, or the task has none such.
+        ValueError: a dtype is unknown, or the task does not have it.
     """
     known = list(PRODUCTS) if task in ("caption", "encode") else ["float32", "bfloat16"]
     if named is None:
@@ -35,7 +38,7 @@ def dtypes_for(task: str, named: str | None) -> list[str]:
 
 
 def groups(names: Iterable[str]) -> dict[str, list[str]]:
-    """Everyone's variants, and the best of either side."""
+    """The groups to compare: the variants of each implementation, all of ours, and all of theirs."""
     found: dict[str, list[str]] = {}
     for name in names:
         found.setdefault(name.partition(",")[0], []).append(name)
@@ -45,12 +48,13 @@ def groups(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def comparisons(names: Iterable[str], targets: Targets) -> tuple[Comparison, ...]:
-    """Ours beside each other one of the same dtype, the other pairs of `targets`, the best beside the best. A
-    target counts where the processor multiplies the dtype of ours."""
+    """Compare ours with each other implementation of the same dtype, the remaining pairs of `targets`, and
+    the best of ours with the best of theirs. A target applies only if the processor multiplies the dtype of
+    ours in hardware."""
     there = groups(names)
     alike = ((f"ours {dtype_of(label)}", label) for label in there if not label.startswith(("ours", "best")))
     pairs = [pair for pair in dict.fromkeys((*alike, *targets, (OURS, THEIRS))) if set(pair) <= there.keys()]
-    return tuple(Comparison(*pair, targets.get(pair) if _counts(pair[0]) else None) for pair in pairs)
+    return tuple(Comparison(*pair, targets.get(pair) if _has_products(pair[0]) else None) for pair in pairs)
 
 
 def dtype_of(name: str) -> str:
@@ -58,12 +62,11 @@ def dtype_of(name: str) -> str:
 
 
 def reference_of(results: Iterable[str]) -> str:
-    """Whose results the others' are compared with: the published code's in float32, or the nearest there
-    is."""
+    """The implementation with the reference results: transformers in float32, or the nearest available."""
     results = list(results)
     return next(name for name in ("transformers float32", "ours float32", results[0]) if name in results)
 
 
-def _counts(ours: str) -> bool:
+def _has_products(ours: str) -> bool:
     dtype = dtype_of(ours)
     return dtype in PRODUCTS and PRODUCTS[dtype]()

@@ -1,6 +1,6 @@
-"""Implementations timed side by side: in turn, in one process, so that whatever else the machine does meets them alike.
+"""Times implementations in turn, in one process, so that other load on the machine affects all alike.
 
-Each round calls every implementation once. A ratio is taken within a round and its median over the rounds.
+Each round calls every implementation once. A ratio is computed within a round, its median over all rounds.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ Call = Callable[[], Any]
 
 
 class Disagreement(RuntimeError):
-    """Two implementations of one thing gave different results: their times say nothing."""
+    """Two implementations gave different results, so their times cannot be compared."""
 
 
 def require(agrees: bool, otherwise: str) -> None:
-    """Raise Disagreement unless results agree."""
+    """Raise Disagreement unless the results agree."""
     if not agrees:
         raise Disagreement(otherwise)
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Median, lowest and highest of the rounds."""
+    """The median, lowest and highest value of the rounds."""
 
     median: float
     lowest: float
@@ -40,8 +40,8 @@ class Spread:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How many times as fast `of` is as `beside`, implementations or groups, and how many times it should be (None: no
-    target)."""
+    """How many times as fast `of` is as `beside`; each is an implementation or a group. `target` is the wanted
+    ratio, or None."""
 
     of: str
     beside: str
@@ -50,19 +50,19 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Case:
-    """One piece of work and who does it.
+    """One piece of work and the implementations that do it.
 
     Attributes:
-        name: what distinguishes the case within its task.
-        calls: the implementations, by name. What a call returns goes to `check`.
-        comparisons: the ratios of interest.
-        groups: names that stand for several implementations, and so for the one that turns out to be the fastest.
-        amount, unit: how much one call does: 4 "images".
-        flops: of a call, of the implementations whose FLOPs are known. Where both of a comparison have them, their
-            ratio is one of FLOPs a second, else one of seconds.
-        check: given the results by name, returns how far they agree, in figures with a name, and raises Disagreement
-            where they do not: a speed-up counts only for equal results.
-        warm_up: done once, before the first round; without one everyone is called once.
+        name: distinguishes the case within its task.
+        calls: the implementations, by name. What a call returns is passed to `check`.
+        comparisons: the ratios to report.
+        groups: names for several implementations; a comparison uses the fastest of them.
+        amount, unit: how much one call does, for example 4 "images".
+        flops: FLOPs of a call, for the implementations where they are known. If both sides of a comparison
+            have them, the ratio is one of FLOPs per second, otherwise one of seconds.
+        check: takes the results by name, and returns named figures of how well they agree. It raises
+            Disagreement if they do not, since a speed-up counts only for equal results.
+        warm_up: called once before the first round. Without it, every implementation is called once.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Case:
 
     @classmethod
     def beside(cls, name: str, ours: Call, peers: Mapping[str, Call], **more: Any) -> Case:
-        """Ours, under that name, compared with each of the peers."""
+        """A case that compares `ours` with each of the peers."""
         return cls(name, {"ours": ours, **peers}, tuple(Comparison("ours", peer) for peer in peers), **more)
 
     def get_warm(self) -> None:
@@ -86,7 +86,7 @@ class Case:
 
 
 class Rounds:
-    """What a case's calls took and returned."""
+    """The times and results of a case's calls."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
@@ -94,14 +94,14 @@ class Rounds:
         self.results: dict[str, Any] = {}
 
     def take(self, *names: str) -> None:
-        """Call these once each and look at the clock."""
+        """Call each of these once, and time it."""
         for name in names:
             start = perf_counter()
             self.results[name] = self.case.calls[name]()
             self.seconds[name].append(perf_counter() - start)
 
     def fastest(self, name: str) -> str:
-        """The member of a group with the least median; an implementation itself."""
+        """The implementation of a group with the least median, or the implementation of that name."""
         return min(self.case.groups.get(name, (name,)), key=lambda each: median(self.seconds[each]))
 
     def ratio(self, comparison: Comparison) -> Spread:
@@ -111,7 +111,7 @@ class Rounds:
                          for ours, theirs in zip(self.seconds[of], self.seconds[beside], strict=True))
 
     def summary(self) -> dict[str, Any]:
-        """Everything that is known, for JSON. Raises Disagreement where the results do not agree."""
+        """All figures, for JSON. Raises Disagreement if the results do not agree."""
         return {
             "case": self.case.name, "amount": self.case.amount, "unit": self.case.unit,
             "implementations": {name: self._implementation(name) for name in self.seconds},
@@ -135,9 +135,9 @@ class Rounds:
 
 
 def measure(case: Case, rounds: int) -> dict[str, Any]:
-    """Warm up, time every call in turn `rounds` times; what came out, as `Rounds.summary` has it."""
+    """Warm up, time every call in turn `rounds` times, and return `Rounds.summary`."""
     case.get_warm()
-    taken = Rounds(case)
+    timed = Rounds(case)
     for _ in range(rounds):
-        taken.take(*case.calls)
-    return taken.summary()
+        timed.take(*case.calls)
+    return timed.summary()

@@ -1,6 +1,7 @@
-"""A vocabulary, captions, questions and answers without a download: as long, and as alike, as those of COCO and VQA v2.
+"""A vocabulary, captions, questions and answers without a download, with lengths and similarities like those
+of COCO and VQA v2.
 
-Every draw comes from the seed that is given.
+All random choices derive from the given seed.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from itertools import chain, count, product
 
 from blip_fast.model.tokenizer import Tokenizer
 
-BERT_SIZE, FIRST_WORD = 30_522, 999  # tokens of bert-base-uncased, and the id from which on they are words
+BERT_SIZE, FIRST_WORD = 30_522, 999  # tokens of bert-base-uncased, and the id of its first word
 WORDS = {kind: words.split() for kind, words in (line.split(": ") for line in """\
 colours: black white red blue green yellow brown gray orange pink purple silver gold beige tan
 nouns: man woman boy girl child baby people person player batter pitcher skier surfer rider driver cook chef waiter \
@@ -42,14 +43,15 @@ rest: a the of and with at to is are what where who how many color kind this tha
 COLOURS, NOUNS, QUALITIES, ACTIONS, PLACES, REST = WORDS.values()
 QUESTIONS = ("what color is the {noun}", "how many {noun}s are there", "is the {noun} {quality}",
              "what is the {noun} {action}", "where is the {noun}", "what is {place} the {noun}",
-             "is there a {quality} {noun} in the picture", "what kind of {noun} is {place} the {colour} {other}")
+             "is there a {quality} {noun} in the picture", "what kind of {noun} is {place} the "
+             "{colour} {other}")
 PARTS = ("a {quality} {noun}", "a {noun} and a {other}", "the {colour} {noun}", "a {noun} {action}",
          "{place} a {quality} {noun}", "with a {colour} {other}", "{place} the {noun}")
 
 
 def tokenizer() -> Tokenizer:
-    """As many tokens as bert-base-uncased has, the special ones where it has them. Words of this file are one token
-    each, others are spelt."""
+    """A tokenizer with as many tokens as bert-base-uncased, and the special ones at the same ids. Words of
+    this file are one token each; other words are spelt in letters."""
     special = {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 103: "[MASK]"}
     signs = string.ascii_lowercase + string.digits + string.punctuation
     words = [*signs, *(f"##{sign}" for sign in signs), *map(str, range(10, 101)), *chain(*WORDS.values())]
@@ -60,28 +62,29 @@ def tokenizer() -> Tokenizer:
 
 
 def captions(number: int, seed: int) -> list[str]:
-    """Of 4 to 18 words, 11 on average."""
+    """Random captions of 4 to 18 words, 11 on average."""
     draw = random.Random(seed)
     found = []
     for _ in range(number):
         text: list[str] = []
         for _ in range(draw.choice((2, 3, 3, 4))):
-            text += _filled(draw.choice(PARTS), draw).split()
+            text += _fill(draw.choice(PARTS), draw).split()
         found.append(" ".join(text[:18]))
     return found
 
 
 def questions(number: int, seed: int) -> list[str]:
     draw = random.Random(seed)
-    return [_filled(draw.choice(QUESTIONS), draw) for _ in range(number)]
+    return [_fill(draw.choice(QUESTIONS), draw) for _ in range(number)]
 
 
 def answers(number: int, seed: int) -> list[str]:
-    """Distinct ones; of seven, four are one word, two are two words and one is three, many with a beginning in common:
-    close to the list of 3,128 that VQA v2 is answered from."""
+    """Distinct answers. Of seven, four have one word, two have two and one has three, and many share a
+    beginning, similar to the list of 3,128 answers used for VQA v2."""
     draw = random.Random(seed)
     kinds = [
-        ["yes", "no", *map(str, range(101)), *COLOURS, *NOUNS, *(f"{noun}s" for noun in NOUNS), *QUALITIES, *ACTIONS],
+        ["yes", "no", *map(str, range(101)), *COLOURS, *NOUNS, *(f"{noun}s" for noun in NOUNS),
+         *QUALITIES, *ACTIONS],
         [*map(" ".join, product(COLOURS + QUALITIES, NOUNS)), *map(" ".join, product(PLACES, NOUNS))],
         [*(f"{place} the {noun}" for place, noun in product(PLACES, NOUNS)),
          *(f"{one} and {other}" for one, other in product(COLOURS, COLOURS))],
@@ -97,6 +100,6 @@ def answers(number: int, seed: int) -> list[str]:
     return found
 
 
-def _filled(pattern: str, draw: random.Random) -> str:
+def _fill(pattern: str, draw: random.Random) -> str:
     return pattern.format(noun=draw.choice(NOUNS), other=draw.choice(NOUNS), quality=draw.choice(QUALITIES),
                           colour=draw.choice(COLOURS), action=draw.choice(ACTIONS), place=draw.choice(PLACES))

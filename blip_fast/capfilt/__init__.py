@@ -1,4 +1,5 @@
-"""CapFilt: a captioner writes a caption for each web image, a filter keeps the texts that fit (BLIP section 3.3)."""
+"""CapFilt: a captioner writes a caption for each web image, and a filter keeps the texts that match (BLIP
+section 3.3)."""
 
 from blip_fast.capfilt.clean import (
     CapFiltConfig,

@@ -1,4 +1,4 @@
-"""A filter's threshold from clean pairs that it has not been trained on."""
+"""Finds a filter's threshold from clean pairs that it was not trained on."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from blip_fast.tasks.model_loading import pixel_batches
 BATCH = 100  # images
 
 
-def calibrate(matcher: Matcher, images: Sequence[AnnotatedImage], keep: float, first_token: str = "[ENC]") -> float:
+def calibrate(matcher: Matcher, images: Sequence[AnnotatedImage], keep: float,
+              first_token: str = "[ENC]") -> float:
     """The threshold that keeps the share `keep` of the images' captions (see `calibrated_threshold`).
 
     Args:
-        first_token: what texts start with before the matching head, as in `CapFiltConfig`.
+        first_token: the token that texts start with for the matching head, as in `CapFiltConfig`.
 
     Raises:
         ImageError: for the first image that cannot be read.
-        ValueError: there is no caption, `keep` is not a share, or another first token.
+        ValueError: there is no caption, `keep` is not a share, or the first token is unknown.
     """
     left, probabilities = iter(images), []
     for pixels in pixel_batches(images, matcher.model.config.vision.image_size, BATCH):

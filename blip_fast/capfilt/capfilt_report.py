@@ -1,6 +1,6 @@
-"""What became of all texts of a CapFilt run: counts, histograms of scores, pictures with kept and dropped texts.
+"""The report of a CapFilt run: counts, histograms of scores, and pictures with their kept and dropped texts.
 
-Read from the index of texts, a shard at a time; in memory are histograms and a few examples.
+It is computed from the index of texts, one shard at a time. Only histograms and a few examples are in memory.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from blip_fast.media.images import SUFFIXES, StoredImage
 from blip_fast.report.page import Card, Line, Report
 from blip_fast.report.plot import Bars
 
-SHOWN = 12  # images a section
-LINES = 6  # texts of an image, at most
-MANY_CUT = 0.05  # share of the synthetic texts that were cut off, above which the page says what to do
+SHOWN = 12  # images per section
+LINES = 6  # most texts per image
+MANY_CUT = 0.05  # above this share of synthetic texts cut off, the page gives advice
 ITM_BINS, ITC_BINS = np.linspace(0, 1, 11), np.linspace(-1, 1, 21)
 ORIGINS = ("web", "synthetic")
 SECTIONS = {
-    "changed": ("Most changed captions", "No web text of these images was kept, a synthetic one was: those whose best "
-                "kept text is ahead of the best web text by most."),
+    "changed": ("Most changed captions",
+                "No web text of these images was kept, a synthetic one was: those whose best kept text is "
+                "ahead of the best web text by most."),
     "dropped": ("Dropped web texts", "Some images of which a web text was dropped, drawn at random."),
     "kept": ("Kept web texts", "Some images of which a web text was kept, drawn at random."),
 }
@@ -37,7 +38,7 @@ SECTIONS = {
 
 @dataclass(frozen=True, order=True)
 class Example:
-    """An image to show: the lowest `rank` first."""
+    """An image to show. Examples with the lowest `rank` come first."""
 
     rank: float
     file: str
@@ -47,18 +48,21 @@ class Example:
 
 @dataclass
 class Summary:
-    """Texts and kept texts of each origin, how many of the synthetic ones were cut off, scores' histograms, and
+    """Counts of texts and kept texts by origin and of synthetic texts cut off, histograms of scores, and
     examples for each section."""
 
     texts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ORIGINS, 0))
     kept: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ORIGINS, 0))
     cut: int = 0
-    itm: dict[str, NDArray[Any]] = field(default_factory=lambda: {o: np.zeros(len(ITM_BINS) - 1, int) for o in ORIGINS})
-    itc: dict[str, NDArray[Any]] = field(default_factory=lambda: {o: np.zeros(len(ITC_BINS) - 1, int) for o in ORIGINS})
+    itm: dict[str, NDArray[Any]] = field(
+        default_factory=lambda: {o: np.zeros(len(ITM_BINS) - 1, int) for o in ORIGINS})
+    itc: dict[str, NDArray[Any]] = field(
+        default_factory=lambda: {o: np.zeros(len(ITC_BINS) - 1, int) for o in ORIGINS})
     examples: dict[str, list[Example]] = field(default_factory=lambda: {name: [] for name in SECTIONS})
 
     def add(self, path: Path, number: int) -> None:
-        """Count shard `number`'s texts; its number is the seed of what is drawn to be shown."""
+        """Count the texts of shard `number`, whose index is at `path`. The number seeds the choice of
+        examples."""
         import pyarrow.parquet as parquet  # pyright: ignore[reportMissingImports]
 
         table = parquet.read_table(path)
@@ -72,20 +76,21 @@ class Summary:
             self.kept[origin] += int((mine & columns["kept"]).sum())
             self.itm[origin] += np.histogram(columns["itm"][mine].clip(0, 1), ITM_BINS)[0]
             self.itc[origin] += np.histogram(columns["itc"][mine].clip(-1, 1), ITC_BINS)[0]
-        self._choose(columns, np.random.default_rng(number))
+        self._choose_examples(columns, np.random.default_rng(number))
 
-    def _choose(self, columns: dict[str, NDArray[Any]], rng: np.random.Generator) -> None:
+    def _choose_examples(self, columns: dict[str, NDArray[Any]], rng: np.random.Generator) -> None:
         key, web, kept = columns["key"], columns["origin"] == "web", columns["kept"].astype(bool)
         starts = np.flatnonzero(np.concatenate([[True], key[1:] != key[:-1]]))
         ends = np.append(starts[1:], len(key))
 
         def best(which: NDArray[np.bool_]) -> NDArray[np.float64]:
-            """The highest probability of each image's texts of a kind; −1 where it has none."""
+            """The highest ITM probability of each image's texts in `which`; −1 if it has none."""
             return np.maximum.reduceat(np.where(which, columns["itm"], -1.0), starts)
 
         drawn, best_web, best_made = rng.random(len(starts)), best(web), best(~web & kept)
         ranks = {
-            "changed": np.where((best_web >= 0) & (best(web & kept) < 0) & (best_made >= 0), best_web - best_made, 1.0),
+            "changed": np.where((best_web >= 0) & (best(web & kept) < 0) & (best_made >= 0),
+                                best_web - best_made, 1.0),
             "dropped": np.where(best(web & ~kept) >= 0, drawn, 1.0),
             "kept": np.where(best(web & kept) >= 0, drawn, 1.0),
         }  # 1 and above: not shown
@@ -98,7 +103,7 @@ class Summary:
 
 
 def write_report(folder: CleanFolder, every: Sequence[Done]) -> tuple[dict[str, int], Path]:
-    """Write `report.html` of a finished run. Returns the run's counts and the page's path."""
+    """Write `report.html` for a finished run. Returns the run's counts and the page's path."""
     summary, directory = Summary(), folder.directory
     for number in range(len(every)):
         summary.add(directory / TEXTS / f"{number:06d}.parquet", number)
@@ -113,7 +118,8 @@ def write_report(folder: CleanFolder, every: Sequence[Done]) -> tuple[dict[str, 
     report = _page(counts, summary, options)
     for name, (heading, text) in SECTIONS.items():
         if examples := summary.examples[name]:
-            report.section(heading, f"{text} Dropped texts are struck through.").cards(_cards(examples, directory))
+            (report.section(heading, f"{text} Dropped texts are struck through.")
+             .cards(_cards(examples, directory)))
     refused = [refused for done in every for refused in done.refused]
     if refused:
         report.section("Images left out", f"{len(refused):,} in all; quarantine.jsonl names each of them.")
@@ -136,28 +142,31 @@ def _page(counts: dict[str, int], summary: Summary, options: dict[str, Any]) -> 
     report.table(["Images", ""], [["read", counts["images"]], ["with a kept text", counts["images_kept"]],
                                   ["without", counts["images"] - counts["images_kept"]],
                                   ["left out", counts["refused"]]])
-    _lengths(report, counts, generation["max_length"])
+    _add_lengths(report, counts, generation["max_length"])
     report.section("Scores", "How many texts of each origin lie in which range.")
     return report.plots([_histogram("ITM: probability that they match", summary.itm, ITM_BINS),
                          _histogram("ITC: cosine", summary.itc, ITC_BINS)])
 
 
-def _lengths(report: Report, counts: dict[str, int], max_length: int) -> None:
+def _add_lengths(report: Report, counts: dict[str, int], max_length: int) -> None:
     cut, share = counts["synthetic_cut"], share_cut(counts)
-    said = (f"{share:.1%} of the synthetic texts were cut off in the middle by the maximum of {max_length} tokens (the "
-            "first one and the prompt counted), and texts for training should be whole: raise --max-length and run "
-            "again." if share > MANY_CUT else f"At most {max_length} tokens, the first one and the prompt counted.")
-    rows = [["came to their end", counts["synthetic"] - cut, f"{1 - share:.1%}"], ["were cut off", cut, f"{share:.1%}"]]
-    report.section("Lengths of synthetic texts", said).table(["Synthetic texts", "", "share"], rows)
+    note = (f"{share:.1%} of the synthetic texts were cut off in the middle by the maximum of {max_length} "
+            "tokens (the first one and the prompt counted), and texts for training should be whole: "
+            "raise --max-length and run again."
+            if share > MANY_CUT else f"At most {max_length} tokens, the first one and the prompt counted.")
+    rows = [["came to their end", counts["synthetic"] - cut, f"{1 - share:.1%}"],
+            ["were cut off", cut, f"{share:.1%}"]]
+    report.section("Lengths of synthetic texts", note).table(["Synthetic texts", "", "share"], rows)
 
 
 def share_cut(counts: dict[str, int]) -> float:
-    """The share of a run's synthetic texts that were cut off, 0 to 1; `counts` as `write_report` returns them."""
+    """The share of a run's synthetic texts that were cut off, 0 to 1. `counts` are those returned by
+    `write_report`."""
     return counts["synthetic_cut"] / max(1, counts["synthetic"])
 
 
 def _histogram(title: str, counts: dict[str, NDArray[Any]], bins: NDArray[Any]) -> Bars:
-    """Without the empty ranges at both ends."""
+    """Bars of a histogram, without the empty ranges at both ends."""
     filled = np.flatnonzero(sum(counts.values()))
     shown = range(filled[0], filled[-1] + 1) if len(filled) else range(1)
     groups = {f"{bins[i]:.1f} to {bins[i + 1]:.1f}": {name: float(each[i]) for name, each in counts.items()}
@@ -169,7 +178,8 @@ def _cards(examples: Sequence[Example], directory: Path) -> list[Card]:
     pictures = _pictures(examples, directory)
     return [Card(pictures[example.file, example.key],
                  [Line(text["text"], text["origin"], f"ITM {text['itm']:.2f} · ITC {text['itc']:.2f}",
-                       struck=not text["kept"]) for text in example.texts[:LINES]], alt=example.texts[0]["image"])
+                       struck=not text["kept"]) for text in example.texts[:LINES]],
+                 alt=example.texts[0]["image"])
             for example in examples]
 
 

@@ -1,7 +1,7 @@
-"""Captioning and filtering of web images: a stream of them, or batches in memory.
+"""Captioning and filtering of web images, as a stream or as batches in memory.
 
-Of each image the filter projects the keys and values once; its web captions and its synthetic ones, packed, read them
-together.
+The filter projects each image's keys and values once. The image's web and synthetic captions, packed
+together, all read them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from blip_fast.model.tokenizer import clean_caption
 from blip_fast.tasks.captioner import BATCH, PROMPT, Caption, Captioner
 from blip_fast.tasks.matcher import MAX_TOKENS, Matcher, MatchScores, image_of_each
 
-NUCLEUS = GenerationConfig(top_p=0.9, max_length=20, min_length=5)  # beam search was found worse (BLIP table 2)
+# Beam search was found worse (BLIP table 2).
+NUCLEUS = GenerationConfig(top_p=0.9, max_length=20, min_length=5)
 
 Keep = Literal["matched", "best"]
 Origin = Literal["web", "synthetic"]
@@ -31,12 +32,13 @@ Origin = Literal["web", "synthetic"]
 
 @dataclass(frozen=True)
 class CapFiltConfig:
-    """How texts are written and kept. Defaults as published.
+    """How texts are written and kept. The defaults are the published ones.
 
-    `generation.seed` and an image's own pixels are the seed of its synthetic captions (`generation.n_best` of them), so
-    they depend on neither the order nor the batches. The filter sees a text behind `first_token`. Kept are `matched`
-    texts, those whose ITM probability of 'matched' is `threshold` or more (0.5: the matching head's arg-max), or of
-    them each image's `best` alone, the first of equal ones.
+    An image's synthetic captions (`generation.n_best` of them) are seeded by `generation.seed` and the
+    image's pixels, so they depend on neither order nor batches. The filter sees each text after
+    `first_token`. With `keep` = `matched`, all texts are kept whose ITM probability of 'matched' is at least
+    `threshold` (0.5 is the matching head's arg-max); with `best`, only the best of these for each image, the
+    first of equal ones.
     """
 
     prompt: str = PROMPT
@@ -54,7 +56,8 @@ class CapFiltConfig:
 
 @dataclass(frozen=True, eq=False)
 class WebImage:
-    """A web image: its name, pixels float [3, size, size] after the evaluation transform, its captions (any number)."""
+    """A web image: its name, pixels float [3, size, size] after the evaluation transform, and any number of
+    captions."""
 
     name: str
     pixels: Tensor
@@ -63,7 +66,7 @@ class WebImage:
 
 @dataclass(frozen=True, eq=False)
 class WebBatch:
-    """Web images: names, pixels float [images, 3, size, size], and the captions of each (any number of them)."""
+    """Web images: names, pixels float [images, 3, size, size], and any number of captions for each."""
 
     names: Sequence[str]
     pixels: Tensor
@@ -77,8 +80,8 @@ class WebBatch:
 
 @dataclass(frozen=True)
 class CapFiltRow:
-    """One text of one image: ITM's probability that they match, ITC's cosine, whether it is kept, and whether it was
-    `cut`: a synthetic text that `generation.max_length` ended before it had come to its end."""
+    """One text of one image: ITM's probability that they match, ITC's cosine, whether the text is kept, and
+    whether it was `cut`, that is, a synthetic text truncated by `generation.max_length`."""
 
     image: str
     text: str
@@ -91,7 +94,7 @@ class CapFiltRow:
 
 @dataclass(frozen=True)
 class CapFiltResult:
-    """All texts, image after image: its web captions, then its synthetic ones, likeliest first."""
+    """All texts, image by image: first its web captions, then its synthetic ones, likeliest first."""
 
     rows: list[CapFiltRow]
 
@@ -99,7 +102,7 @@ class CapFiltResult:
         return [row for row in self.rows if row.origin == origin]
 
     def write_jsonl(self, path: str | Path) -> None:
-        """One object a line: `image`, `text`, `origin`, `itm`, `itc`, `kept`, `cut`."""
+        """Write one object per line: `image`, `text`, `origin`, `itm`, `itc`, `kept`, `cut`."""
         lines = (json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in self.rows)
         Path(path).write_text("".join(lines), encoding="utf-8")
 
@@ -109,18 +112,21 @@ Image = TypeVar("Image", bound=WebImage)
 
 def capfilt(captioner: Captioner, matcher: Matcher, batches: Iterable[WebBatch],
             config: CapFiltConfig = CapFiltConfig()) -> CapFiltResult:
-    """Run CapFilt over all batches. Arguments and errors as `capfilt_batch`."""
-    return CapFiltResult([row for batch in batches for row in capfilt_batch(captioner, matcher, batch, config)])
+    """Run CapFilt over all batches. Arguments and errors are those of `capfilt_batch`."""
+    return CapFiltResult([row for batch in batches
+                          for row in capfilt_batch(captioner, matcher, batch, config)])
 
 
-def capfilt_batch(captioner: Captioner, matcher: Matcher, batch: WebBatch, config: CapFiltConfig) -> list[CapFiltRow]:
-    """`capfilt_stream` over one batch: all of its images are captioned together.
+def capfilt_batch(captioner: Captioner, matcher: Matcher, batch: WebBatch,
+                  config: CapFiltConfig) -> list[CapFiltRow]:
+    """`capfilt_stream` over one batch, all of whose images are captioned together.
 
     Returns:
-        The rows, image after image.
+        The rows, image by image.
 
     Raises:
-        ValueError: as `capfilt_stream`; ImageError for the first image that got no caption.
+        ImageError: for the first image that got no caption.
+        ValueError: as in `capfilt_stream`.
     """
     images = map(WebImage, batch.names, batch.pixels, batch.captions)
     rows: list[CapFiltRow] = []
@@ -131,20 +137,21 @@ def capfilt_batch(captioner: Captioner, matcher: Matcher, batch: WebBatch, confi
 
 def capfilt_stream(captioner: Captioner, matcher: Matcher, images: Iterable[Image], config: CapFiltConfig, *,
                    batch_size: int = BATCH) -> Iterator[tuple[Image, list[CapFiltRow] | ImageError]]:
-    """Write synthetic captions of each image, score them and the image's web captions, and say which are kept.
+    """Write synthetic captions for each image, score them and the image's web captions, and decide which are
+    kept.
 
     Args:
-        captioner: fine-tuned on clean captions, as is the filter.
+        captioner: fine-tuned on clean captions, like the filter.
         matcher: the filter. A text of more than 30 words is scored by its first 30, as in pre-training.
-        images: of any number; a few times `batch_size` of them exist at a time.
+        images: any number; a few times `batch_size` of them are in memory at a time.
         batch_size: images that are captioned, and scored, together.
 
     Returns:
-        In order, each image with its rows, or with an error where no caption has a probability. A text without a word
-        is never kept.
+        In order, each image with its rows, or with an error if no caption has a probability. A text without a
+        word is never kept.
 
     Raises:
-        ValueError: as `check_models`; at once.
+        ValueError: as in `check_models`, at once.
     """
     check_models(captioner, matcher, config)
     waiting: deque[Image] = deque()  # images whose captions are being written
@@ -156,34 +163,37 @@ def capfilt_stream(captioner: Captioner, matcher: Matcher, images: Iterable[Imag
 
     written = captioner.stream_pixels(pixels(), config.prompt, config.generation, strip_prompt=True,
                                       batch_size=batch_size)
-    return _filtered(matcher, ((waiting.popleft(), result) for result in written), config, batch_size)
+    return _filter(matcher, ((waiting.popleft(), result) for result in written), config, batch_size)
 
 
 def check_models(captioner: Captioner, matcher: Matcher, config: CapFiltConfig) -> None:
-    """Raise ValueError where the captioner and the filter take images of different sizes, or where the prompt or
+    """Raise ValueError if the captioner and the filter take images of different sizes, or if the prompt or
     the first token does not fit."""
     size, filter_size = (task.model.config.vision.image_size for task in (captioner, matcher))
     if size != filter_size:
-        raise ValueError(f"the captioner takes images of {size} px, the filter of {filter_size}: load both with one "
-                         "image_size")
+        raise ValueError(f"the captioner takes images of {size} px, the filter of {filter_size}: "
+                         "load both with one image_size")
     captioner.stream_pixels([], config.prompt, config.generation)
     matcher.pack([], config.first_token)
 
 
-def _filtered(matcher: Matcher, written: Iterator[tuple[Image, Caption | ImageError]], config: CapFiltConfig,
-              batch_size: int) -> Iterator[tuple[Image, list[CapFiltRow] | ImageError]]:
+def _filter(matcher: Matcher, written: Iterator[tuple[Image, Caption | ImageError]], config: CapFiltConfig,
+            batch_size: int) -> Iterator[tuple[Image, list[CapFiltRow] | ImageError]]:
+    """Score the texts of captioned images and decide which are kept, `batch_size` images at a time."""
     while some := list(islice(written, batch_size)):
-        captioned = [(image, _texts(image, caption)) for image, caption in some if isinstance(caption, Caption)]
-        scores = iter(_scored(matcher, [image.pixels for image, _ in captioned],
-                              [[each.text for each in texts] for _, texts in captioned], config.first_token))
+        captioned = [(image, _texts(image, caption)) for image, caption in some
+                     if isinstance(caption, Caption)]
+        scores = iter(_score(matcher, [image.pixels for image, _ in captioned],
+                             [[each.text for each in texts] for _, texts in captioned], config.first_token))
         left = iter(texts for _, texts in captioned)
         for image, caption in some:
-            yield image, caption if isinstance(caption, ImageError) else _rows(image, next(left), scores, config)
+            yield image, (caption if isinstance(caption, ImageError)
+                          else _rows(image, next(left), scores, config))
 
 
 @dataclass(frozen=True)
 class _Text:
-    """A text that is to be scored; see `CapFiltRow`."""
+    """A text to be scored; see `CapFiltRow`."""
 
     text: str
     origin: Origin
@@ -196,9 +206,9 @@ def _texts(image: WebImage, caption: Caption) -> list[_Text]:
             *(_Text(each.caption, "synthetic", each.cut) for each in (caption, *caption.others))]
 
 
-def _scored(matcher: Matcher, pixels: Sequence[Tensor], texts: Sequence[Sequence[str]],
-            first_token: str) -> Iterable[tuple[float, float]]:
-    """(ITM, ITC) of each text, image after image."""
+def _score(matcher: Matcher, pixels: Sequence[Tensor], texts: Sequence[Sequence[str]],
+           first_token: str) -> Iterable[tuple[float, float]]:
+    """(ITM, ITC) of each text, image by image."""
     if not pixels:
         return ()
     scores = match_scores(matcher, torch.stack(list(pixels)), texts, first_token)
@@ -207,7 +217,7 @@ def _scored(matcher: Matcher, pixels: Sequence[Tensor], texts: Sequence[Sequence
 
 def _rows(image: WebImage, texts: Sequence[_Text], scores: Iterator[tuple[float, float]],
           config: CapFiltConfig) -> list[CapFiltRow]:
-    """`scores` gives the next ones for as many texts."""
+    """The image's rows. Takes one pair (ITM, ITC) per text from `scores`."""
     mine = list(islice(scores, len(texts)))
     passed = [itm >= config.threshold and any(char.isalnum() for char in each.text)
               for each, (itm, _) in zip(texts, mine, strict=True)]
@@ -218,11 +228,14 @@ def _rows(image: WebImage, texts: Sequence[_Text], scores: Iterator[tuple[float,
             for each, (itm, itc), kept in zip(texts, mine, passed, strict=True)]
 
 
-def match_scores(matcher: Matcher, pixels: Tensor, texts: Sequence[Sequence[str]], first_token: str) -> MatchScores:
-    """The filter's scores [texts] of the texts of each image, image after image, cleaned as in pre-training.
+def match_scores(matcher: Matcher, pixels: Tensor, texts: Sequence[Sequence[str]],
+                 first_token: str) -> MatchScores:
+    """The filter's scores [texts] of the texts of each image, image by image. Texts are cleaned as in
+    pre-training.
 
     Args:
         pixels: float [images, 3, size, size] after the evaluation transform.
     """
-    packed = matcher.tokenizer.pack([clean_caption(text) for mine in texts for text in mine], first_token, MAX_TOKENS)
+    packed = matcher.tokenizer.pack([clean_caption(text) for mine in texts for text in mine], first_token,
+                                    MAX_TOKENS)
     return matcher.score_pairs(pixels, packed, image_of_each(texts))

@@ -1,16 +1,17 @@
-"""What CapFilt writes: a folder of shards that training reads, and what became of every text.
+"""The folder that CapFilt writes: shards that training reads, and the verdict on every text.
 
-    000000.tar 000000.idx …  images with a kept text; `captions` of a record are its kept texts, `origins` where each is
-                             from, `texts` all of them with scores and verdicts
-    shards.json              written last, when all shards are there
-    dropped/                 the same of images without a kept text
-    texts/000000.parquet …   a row a text: the index of all of them
-    done/000000.json …       a shard that is finished, and which images it refused
-    quarantine.jsonl         those of all shards
-    capfilt.json             the options of the run; weights.json its models
+    000000.tar 000000.idx …  images with a kept text; a record's `captions` are its kept texts, `origins` their
+                             origins, and `texts` all texts with scores and verdicts
+    shards.json              written last, when all shards are complete
+    dropped/                 the same for images without a kept text
+    texts/000000.parquet …   the index of all texts, one row per text
+    done/000000.json …       one file per finished shard, with the images that it refused
+    quarantine.jsonl         the refused images of all shards
+    capfilt.json             the options of the run
+    weights.json             fingerprints of its models
 
-A shard has the number of its tar among the run's. Each file is written beside its name and renamed when it is whole, a
-shard's file in `done` last: without that the shard is done again.
+A shard's number is the place of its tar among the run's tars. Each file is written under a temporary name and
+renamed when it is complete, a shard's file in `done` last. A shard without that file is processed again.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ class RefusedSample:
 
 @dataclass(frozen=True)
 class Done:
-    """A finished shard: the tar that it was made of, its tars of images with and without a kept text (None where there
-    is no such image), and what was refused."""
+    """A finished shard: the tar that it was made from, its tars of images with and without a kept text (None
+    if there is no such image), and what was refused."""
 
     input: str
     kept: Shard | None
@@ -67,86 +68,93 @@ class Done:
 
 
 class CleanFolder:
-    """The folder of one run, which several processes may write, each its own shards."""
+    """The folder of one run. Several processes may write to it, each its own shards."""
 
     def __init__(self, directory: str | Path) -> None:
-        """Raises ValueError where pyarrow is not installed."""
+        """Raises ValueError if pyarrow is not installed."""
         require_pyarrow()
         self.directory = Path(directory)
 
     def begin(self, options: dict[str, Any]) -> None:
-        """Make the folder and note the run's options, or compare them with those of the run that began it. Until models
-        were noted (`check_weights`) nothing has been done with them.
+        """Make the folder and record the run's options, or compare them with those of the run that began it.
+        Options may still change until the models are recorded (`check_weights`), because no shard has been
+        written before.
 
-        Raises FileExistsError where it holds shards of something else, ValueError naming options that differ.
+        Raises FileExistsError if the folder holds shards of something else, ValueError naming options that
+        differ.
         """
-        options = json.loads(json.dumps(options))  # as they are read again
+        options = json.loads(json.dumps(options))  # in the form in which they are read back
         if not (self.directory / WEIGHTS).is_file():
             claim(self.directory)
             replace_file(self.directory / OPTIONS, _json(options))
         stored = json.loads((self.directory / OPTIONS).read_bytes())
         if differing := [name for name in {**stored, **options} if stored.get(name) != options.get(name)]:
-            changes = ", ".join(f"{name} was {_short(stored.get(name))}, is {_short(options.get(name))}"
+            changes = ", ".join(f"{name} was {_abbreviate(stored.get(name))}, "
+                                f"is {_abbreviate(options.get(name))}"
                                 for name in differing)
-            raise ValueError(f"{self.directory} was begun with other options ({changes}): give the same, or name "
-                             "another folder")
+            raise ValueError(f"{self.directory} was begun with other options ({changes}): "
+                             "give the same, or name another folder")
         for name in (DROPPED, TEXTS, DONE):
             (self.directory / name).mkdir(exist_ok=True)
 
     @property
     def precision(self) -> str | None:
-        """`dtype` of the run that began the folder; None where none did."""
+        """`dtype` of the run that began the folder; None if no run did."""
         path = self.directory / OPTIONS
         return json.loads(path.read_bytes()).get("dtype") if path.is_file() else None
 
     def check_weights(self, fingerprints: Sequence[str]) -> None:
-        """Note the models' fingerprints, or raise ValueError where the folder was begun with other models."""
+        """Record the models' fingerprints, or raise ValueError if the folder was begun with other models."""
         path = self.directory / WEIGHTS
         if not path.is_file():
             replace_file(path, _json(list(fingerprints)))
         if json.loads(path.read_bytes()) != list(fingerprints):
-            raise ValueError(f"{self.directory} was begun with other weights of the captioner or the filter: name the "
-                             "same models and dtype, or another folder")
+            raise ValueError(f"{self.directory} was begun with other weights of the captioner or the filter: "
+                             "name the same models and dtype, or another folder")
 
     def is_done(self, number: int) -> bool:
-        return self._done(number).is_file()
+        return self._done_file(number).is_file()
 
     def done(self, number: int) -> Done:
-        return Done.from_json(json.loads(self._done(number).read_bytes()))
+        return Done.from_json(json.loads(self._done_file(number).read_bytes()))
 
     def shard(self, number: int) -> CleanShard:
-        """What writes shard `number`; what an earlier attempt left is removed."""
+        """The writer of shard `number`. Removes what an earlier attempt left."""
         for name in ("", DROPPED, TEXTS, DONE):
             for part in (self.directory / name).glob(f"{number:06d}.*{PART}"):
                 part.unlink(missing_ok=True)
-        return CleanShard(self.directory, number, self._done(number))
+        return CleanShard(self.directory, number, self._done_file(number))
 
     def finish(self, count: int) -> list[Done]:
-        """Write the quarantine and both indexes; all of `count` shards must be done. Doing it again changes nothing."""
+        """Write the quarantine and both indexes. All `count` shards must be done. A second call changes
+        nothing."""
         every = [self.done(number) for number in range(count)]
-        lines = [json.dumps(asdict(refused), ensure_ascii=False) + "\n" for done in every for refused in done.refused]
+        lines = [json.dumps(asdict(refused), ensure_ascii=False) + "\n" for done in every
+                 for refused in done.refused]
         replace_file(self.directory / QUARANTINE, "".join(lines).encode("utf-8", "backslashreplace"))
-        for name, shards in ((DROPPED, [done.dropped for done in every]), ("", [done.kept for done in every])):
+        for name, shards in ((DROPPED, [done.dropped for done in every]),
+                             ("", [done.kept for done in every])):
             written = tuple(shard for shard in shards if shard is not None)
             samples = sum(shard.samples for shard in written)
-            write_index(ShardIndex(samples, samples if name == DROPPED else 0, written), self.directory / name)
+            write_index(ShardIndex(samples, samples if name == DROPPED else 0, written),
+                        self.directory / name)
         return every
 
-    def _done(self, number: int) -> Path:
+    def _done_file(self, number: int) -> Path:
         return self.directory / DONE / f"{number:06d}.json"
 
 
 class CleanShard:
-    """One shard that is being written, as a context manager that removes what was not finished."""
+    """Writes one shard. As a context manager it removes unfinished files."""
 
-    def __init__(self, directory: Path, number: int, done: Path) -> None:
-        self._directory, self._stem, self._done = directory, f"{number:06d}", done
+    def __init__(self, directory: Path, number: int, done_file: Path) -> None:
+        self._directory, self._stem, self._done_file = directory, f"{number:06d}", done_file
         self._writers = {True: ShardWriter(directory / f"{self._stem}.tar"),
                          False: ShardWriter(directory / DROPPED / f"{self._stem}.tar")}
         self._texts: list[dict[str, Any]] = []
 
     def add(self, key: str, content: bytes, record: dict[str, Any], rows: Sequence[CapFiltRow]) -> None:
-        """An image, its record and its texts."""
+        """Add an image with its record and its texts."""
         kept = [row for row in rows if row.kept]
         if not re.fullmatch(r"[^./\s\ud800-\udfff]{1,90}", key):
             key = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:32]
@@ -156,14 +164,16 @@ class CleanShard:
         for text in texts:
             del text["image"]
         self._writers[bool(kept)].write(Sample(key, content, {
-            **record, "captions": [row.text for row in kept], "origins": [row.origin for row in kept], "texts": texts}))
+            **record, "captions": [row.text for row in kept], "origins": [row.origin for row in kept],
+            "texts": texts}))
 
     def finish(self, source: str, refused: Sequence[RefusedSample]) -> None:
-        """Name all files; `source` is the tar that they were made of."""
-        kept, dropped = (self._writers[key].finish() if self._writers[key].samples else None for key in (True, False))
+        """Complete and rename all files. `source` is the tar that they were made from."""
+        kept, dropped = (self._writers[key].finish() if self._writers[key].samples else None
+                         for key in (True, False))
         self._write_texts()
         done = Done(source, kept, dropped, tuple(refused))
-        replace_file(self._done, _json(asdict(done)))
+        replace_file(self._done_file, _json(asdict(done)))
 
     def _write_texts(self) -> None:
         import pyarrow  # pyright: ignore[reportMissingImports]
@@ -186,7 +196,7 @@ class CleanShard:
 
 
 def require_pyarrow() -> None:
-    """Raises ValueError where pyarrow is not installed."""
+    """Raise ValueError if pyarrow is not installed."""
     if find_spec("pyarrow") is None:
         raise ValueError("CapFilt's index of texts needs pyarrow, which is not installed: pip install "
                          "'blip-fast[capfilt]'")
@@ -196,6 +206,6 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def _short(value: Any) -> str:
+def _abbreviate(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else f"{text[:77]}…"

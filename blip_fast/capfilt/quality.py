@@ -1,4 +1,4 @@
-"""How well a filter found planted noise, where it is known which captions are wrong."""
+"""How well a filter finds planted noise, when it is known which captions are wrong."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from dataclasses import dataclass
 class FilterQuality:
     """Two views of one decision per web caption, each 0 to 1.
 
-    Removal, where finding a wrong caption is the aim: `removal_precision` is the share of wrong captions among the
-    removed, `removal_recall` the share of removed ones among the wrong. Keeping, the other way round:
-    `keeping_precision` is the share of right captions among the kept, `keeping_recall` that of kept ones among the
-    right. A share of nothing (nothing removed, nothing kept) counts as 0.
+    Removal, if the aim is to find wrong captions: `removal_precision` is the share of wrong captions among
+    the removed ones, `removal_recall` the share of removed captions among the wrong ones. Keeping, if the aim
+    is to find right captions: `keeping_precision` is the share of right captions among the kept ones,
+    `keeping_recall` the share of kept captions among the right ones. A share of nothing (nothing removed,
+    nothing kept) counts as 0.
 
-    `chance_*` is what removing as many captions at random is expected to have.
+    `chance_*` is the expected value when as many captions are removed at random.
     """
 
     removal_precision: float
@@ -32,13 +33,14 @@ class FilterQuality:
 def filter_quality(kept: Sequence[bool], right: Sequence[bool]) -> FilterQuality:
     """Compare which web captions were kept with which are right.
 
-    Raises ValueError where the two differ in length, or where all captions are right or all wrong: then a recall is
-    undefined.
+    Raises ValueError if the two differ in length, or if all captions are right or all are wrong, since a
+    recall is then undefined.
     """
     if len(kept) != len(right):
         raise ValueError(f"kept and right must be of the same captions, got {len(kept)} and {len(right)}")
     if all(right) or not any(right):
-        raise ValueError(f"of {len(right)} captions {sum(right)} are right: there must be right and wrong ones")
+        raise ValueError(f"of {len(right)} captions {sum(right)} are right: "
+                         "there must be right and wrong ones")
     total, n_kept, n_right = len(kept), sum(kept), sum(right)
     kept_right = sum(k and r for k, r in zip(kept, right, strict=True))
     removed_wrong = total - n_kept - (n_right - kept_right)
@@ -57,19 +59,21 @@ def filter_quality(kept: Sequence[bool], right: Sequence[bool]) -> FilterQuality
 def calibrated_threshold(clean: Sequence[float], keep: float) -> float:
     """The highest threshold of ITM's probability that keeps a share of clean pairs.
 
-    A filter answers 'matched' too easily on captions that are wrong in one word; pairs known to be right say how high
-    the bar may be set.
+    A filter answers 'matched' too easily on captions that are wrong in one word. Pairs known to be right show
+    how high the threshold may be.
 
     Args:
-        clean: probabilities of right pairs that the filter was not trained on.
+        clean: ITM probabilities of right pairs that the filter was not trained on.
         keep: the share of them that must pass, 0 to 1.
 
     Raises:
         ValueError: there is no pair, or `keep` is not a share.
     """
     if not clean or not 0.0 < keep <= 1.0:
-        raise ValueError(f"calibration needs clean pairs and a share to keep in (0, 1], got {len(clean)} and {keep}")
-    kept = math.ceil(round(keep * len(clean), 9))  # rounded: a product a hair above a whole number is that number
+        raise ValueError("calibration needs clean pairs and a share to keep in (0, 1], "
+                         f"got {len(clean)} and {keep}")
+    # Round first: the product may be a hair above a whole number.
+    kept = math.ceil(round(keep * len(clean), 9))
     return sorted(clean, reverse=True)[kept - 1]
 
 

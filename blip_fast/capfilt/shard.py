@@ -1,7 +1,9 @@
-"""One shard of web images through CapFilt: read and checked by threads, captioned, filtered, written.
+"""Puts one shard of web images through CapFilt: threads read and check them, then they are captioned,
+filtered and written.
 
-What comes out depends on the shard, the models and the options alone, so a shard that was cut short is done again with
-the same bytes. An image that cannot be read, or that training could not decode, is refused with its reason.
+The output depends only on the shard, the models and the options, so a shard that was interrupted gives the
+same bytes when it is processed again. An image that cannot be read, or that training could not decode, is
+refused with the reason.
 """
 
 from __future__ import annotations
@@ -26,19 +28,20 @@ from blip_fast.tasks.matcher import Matcher
 
 @dataclass(frozen=True, eq=False)
 class ShardImage(WebImage):
-    """A web image of a shard: its key there, the encoded image (JPEG, PNG or WebP) and what else the shard knew."""
+    """A web image of a shard: its key in the shard, the encoded image (JPEG, PNG or WebP) and its record."""
 
     key: str
     content: bytes
     record: dict[str, Any]
 
 
-def clean_shard(tar: LocalTar | RemoteTar, number: int, folder: CleanFolder, captioner: Captioner, matcher: Matcher,
-                config: CapFiltConfig, batch_size: int) -> None:
-    """Put all images of a tar through CapFilt and write shard `number` of the folder. A tar that is broken further on
-    gives the samples before that, and is refused itself.
+def clean_shard(tar: LocalTar | RemoteTar, number: int, folder: CleanFolder, captioner: Captioner,
+                matcher: Matcher, config: CapFiltConfig, batch_size: int) -> None:
+    """Put all images of a tar through CapFilt and write shard `number` of the folder. From a tar that is
+    broken after its start, the samples before the break are used, and the tar itself is listed as refused.
 
-    Raises OSError where something cannot be written or the tar be opened, and what `capfilt_stream` raises.
+    Raises OSError if the tar cannot be opened or something cannot be written, and what `capfilt_stream`
+    raises.
     """
     refused: list[RefusedSample] = []
 
@@ -46,14 +49,15 @@ def clean_shard(tar: LocalTar | RemoteTar, number: int, folder: CleanFolder, cap
         read = partial(read_image, image_size=captioner.model.config.vision.image_size)
         for sample, image in read_ahead(_samples(tar), read):
             if isinstance(image, ImageError):
-                refused.append(_refused(tar.name if isinstance(sample, ImageError) else sample.name, image))
+                refused.append(_refused_sample(tar.name if isinstance(sample, ImageError) else sample.name,
+                                               image))
             else:
                 yield image
 
     with folder.shard(number) as shard:
         for image, found in capfilt_stream(captioner, matcher, readable(), config, batch_size=batch_size):
             if isinstance(found, ImageError):
-                refused.append(_refused(f"{tar.name}/{image.key}", found))
+                refused.append(_refused_sample(f"{tar.name}/{image.key}", found))
             else:
                 shard.add(image.key, image.content, image.record, found)
         shard.finish(tar.name, refused)
@@ -66,31 +70,34 @@ def _samples(tar: LocalTar | RemoteTar) -> Iterator[StoredSample | ImageError]:
         yield ImageError(str(error))
 
 
-def _refused(name: str, error: ImageError) -> RefusedSample:
+def _refused_sample(name: str, error: ImageError) -> RefusedSample:
     return RefusedSample(name, str(error).removeprefix(f"{name}: "))
 
 
 def read_image(sample: StoredSample | ImageError, image_size: int) -> ShardImage | ImageError:
-    """A sample's one image with its captions; or why there is none, which an error is already.
+    """A sample's single image with its captions, or the reason why it cannot be used. An error is returned
+    unchanged.
 
-    Captions are the record's `captions` or `caption` (KEY.json), or else what KEY.txt holds.
+    Captions are the record's `captions` or `caption` (KEY.json), or else the text in KEY.txt.
     """
     if isinstance(sample, ImageError):
         return sample
     try:
-        pictures = [member for member in sample.members.values() if Path(member.name).suffix.lower() in SUFFIXES]
+        pictures = [member for member in sample.members.values()
+                    if Path(member.name).suffix.lower() in SUFFIXES]
         if len(pictures) != 1:
             raise ImageError(f"the sample holds {len(pictures)} images: CapFilt takes one and its captions")
         record = _record(sample)
-        content = _content(pictures[0], record)
+        content = _checked_content(pictures[0], record)
         pixels = image_pixels(content, image_size, sample.name)
     except ImageError as error:
         return error
     return ShardImage(record["image"], pixels, record["captions"], sample.key, content, record)
 
 
-def _content(picture: StoredImage, record: dict[str, Any]) -> bytes:
-    """What was packed for training was checked then, and has a checksum; all else is checked now."""
+def _checked_content(picture: StoredImage, record: dict[str, Any]) -> bytes:
+    """The encoded image. One that was packed for training was checked then: compare its checksum. Check any
+    other now."""
     content = picture.read()
     if "crc32" in record:
         if zlib.crc32(content) != record["crc32"]:
@@ -119,8 +126,8 @@ def _record(sample: StoredSample) -> dict[str, Any]:
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
         raise ImageError('its "captions" are no list of texts')
     if not (isinstance(record.get("id"), int) and abs(record["id"]) < 2**63):
-        record.pop("id", None)  # the image's content gives it one
+        record.pop("id", None)  # writing derives one from the image's content
     name = record.get("image")
     record |= {"image": name if isinstance(name, str) else sample.key, "captions": captions}
-    # Halves of surrogate pairs, escaped in JSON or from a file name that is not UTF-8, are no text.
+    # Replace lone surrogates, which come from escapes in JSON or from a file name that is not UTF-8.
     return json.loads(json.dumps(record, ensure_ascii=False).encode("utf-8", "replace"))

@@ -1,1 +1,1 @@
-"""What commands share: options, rows that are read and written, progress."""
+"""What commands share: options, reading and writing rows, progress bars."""

@@ -1,4 +1,4 @@
-"""What a command is to the command line."""
+"""The interface between a command and the command line."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from jsonargparse import ArgumentParser, Namespace
 class Command:
     """One command.
 
-    `arguments` adds its options to a parser; `run` does the work and returns the exit status (None is 0). Bad input is
-    a ValueError or OSError with one clear sentence: the command line prints it and exits with 2.
+    `arguments` adds its options to a parser. `run` does the work and returns the exit status (None is 0). For
+    bad input it raises ValueError or OSError with one clear sentence, which the command line prints before it
+    exits with 2.
     """
 
     help: str

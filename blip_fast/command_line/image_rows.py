@@ -1,5 +1,5 @@
-"""Work on images, with a row for each (captions, labels): the options that name them, and their rows on the terminal or
-in a JSON Lines file that a later run can go on with."""
+"""Commands that write a row for each image (captions, labels): the options that name images, and rows that
+are printed or written to a JSON Lines file, which a later run can resume."""
 
 from __future__ import annotations
 
@@ -25,41 +25,44 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 Work = tuple["StoredImage", str | None]  # an image and its own prompt
-Worker = Callable[[Iterable[Work]], Generator[Row]]  # rows with `image`, `prompt` where there is one, perhaps `error`
+# Makes rows with `image`, `prompt` (if the image has its own) and `error` (if it failed).
+Worker = Callable[[Iterable[Work]], Generator[Row]]
 
-RAY_BATCHES = 8  # batches of images that a worker of a cluster is given together
-MAX_REASONS = 20  # kinds of errors that are counted apart
+RAY_BATCHES = 8  # batches of images per task of a cluster worker
+MAX_REASONS = 20  # kinds of errors that are counted separately
 
 
 def add_image_options(parser: ArgumentParser, listed: str = "one a line") -> None:
-    """Options that `run_images` reads, the positional ones first; `listed` says what a line of a list holds."""
+    """Add the options that `run_images` reads. `listed` describes a line of `--list`'s file."""
     add = parser.add_argument
     add("images", nargs="*", metavar="IMAGE",
-        help="image files, folders, quoted patterns ('photos/**/*.jpg'), webdataset shards (.tar), or URLs of shards "
-             "that `blip-fast data pack` wrote (s3://bucket/shards)")
+        help="image files, folders, quoted patterns ('photos/**/*.jpg'), webdataset shards (.tar), or "
+             "URLs of shards that `blip-fast data pack` wrote (s3://bucket/shards)")
     add("--list", type=str | None, metavar="FILE",
         help=f"also the images named in FILE (- is standard input), {listed}")
     add("--batch-size", type=int, default=16, help="images at a time")
     add("--output", type=str | None, metavar="FILE.jsonl", help="write JSON lines here instead of printing")
-    add("--resume", action="store_true", help="with --output: go on with the file, leave out images that it holds")
-    add_sharing_options(parser, "for N machines that see the same files: images are dealt one by one, tars under URLs "
-                                "whole", "images")
+    add("--resume", action="store_true",
+        help="with --output: go on with the file, leave out images that it holds")
+    add_sharing_options(parser, "for N machines that see the same files: images are dealt one by one, tars "
+                                "under URLs whole", "images")
 
 
-def run_images(args: Namespace, make_worker: Callable[[], Worker], lines: Callable[[Row], Iterable[str]]) -> int:
-    """Work on all images that the arguments name, and write or print their rows.
+def run_images(args: Namespace, make_worker: Callable[[], Worker],
+               lines: Callable[[Row], Iterable[str]]) -> int:
+    """Process all images that the arguments name, and write or print their rows.
 
     An image that cannot be read does not end the run, unless it is the only one.
 
     Args:
-        args: with the options of `add_image_options` and `add_model_options`, and `json`: print rows, not lines of
-            text.
-        make_worker: loads the model, in the precision that was put into `args`; gives what makes rows of images, in
-            their order. With Ray it is pickled.
-        lines: what is printed of a row without an error.
+        args: with the options of `add_image_options` and `add_model_options`, and `json`: print rows as JSON
+            rather than as text.
+        make_worker: loads the model (in the precision of `args.dtype`, which is resolved before) and returns
+            the function that makes rows of images, in order. With Ray it is pickled.
+        lines: the lines of text to print for a row without an error.
 
     Returns:
-        The exit status: 1 where a row has an error.
+        The exit status: 1 if a row has an error.
 
     Raises:
         ValueError: no image is named; options that do not fit.
@@ -81,7 +84,7 @@ def run_images(args: Namespace, make_worker: Callable[[], Worker], lines: Callab
 
 
 def named(image: str, prompt: str | None) -> Row:
-    """How a row begins: by what a resume knows it."""
+    """The first fields of a row, by which a resumed run recognises it."""
     return {"image": image} | ({} if prompt is None else {"prompt": prompt})
 
 
@@ -92,7 +95,7 @@ def _run_all(args: Namespace, make_worker: Callable[[], Worker], share: Share, r
     from blip_fast.parallel.signals import exit_status
 
     output = report.output
-    work = _left(args, share, output)
+    work = _remaining_work(args, share, output)
     first = list(islice(work, 2))
     if not first:
         print("blip-fast: nothing left to do", file=sys.stderr)
@@ -105,12 +108,13 @@ def _run_all(args: Namespace, make_worker: Callable[[], Worker], share: Share, r
         with progress_bar("images", "img", partial(_count, args, share, output), hidden) as advance, \
                 closing(_rows(args, make_worker, chain(first, work))) as rows:
             for row in rows:
-                if not report.rows:  # what is refused until then is told in one line
+                if not report.rows:  # not before: if the input is refused, that is the only line printed
                     say(line)
                 report.add(row)
                 advance()
     except KeyboardInterrupt as stop:
-        where = "" if output is None else f"; {output.path} is whole: the same command with --resume goes on with it"
+        where = ("" if output is None else
+                 f"; {output.path} is whole: the same command with --resume goes on with it")
         print(f"blip-fast: interrupted after {report.rows:,} images{where}", file=sys.stderr)
         return exit_status(stop)
     finally:
@@ -119,19 +123,19 @@ def _run_all(args: Namespace, make_worker: Callable[[], Worker], share: Share, r
 
 
 def _work(args: Namespace, share: Share, is_done: Callable[[str, Shard], bool]) -> Iterator[Work]:
-    """All that the arguments name, in their order."""
+    """All images that the arguments name, in order."""
     from blip_fast.data.shards.named_images import expand, listed, open_list
     from blip_fast.data.shards.shard_cache import shard_cache
 
     images = expand(args.images, shard_cache(args.cache, args.cache_gb), share, is_done)
     entries = listed(open_list(args.list), share) if args.list else ()
-    if "prompt" not in args:  # nor has this command a use for an image's own
+    if "prompt" not in args:  # the command has no prompts, so ignore images' own
         entries = ((image, None) for image, _ in entries)
     return chain(((image, None) for image in images), entries)
 
 
-def _left(args: Namespace, share: Share, output: JsonLines | None) -> Iterator[Work]:
-    """What has no row yet."""
+def _remaining_work(args: Namespace, share: Share, output: JsonLines | None) -> Iterator[Work]:
+    """The images that have no row yet."""
     if output is None:
         return _work(args, share, lambda url, shard: False)
     done: DoneRows = output.done
@@ -140,7 +144,7 @@ def _left(args: Namespace, share: Share, output: JsonLines | None) -> Iterator[W
 
 
 def _count(args: Namespace, share: Share, output: JsonLines | None) -> int | None:
-    """How many images are left; None where that cannot be known before."""
+    """The number of remaining images, or None if it cannot be known in advance."""
     if args.list == "-":
         return None
     in_tars = 0
@@ -155,7 +159,7 @@ def _count(args: Namespace, share: Share, output: JsonLines | None) -> int | Non
 
 
 def _rows(args: Namespace, make_worker: Callable[[], Worker], work: Iterable[Work]) -> Generator[Row]:
-    """Made here, or by the workers of a cluster."""
+    """Rows made by this process, or by the workers of a Ray cluster."""
     if args.ray is None:
         return make_worker()(work)
     from blip_fast.parallel.ray_cluster import on_ray
@@ -166,9 +170,10 @@ def _rows(args: Namespace, make_worker: Callable[[], Worker], work: Iterable[Wor
 
 
 class _Report:
-    """Writes or prints rows as they come, and counts those with an error, by reason."""
+    """Writes or prints rows, and counts the errors by reason."""
 
-    def __init__(self, as_json: bool, output: JsonLines | None, lines: Callable[[Row], Iterable[str]]) -> None:
+    def __init__(self, as_json: bool, output: JsonLines | None,
+                 lines: Callable[[Row], Iterable[str]]) -> None:
         self.rows, self.reasons, self.output = 0, Counter[str](), output
         self._as_json, self._lines = as_json, lines
 
@@ -185,15 +190,17 @@ class _Report:
             if self.output is None:
                 print(f"blip-fast: {_printable(row['error'])}", file=sys.stderr)
             reason = re.sub(r"\d[\d,.]*", "N", row["error"].removeprefix(f"{row['image']}: "))
-            self.reasons[reason if len(self.reasons) < MAX_REASONS or reason in self.reasons else "other reasons"] += 1
+            known = len(self.reasons) < MAX_REASONS or reason in self.reasons
+            self.reasons[reason if known else "other reasons"] += 1
 
     def print_errors(self) -> None:
         if self.reasons:
-            print(f"blip-fast: {self.reasons.total():,} of {self.rows:,} images have no result:", file=sys.stderr)
+            print(f"blip-fast: {self.reasons.total():,} of {self.rows:,} images have no result:",
+                  file=sys.stderr)
         for reason, times in self.reasons.most_common():
             print(f"blip-fast: {times:,} × {reason}", file=sys.stderr)
 
 
 def _printable(text: str) -> str:
-    """Names that are not UTF-8 come with surrogates, which cannot be printed."""
+    """Escape surrogates, which come from file names that are not UTF-8 and cannot be printed."""
     return text.encode("utf-8", "backslashreplace").decode()

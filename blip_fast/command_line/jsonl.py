@@ -1,4 +1,4 @@
-"""A JSON Lines file that grows while the work goes on and from which it can be resumed."""
+"""A JSON Lines file of results, written row by row, from which an interrupted run can be resumed."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from filelock import FileLock, Timeout
 
 
 class JsonLines:
-    """Rows appended to a file, each by one write: a signal leaves whole lines, a kill at worst a last line cut short.
+    """Appends rows to a file, each by one write. A signal leaves whole lines; a kill may truncate the last.
 
-    `FILE.lock` next to it keeps other processes out while it is open. `precision` is that of the rows, in each of them
-    `dtype`; None for a file without one.
+    While the file is open, `FILE.lock` next to it keeps other processes out. `precision` is written to every
+    row as `dtype`, unless it is None.
     """
 
     def __init__(self, path: str | Path, resume: bool, text: str = "prompt") -> None:
-        """Open the file. With `resume` its rows stay, and `done` knows them by `image` and, where a row has one, the
-        key that `text` names; a last line that was cut short is removed.
+        """Open the file. With `resume` its rows are kept, and `done` identifies them by `image` and, if a row
+        has it, by the key that `text` names. A truncated last line is removed.
 
         Raises:
-            FileExistsError: the file is there and `resume` is not asked for.
-            ValueError: a line before the last is no JSON object; another process is writing the file.
+            FileExistsError: the file exists, and `resume` is not set.
+            ValueError: a whole line is not a JSON object; another process is writing the file.
         """
         self.path = Path(path)
         if self.path.exists() and not resume:
@@ -37,18 +37,19 @@ class JsonLines:
         try:
             self._lock.acquire()
         except Timeout:
-            raise ValueError(f"{path} is being written by another process: wait until that has ended") from None
+            raise ValueError(f"{path} is being written by another process: wait until that has "
+                             "ended") from None
         self._file = self.path.open("ab", buffering=0)
         try:
-            self.done, self.precision, size = _read(self.path, text)
+            self.done, self.precision, size = _read_done(self.path, text)
             self._file.truncate(size)
         except BaseException:
             self.close()
             raise
 
     def write(self, row: dict[str, Any]) -> None:
-        """Raises OSError where the row could not be written whole."""
-        # A file name that is not UTF-8 comes with surrogates; Python's escape of one is JSON's.
+        """Append a row. Raises OSError if it could not be written completely."""
+        # A file name that is not UTF-8 contains surrogates; Python escapes them as JSON does.
         marked = row if self.precision is None else {**row, "dtype": self.precision}
         line = json.dumps(marked, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
         if self._file.write(line) != len(line):
@@ -60,18 +61,17 @@ class JsonLines:
 
 
 class DoneRows:
-    """Which images have a row: 16 bytes each. Two names in 2⁶⁴ are taken for each other.
-
-    What is compared is `image` and, where a row has one, its text. A row that is wanted twice needs two.
+    """Which images have a row already, in 16 bytes per row. Rows are compared by a 64-bit hash of `image`
+    and, if a row has one, its text. Work that is wanted twice needs two rows.
     """
 
     def __init__(self, digests: array[int], in_tars: Counter[str]) -> None:
-        """Args: `digest` of every row; the number of rows of each tar under a URL."""
+        """`digests` holds the `digest` of every row, `in_tars` the number of rows per tar under a URL."""
         self._names, self._left = np.unique(np.frombuffer(digests, np.uint64), return_counts=True)
         self.count, self.in_tars = len(digests), in_tars
 
     def take(self, image: str, text: str | None) -> bool:
-        """Whether there is a row that was not taken before; it is then."""
+        """Take a row of this image and text. Returns whether there was one that had not been taken."""
         wanted = np.uint64(digest(image, text))
         at = int(self._names.searchsorted(wanted))
         if at == len(self._names) or self._names[at] != wanted or self._left[at] == 0:
@@ -85,11 +85,11 @@ def digest(image: str, text: str | None) -> int:
     return int.from_bytes(blake2b(both.encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
 
-def _read(path: Path, text: str) -> tuple[DoneRows, str | None, int]:
-    """What is done, in which precision, and how many bytes are whole lines."""
+def _read_done(path: Path, text: str) -> tuple[DoneRows, str | None, int]:
+    """The rows of a file, their precision, and the number of bytes of its whole lines."""
     digests, in_tars, precision, size = array("Q"), Counter[str](), None, 0
-    with path.open("rb") as stream:
-        for row, end in _rows(stream, path):
+    with path.open("rb") as file:
+        for row, end in _rows(file, path):
             size = end
             image = str(row.get("image"))
             digests.append(digest(image, row.get(text)))
@@ -99,10 +99,10 @@ def _read(path: Path, text: str) -> tuple[DoneRows, str | None, int]:
     return DoneRows(digests, in_tars), precision, size
 
 
-def _rows(stream: BinaryIO, path: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """Each whole line's row, and the bytes up to its end."""
+def _rows(file: BinaryIO, path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """The row of each whole line, and the number of bytes up to the line's end."""
     size = 0
-    for number, line in enumerate(stream, 1):
+    for number, line in enumerate(file, 1):
         if not line.endswith(b"\n"):
             return
         size += len(line)
@@ -113,7 +113,7 @@ def _rows(stream: BinaryIO, path: Path) -> Iterator[tuple[dict[str, Any], int]]:
 
 
 def json_object(line: str | bytes) -> dict[str, Any] | None:
-    """The object that a line holds; None where it is something else."""
+    """The JSON object in a line, or None if it is something else."""
     try:
         row = json.loads(line)
     except ValueError:

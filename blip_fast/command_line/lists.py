@@ -1,4 +1,4 @@
-"""Files that list answers or labels."""
+"""Files with a list of answers or labels."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from pathlib import Path
 
 
 def read_list(path: str, what: str) -> list[str]:
-    """A JSON list of strings (`.json`, as published for VQA's answers), or one a line; `what` names one in errors.
+    """Read a JSON list of strings (`.json`, as published for VQA's answers) or a text file with one per line.
+    Errors call an entry `what`.
 
-    Raises ValueError where the file is something else, or empty.
+    Raises ValueError if the file is neither, or empty.
     """
     content = Path(path).read_text(encoding="utf-8")
     if Path(path).suffix.lower() == ".json":
@@ -18,7 +19,8 @@ def read_list(path: str, what: str) -> list[str]:
         except ValueError:
             entries = None
         if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
-            raise ValueError(f"{path} is no JSON list of strings: name one, or a text file with one {what} a line")
+            raise ValueError(f"{path} is no JSON list of strings: name one, or a text file with one "
+                             f"{what} a line")
     else:
         entries = [line.strip() for line in content.split("\n") if line.strip()]
     if not entries:

@@ -1,4 +1,4 @@
-"""How a long command shows that it goes on."""
+"""The progress bar of long commands."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from contextlib import contextmanager, suppress
 @contextmanager
 def progress_bar(label: str, unit: str, count: Callable[[], int | None],
                  hidden: bool = False) -> Iterator[Callable[[], None]]:
-    """A bar with rate and time left on the error stream, if that is a terminal; yields what moves it on by one.
+    """A bar with rate and remaining time on the error stream, if that is a terminal. Yields a function that
+    advances it by one.
 
-    `count` is run by a thread beside the work; until it has ended, or where it gives None, the end is not known.
+    `count` runs in a thread next to the work. The total is unknown until it returns, or if it returns None.
     """
     if hidden or not sys.stderr.isatty():
         yield lambda: None
@@ -27,7 +28,7 @@ def progress_bar(label: str, unit: str, count: Callable[[], int | None],
         task = progress.add_task(label, total=None, rate="")
 
         def find_total() -> None:
-            with suppress(OSError, ValueError):  # the work itself meets the same and tells of it
+            with suppress(OSError, ValueError):  # the work itself meets the same error and reports it
                 progress.update(task, total=count())
 
         def advance() -> None:

@@ -1,5 +1,5 @@
-"""Work on rows that each name an image and a text about it (pairs to be scored, questions to be answered): files of
-them, and their results as JSON Lines that a later run can go on with."""
+"""Commands whose input rows name an image and a text (pairs to score, questions to answer): files of such
+rows, and results as JSON Lines, which a later run can resume."""
 
 from __future__ import annotations
 
@@ -21,25 +21,27 @@ from blip_fast.command_line.progress import progress_bar
 if TYPE_CHECKING:
     from torch import Tensor
 
-MOST_ROWS = 512  # of one image that are worked on, and written, together
+MOST_ROWS = 512  # rows of one image that are processed and written together
 
 Row = dict[str, Any]
-# (pixels [images, 3, size, size], each image's texts) → what is added to each row, image after image
+# (pixels [images, 3, size, size], each image's texts) → fields to add to each row, image after image
 Work = Callable[["Tensor", list[list[str]]], Iterable[Row]]
 
 
 def read_rows(path: str, text: str) -> list[Row]:
-    """Rows of a `.jsonl` file (objects with `image` and the key that `text` names; others are kept) or a `.tsv` file
-    (image, tab, text). Images are paths as they stand there.
+    """Rows of a `.jsonl` file (objects with `image` and the key that `text` names; other keys are kept) or of
+    a `.tsv` file (image, tab, text). Image paths are used as they are.
 
-    Raises ValueError naming the first line that is neither, or where there is no line.
+    Raises ValueError naming the first line that is neither, or if there is no line.
     """
     kind = Path(path).suffix.lower()
     if kind not in (".jsonl", ".tsv"):
-        raise ValueError(f'{path} must be a .jsonl file with "image" and "{text}" in every line, or a .tsv of both')
+        raise ValueError(f'{path} must be a .jsonl file with "image" and "{text}" in every line, or a '
+                         '.tsv of both')
     read = _json_row if kind == ".jsonl" else _tsv_row
     lines = Path(path).read_text(encoding="utf-8").split("\n")
-    rows = [read(line, text, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    rows = [read(line, text, f"{path}, line {number}") for number, line in enumerate(lines, 1)
+            if line.strip()]
     if not rows:
         raise ValueError(f"{path} holds no line")
     return rows
@@ -62,24 +64,26 @@ def _tsv_row(line: str, text: str, where: str) -> Row:
     return {"image": image, text: said}
 
 
-def run_rows(args: Namespace, rows: Sequence[Row], text: str, make_work: Callable[[], tuple[Work, int]]) -> int:
-    """Work on all rows and write them, in order, with what is found: to the file `--output`, or to standard output.
+def run_rows(args: Namespace, rows: Sequence[Row], text: str,
+             make_work: Callable[[], tuple[Work, int]]) -> int:
+    """Process all rows and write them in order, with results, to the file `--output` or to standard output.
 
-    Rows that follow one another and name the same image are worked on together. One whose image cannot be read gets an
-    `error` instead and does not end the run.
+    Consecutive rows of the same image are processed together. A row whose image cannot be read gets an
+    `error` instead of results, and the run goes on.
 
     Args:
-        args: with the options of `add_model_options`, and `batch_size` (images at a time), `output` and `resume` (leave
-            out the rows that the file holds already).
+        args: with the options of `add_model_options`, and `batch_size` (images per batch), `output` and
+            `resume` (skip rows that the file already holds).
         text: the key of each row's text.
-        make_work: loads the model in the precision that is put into `args`; gives the work, and the image size that it
-            takes.
+        make_work: loads the model (in the precision of `args.dtype`, which is resolved before), and returns
+            the work function and the image size that it takes.
 
     Returns:
-        The exit status: 1 where an image could not be read.
+        The exit status: 1 if an image could not be read.
 
     Raises:
-        ValueError: `resume` without `output`; `batch_size` is less than 1; the file was begun in another precision.
+        ValueError: `resume` without `output`; `batch_size` is less than 1; the file's rows have another
+            precision.
     """
     if args.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
@@ -126,8 +130,8 @@ def _results(rows: Sequence[Row], text: str, work: Work, image_size: int, batch_
     groups = [list(part) for _, same in groupby(rows, lambda row: row["image"])
               for part in iter(partial(_take, same, MOST_ROWS), [])]
     pixels = read_pixels((group[0]["image"] for group in groups), image_size)
-    stream = zip(groups, pixels, strict=True)
-    while batch := list(islice(stream, batch_size)):
+    groups_with_pixels = zip(groups, pixels, strict=True)
+    while batch := list(islice(groups_with_pixels, batch_size)):
         readable = [(group, read) for group, read in batch if not isinstance(read, ImageError)]
         found = iter(work(torch.stack([read for _, read in readable]),
                           [[row[text] for row in group] for group, _ in readable]) if readable else ())

@@ -1,5 +1,5 @@
 """The commands of `blip-fast`, one file each.
 
-A package adds a command by an entry point of the group `blip_fast.commands` (see pyproject.toml), which names a
-`Command`. Command files import nothing heavy at the top: `blip-fast --help` must answer at once.
+A package adds a command by an entry point in the group `blip_fast.commands` (see pyproject.toml) that names a
+`Command`. Command files import nothing heavy at the top, since `blip-fast --help` must answer at once.
 """

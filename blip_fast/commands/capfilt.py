@@ -1,4 +1,4 @@
-"""`blip-fast capfilt`: write captions for shards of web images, filter all texts, and write shards to train on."""
+"""`blip-fast capfilt`: caption shards of web images, filter all texts, and write shards to train on."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from blip_fast.data.shards.tars import LocalTar, RemoteTar
 
     Tar = LocalTar | RemoteTar
-    Work = tuple[int, Tar]  # a tar and its number
-    Outcome = tuple[int, str | None]  # a tar's number, and why it could not be fetched
+    Work = tuple[int, Tar]  # a tar's number, and the tar
+    Outcome = tuple[int, str | None]  # a tar's number, and why it could not be fetched (None: it was)
 
 
 def _run(args: Namespace) -> int:
@@ -41,8 +41,8 @@ def _run(args: Namespace) -> int:
     folder = CleanFolder(Path(args.output).absolute())
     line = settle_precision(args, folder.precision)
     every = tars(args.shards, shard_cache(args.cache, args.cache_gb))
-    options = {**asdict(config), **{name: getattr(args, name) for name in ("captioner", "filter", "dtype",
-                                                                          "image_size", "heads", "tokenizer")},
+    names = ("captioner", "filter", "dtype", "image_size", "heads", "tokenizer")
+    options = {**asdict(config), **{name: getattr(args, name) for name in names},
                "shards": [tar.name for tar in every]}
     folder.begin(options)
     say(line)
@@ -51,18 +51,21 @@ def _run(args: Namespace) -> int:
         with sigterm_interrupts(), lock:
             return _clean(args, config, folder, every, share)
     except Timeout:
-        raise ValueError(f"{args.output} is being written by another process: wait until that has ended") from None
+        raise ValueError(f"{args.output} is being written by another process: wait until that has "
+                         "ended") from None
 
 
-def _clean(args: Namespace, config: CapFiltConfig, folder: CleanFolder, every: Sequence[Tar], share: Share) -> int:
-    """Clean the share's shards that are left; end the run if these were the last."""
+def _clean(args: Namespace, config: CapFiltConfig, folder: CleanFolder, every: Sequence[Tar],
+           share: Share) -> int:
+    """Clean the remaining shards of the share. If these are the last ones, complete the run."""
     from blip_fast.command_line.progress import progress_bar
     from blip_fast.parallel.signals import exit_status
 
     mine = [(number, tar) for number, tar in enumerate(every) if share.holds(number)]
     left = [(number, tar) for number, tar in mine if not folder.is_done(number)]
     if len(left) < len(mine) and not args.resume:
-        raise FileExistsError(f"{args.output} holds finished shards: go on with them (--resume) or name another folder")
+        raise FileExistsError(f"{args.output} holds finished shards: go on with them (--resume) or name "
+                              "another folder")
     failed, done = [], 0
     clean = _on_ray if args.ray is not None else _here
     try:
@@ -73,46 +76,50 @@ def _clean(args: Namespace, config: CapFiltConfig, folder: CleanFolder, every: S
                     print(f"blip-fast: {error}", file=sys.stderr)
                     failed.append(number)
                 elif not folder.is_done(number):
-                    raise ValueError(f"shard {number} was cleaned, but not into {args.output}: name a folder that all "
-                                     "machines of the cluster see")
+                    raise ValueError(f"shard {number} was cleaned, but not into {args.output}: name a "
+                                     "folder that all machines of the cluster see")
                 done += 1
                 advance()
     except KeyboardInterrupt as stop:
-        print(f"blip-fast: interrupted after {done} shards; the same command with --resume goes on", file=sys.stderr)
+        print(f"blip-fast: interrupted after {done} shards; the same command with --resume goes on",
+              file=sys.stderr)
         return exit_status(stop)
     _end(args, folder, len(every))
     return 1 if failed else 0
 
 
 def _end(args: Namespace, folder: CleanFolder, count: int) -> None:
-    """Write the indexes and the report where all shards are done; say what there is."""
+    """If all shards are done, write the indexes and the report. Print a summary."""
     from blip_fast.capfilt.capfilt_report import share_cut, write_report
     from blip_fast.data.shards.pack import QUARANTINE
 
     there = sum(folder.is_done(number) for number in range(count))
     if there < count:
-        print(f"blip-fast: {there} of {count} shards are done; whoever does the last one (--resume) writes the index "
-              "and the report", file=sys.stderr)
+        print(f"blip-fast: {there} of {count} shards are done; whoever does the last one (--resume) "
+              "writes the index and the report", file=sys.stderr)
         return
     counts, page = write_report(folder, folder.finish(count))
     if args.json:
         print(json.dumps({**counts, "directory": args.output, "report": str(page)}))
         return
-    print(f"{args.output}: {counts['images']:,} images, {counts['images_kept']:,} of them with a text to train on; "
-          f"{counts['web_kept']:,} of {counts['web']:,} web texts and {counts['synthetic_kept']:,} of "
-          f"{counts['synthetic']:,} synthetic ones are kept; {counts['synthetic_cut']:,} synthetic ones "
-          f"({share_cut(counts):.1%}) were cut off at {args.max_length} tokens (--max-length)")
+    print(f"{args.output}: {counts['images']:,} images, {counts['images_kept']:,} of them with a text "
+          f"to train on; {counts['web_kept']:,} of {counts['web']:,} web texts and "
+          f"{counts['synthetic_kept']:,} of {counts['synthetic']:,} synthetic ones are kept; "
+          f"{counts['synthetic_cut']:,} synthetic ones ({share_cut(counts):.1%}) were cut off at "
+          f"{args.max_length} tokens (--max-length)")
     if counts["refused"]:
         print(f"{args.output}/{QUARANTINE}: {counts['refused']:,} images left out, and why")
     print(f"look at {page}")
 
 
-def _here(args: Namespace, config: CapFiltConfig, folder: CleanFolder, work: Sequence[Work]) -> Generator[Outcome]:
+def _here(args: Namespace, config: CapFiltConfig, folder: CleanFolder,
+          work: Sequence[Work]) -> Generator[Outcome]:
     if work:
         yield from _worker(args, config, folder)(work)
 
 
-def _on_ray(args: Namespace, config: CapFiltConfig, folder: CleanFolder, work: Sequence[Work]) -> Generator[Outcome]:
+def _on_ray(args: Namespace, config: CapFiltConfig, folder: CleanFolder,
+            work: Sequence[Work]) -> Generator[Outcome]:
     from blip_fast.parallel.ray_cluster import on_ray
 
     if work:
@@ -122,7 +129,7 @@ def _on_ray(args: Namespace, config: CapFiltConfig, folder: CleanFolder, work: S
 
 def _worker(args: Namespace, config: CapFiltConfig,
             folder: CleanFolder) -> Callable[[Sequence[Work]], Iterator[Outcome]]:
-    """Loads the models; cleans shards."""
+    """Load the models, and return the function that cleans shards with them."""
     from blip_fast.capfilt.clean import check_models
     from blip_fast.capfilt.shard import clean_shard
     from blip_fast.parallel.read_ahead import read_ahead
@@ -138,7 +145,7 @@ def _worker(args: Namespace, config: CapFiltConfig,
     folder.check_weights([fingerprint(task.model) for task in (captioner, matcher)])
 
     def clean(work: Sequence[Work]) -> Iterator[Outcome]:
-        for (number, tar), error in read_ahead(work, _fetched, threads=1, ahead=1):
+        for (number, tar), error in read_ahead(work, _fetch_error, threads=1, ahead=1):
             if error is None:
                 clean_shard(tar, number, folder, captioner, matcher, config, args.batch_size)
             yield number, error
@@ -146,8 +153,8 @@ def _worker(args: Namespace, config: CapFiltConfig,
     return clean
 
 
-def _fetched(work: Work) -> str | None:
-    """Fetch a tar under a URL; why it cannot be had."""
+def _fetch_error(work: Work) -> str | None:
+    """Fetch a tar if it is under a URL. Returns the error if that fails."""
     from blip_fast.data.shards.named_images import fetched
     from blip_fast.data.shards.tars import RemoteTar
 

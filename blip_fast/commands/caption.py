@@ -1,4 +1,4 @@
-"""`blip-fast caption`: captions for any number of images, on the terminal or into a JSON Lines file."""
+"""`blip-fast caption`: captions for any number of images, printed or written to a JSON Lines file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from blip_fast.tasks.captioner import Caption, Captioned, Captioner
     from blip_fast.tasks.reranking import Scorer
 
-BY_LABEL = ("belief", "bert-cnn")  # what re-ranks by the image's likeliest label
+BY_LABEL = ("belief", "bert-cnn")  # values of --rerank that use the image's likeliest label
 
 
 def _arguments(parser: ArgumentParser) -> None:
@@ -35,20 +35,23 @@ def _arguments(parser: ArgumentParser) -> None:
     add("--top-k", type=int, default=50, help="with --top-p: from so many tokens at most")
     add("--temperature", type=float, default=1.0, help="with --top-p: above 1 is more varied")
     add("--seed", type=int, default=0, help="with --top-p; with the image's pixels it decides what is drawn")
-    add("--n-best", type=int, default=1, metavar="N", help="texts per image, at most as many as beams, or samples")
+    add("--n-best", type=int, default=1, metavar="N",
+        help="texts per image, at most as many as beams, or samples")
     add("--rerank", type=str | None, metavar="BY",
-        help="order the --n-best texts by what the image shows: itm, the probability that they match; belief, their "
-             "own probability revised by the image's likeliest label; or bert-cnn, the probability that they belong to "
-             "that label, by --reranker")
+        help="order the --n-best texts by what the image shows: itm, the probability that they match; "
+             "belief, their own probability revised by the image's likeliest label; or bert-cnn, the "
+             "probability that they belong to that label, by --reranker")
     add("--matcher", type=str | None, metavar="DIR_OR_ID",
-        help="with --rerank: image-text retrieval or pre-training checkpoint that looks at them (default: --model)")
+        help="with --rerank: image-text retrieval or pre-training checkpoint that looks at them "
+             "(default: --model)")
     add("--labels", type=str | None, metavar="FILE",
         help="with --rerank belief or bert-cnn: a label a line, or a .json list")
     add("--reranker", type=str | None, metavar="DIR",
         help="with --rerank bert-cnn: what `blip-fast train-reranker` wrote")
     add("--first-token", default="[CLS]",
         help="with --rerank itm: what texts start with, [CLS] as in transformers, [ENC] as in training")
-    add("--banned", action="append", default=[], metavar="WORDS", help="what no caption may contain; may be repeated")
+    add("--banned", action="append", default=[], metavar="WORDS",
+        help="what no caption may contain; may be repeated")
     add("--json", action="store_true",
         help="print JSON: image, caption, token_ids, score, with --rerank also rerank; or image, error")
 
@@ -67,12 +70,12 @@ def _caption_options(args: Namespace) -> dict[str, Any]:
         beams=beams, max_length=args.max_length, min_length=args.min_length, beam_rule=args.beam_rule,
         repetition_penalty=args.repetition_penalty, length_penalty=args.length_penalty, n_best=args.n_best,
         top_p=args.top_p, top_k=args.top_k, temperature=args.temperature, seed=args.seed)
-    return {"prompt": args.prompt, "generation": generation, "banned": args.banned, "strip_prompt": args.strip_prompt,
-            "batch_size": args.batch_size}
+    return {"prompt": args.prompt, "generation": generation, "banned": args.banned,
+            "strip_prompt": args.strip_prompt, "batch_size": args.batch_size}
 
 
 def _labels(args: Namespace, generation: GenerationConfig) -> list[str]:
-    """Those of belief revision and BERT-CNN; options of re-ranking that do not fit are refused."""
+    """The labels of --labels. Raises ValueError for options of re-ranking that do not fit together."""
     if args.rerank not in (None, "itm", *BY_LABEL):
         raise ValueError(f"--rerank must be itm, belief or bert-cnn, got {args.rerank!r}")
     if args.rerank is None and args.matcher is not None:
@@ -108,7 +111,7 @@ def _scorer(args: Namespace, captioner: Captioner, labels: list[str]) -> Scorer:
 
     if args.matcher is None:
         loaded = captioner.model, captioner.tokenizer
-    else:  # its image size and heads are its own
+    else:  # --image-size and --heads are for --model only
         loaded = load_for_task(args.matcher, dtype=args.dtype, device=args.device, tokenizer=args.tokenizer)
     if args.rerank == "itm":
         return ItmScorer(Matcher(*loaded), args.first_token)
@@ -122,8 +125,8 @@ def _scorer(args: Namespace, captioner: Captioner, labels: list[str]) -> Scorer:
 
 def _rows(captioner: Captioner, options: dict[str, Any], scorer: Scorer | None,
           work: Iterable[Work]) -> Generator[Row]:
-    """What is written about each image: image, its own prompt, if any, and caption, token_ids, score, perhaps rerank
-    and others; or error."""
+    """A row for each image: image, prompt (if the image has its own), caption, token_ids, score, and rerank
+    and others if requested; or image, prompt and error."""
     from blip_fast.tasks.reranking import reranked
 
     given = (image if prompt is None else (image, prompt) for image, prompt in work)
@@ -137,16 +140,16 @@ def _rows(captioner: Captioner, options: dict[str, Any], scorer: Scorer | None,
 def _row(captioned: Captioned) -> Row:
     from blip_fast.media.images import ImageError
 
-    begun = named(captioned.image, captioned.prompt)
+    row = named(captioned.image, captioned.prompt)
     if isinstance(captioned.result, ImageError):
-        return {**begun, "error": str(captioned.result)}
-    others = [_told(other) for other in captioned.result.others]
-    return {**begun, **_told(captioned.result)} | ({"others": others} if others else {})
+        return {**row, "error": str(captioned.result)}
+    others = [_caption_fields(other) for other in captioned.result.others]
+    return {**row, **_caption_fields(captioned.result)} | ({"others": others} if others else {})
 
 
-def _told(caption: Caption) -> Row:
-    told = {"caption": caption.caption, "token_ids": caption.token_ids, "score": caption.score}
-    return told if caption.rerank is None else {**told, "rerank": caption.rerank}
+def _caption_fields(caption: Caption) -> Row:
+    fields = {"caption": caption.caption, "token_ids": caption.token_ids, "score": caption.score}
+    return fields if caption.rerank is None else {**fields, "rerank": caption.rerank}
 
 
 def _lines(row: Row) -> Iterable[str]:

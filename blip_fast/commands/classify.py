@@ -1,4 +1,4 @@
-"""`blip-fast classify`: the likeliest labels of any number of images, of a list that no model was trained on."""
+"""`blip-fast classify`: zero-shot classification of any number of images with a list of labels."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ def _arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--labels", required=True, metavar="FILE", help="a label a line, or a .json list")
     add("--template", action="append", default=[], metavar="TEXT",
-        help='prompt about a label, with {} for it, instead of "a picture of a {}", "a photo of a {}" and "there is a '
-             '{} in the picture"; may be repeated: features are averaged')
+        help='prompt about a label, with {} for it, instead of "a picture of a {}", "a photo of a {}" and '
+             '"there is a {} in the picture"; may be repeated: features are averaged')
     add("--top-k", type=int, default=5, help="labels of each image, the likeliest first")
     add("--json", action="store_true",
-        help="print JSON: image and labels (label, probability among all of the list, cosine itc); or image, error")
+        help="print JSON: image and labels (label, probability among all of the list, cosine itc); or "
+             "image, error")
 
 
 def _run(args: Namespace) -> int:
@@ -45,7 +46,7 @@ def _worker(args: Namespace, names: list[str]) -> Worker:
 
 
 def _rows(classifier: Classifier, labels: Labels, args: Namespace, work: Iterable[Work]) -> Generator[Row]:
-    """What is written about each image: image and labels, or error."""
+    """A row for each image: image and labels, or image and error."""
     from blip_fast.media.images import ImageError
 
     images = (image for image, _ in work)

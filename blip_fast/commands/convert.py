@@ -1,4 +1,4 @@
-"""`blip-fast convert`: one checkpoint form to another, bit for bit."""
+"""`blip-fast convert`: convert a checkpoint from one form to another, bit for bit."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def _arguments(parser: ArgumentParser) -> None:
         help="hf: directory for transformers; original: the published .pth; native: our own directory")
     add("--task", choices=tuple(TASK_PARTS),
         help="keep only the parts of one task: a captioner from a pre-trained model")
-    add("--image-size", type=int | None, help="resize the position embeddings for images of this many pixels a side")
+    add("--image-size", type=int | None,
+        help="resize the position embeddings for images of this many pixels a side")
     add("--heads", type=int | None, help="attention heads of a .pth whose heads are not 64 wide")
     add("--tokenizer", type=str | None, metavar="DIR_OR_ID",
         help="where vocab.txt or tokenizer.json is, if the checkpoint brings none")
@@ -44,8 +45,8 @@ def _run(args: Namespace) -> int:
     from blip_fast.model.tokenizer import Tokenizer
 
     tokenizer = None if args.tokenizer is None else Tokenizer.from_pretrained(args.tokenizer)
-    model, tokenizer = load_model(args.source, tokenizer=tokenizer, image_size=args.image_size, heads=args.heads,
-                                  dtype=None)
+    model, tokenizer = load_model(args.source, tokenizer=tokenizer, image_size=args.image_size,
+                                  heads=args.heads, dtype=None)
     training_state = {} if args.drop_training_state else load_training_state(args.source, model.config)
     if training_state and (args.to == "hf" or args.task is not None):
         raise ValueError(f"{args.source} holds training state (queues and momentum copies) that "
@@ -59,12 +60,13 @@ def _run(args: Namespace) -> int:
 
 
 def check_destination(destination: Path, form: str) -> None:
-    """Raise ValueError where something is there that the form's file or directory would replace."""
+    """Raise ValueError if writing this form would replace something."""
     if destination.is_file() or (destination.is_dir() and (form == "original" or any(destination.iterdir()))):
         raise ValueError(f"{destination} exists already: remove it or choose another name")
 
 
-def save(args: Namespace, model: BlipModel, tokenizer: Tokenizer | None, training_state: dict[str, Tensor]) -> None:
+def save(args: Namespace, model: BlipModel, tokenizer: Tokenizer | None,
+         training_state: dict[str, Tensor]) -> None:
     """Write `args.destination` in the form `args.to`."""
     from blip_fast.checkpoint import save_hugging_face, save_native, save_original
 
@@ -76,8 +78,9 @@ def save(args: Namespace, model: BlipModel, tokenizer: Tokenizer | None, trainin
         save_native(model, tokenizer, args.destination, training_state)
 
 
-def report(args: Namespace, model: BlipModel, tokenizer: Tokenizer | None, training_state: dict[str, Tensor]) -> None:
-    """Print what was written from `args.source`: a line, or JSON with `args.json`."""
+def report(args: Namespace, model: BlipModel, tokenizer: Tokenizer | None,
+           training_state: dict[str, Tensor]) -> None:
+    """Print a line (with `args.json`: JSON) about what was converted from `args.source`."""
     config = model.config
     parameters = sum(parameter.numel() for parameter in model.parameters())
     heads = [head for head in ("contrastive", "matching", "reasoning") if getattr(config, head)]
@@ -91,7 +94,8 @@ def report(args: Namespace, model: BlipModel, tokenizer: Tokenizer | None, train
     parts = f"text {config.text_stacks}" + (f", heads {' and '.join(heads)}" if heads else "")
     extras = ", ".join(["tokenizer" if tokenizer is not None else "no tokenizer",
                         *([f"{len(training_state)} tensors of training state"] if training_state else [])])
-    print(f"{args.destination}: {parameters / 1e6:.1f} M parameters, {config.vision.image_size} px, {parts}; {extras}")
+    print(f"{args.destination}: {parameters / 1e6:.1f} M parameters, {config.vision.image_size} px, "
+          f"{parts}; {extras}")
 
 
 COMMAND = Command(

@@ -1,5 +1,5 @@
-"""`blip-fast data`: pack images into the shards that training reads, turn published annotations into rows, or draw
-scenes, tasks about scenes, and clips, to train and evaluate on."""
+"""`blip-fast data`: make data to train and evaluate on. It packs images into shards, turns published
+annotations into rows, and draws scenes, tasks about scenes, and clips."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ def _arguments(parser: ArgumentParser) -> None:
     for name, add, help, example in (
         ("pack", _pack_arguments, "pack a folder of images and captions into shards",
          "blip-fast data pack photos/ --annotations captions.csv --output shards/"),
-        ("annotations", _annotations_arguments, "turn a published data set's annotations into annotations.jsonl",
+        ("annotations", _annotations_arguments, "turn a published data set's annotations into "
+         "annotations.jsonl",
          "blip-fast data annotations karpathy dataset_coco.json --output coco/annotations.jsonl"),
         ("scenes", _scenes_arguments, "draw pictures with captions whose truth is known",
          "blip-fast data scenes scenes/train --count 20000 --noise 0.3"),
         ("clips", _clips_arguments, "draw videos of moving things with captions, questions and answers",
          "blip-fast data clips clips/ --count 200"),
-        ("scene-task", _scene_task_arguments, "draw questions, pairs or dialogues about scenes, with right answers",
+        ("scene-task", _scene_task_arguments, "draw questions, pairs or dialogues about scenes, with "
+         "right answers",
          "blip-fast data scene-task questions vqa/train --count 6000"),
     ):
         action = ArgumentParser(description=help, epilog=f"example: {example}", exit_on_error=False)
@@ -35,12 +37,13 @@ def _arguments(parser: ArgumentParser) -> None:
 def _pack_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("folder", metavar="FOLDER", help="where the images are, at any depth")
-    add("--output", required=True, metavar="DIR", help="directory for the shards; images that training could not "
-                                                       "decode are left out and named in its quarantine.jsonl")
+    add("--output", required=True, metavar="DIR",
+        help="directory for the shards; images that training could not "
+             "decode are left out and named in its quarantine.jsonl")
     add("--annotations", type=str | None, metavar="FILE",
         help="JSONL or CSV: image (path below FOLDER), caption or captions, perhaps split and id; in JSONL "
-             "also question and answers, or second_image and label (default: annotations.jsonl in FOLDER, else every "
-             "image is packed without captions)")
+             "also question and answers, or second_image and label (default: annotations.jsonl in "
+             "FOLDER, else every image is packed without captions)")
     add("--split", type=str | None, help="pack the rows of this split only")
     add("--samples-per-shard", type=int, default=1000, metavar="N", help="images in one tar file")
     add("--shuffle-seed", type=int | None, metavar="N",
@@ -51,21 +54,25 @@ def _annotations_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("format", choices=("karpathy", "coco", "vqa", "visual-genome", "nlvr2", "visdial", "msrvtt",
                             "msrvtt-qa", "msvd-qa"),
-        help="karpathy (COCO, Flickr30k), coco (also NoCaps), vqa (v2), visual-genome, nlvr2, visdial (1.0), or of "
-             "videos msrvtt, msrvtt-qa or msvd-qa; the first three, nlvr2 and msrvtt also as beside the published BLIP")
-    add("files", nargs="+", metavar="FILE", help="as published; vqa: questions and annotations, a test set's questions "
-                                                 "alone; visual-genome: question_answers.json image_data.json; "
-                                                 "visdial: dialogues, perhaps dense annotations too, behind the "
-                                                 "training set's dataset_coco.json of Karpathy's split; msvd-qa: "
-                                                 "questions and youtube_mapping.txt")
+        help="karpathy (COCO, Flickr30k), coco (also NoCaps), vqa (v2), visual-genome, nlvr2, visdial "
+             "(1.0), or of videos msrvtt, msrvtt-qa or msvd-qa; the first three, nlvr2 and msrvtt also as "
+             "beside the published BLIP")
+    add("files", nargs="+", metavar="FILE",
+        help="as published; vqa: questions and annotations, a test set's questions "
+             "alone; visual-genome: question_answers.json image_data.json; "
+             "visdial: dialogues, perhaps dense annotations too, behind the "
+             "training set's dataset_coco.json of Karpathy's split; msvd-qa: "
+             "questions and youtube_mapping.txt")
     add("--output", required=True, metavar="FILE.jsonl", help="annotations.jsonl in the folder of images")
     add("--split", type=str | None, help="give this to rows that have no split of their own")
-    add("--prefix", default="", metavar="FOLDER", help="put before every image: its folder's place below that")
+    add("--prefix", default="", metavar="FOLDER",
+        help="put before every image: its folder's place below that")
 
 
 def _scenes_arguments(parser: ArgumentParser) -> None:
     _drawing_arguments(parser)
-    parser.add_argument("--noise", type=float, default=0.0, metavar="SHARE", help="share of wrong captions, 0 to 1")
+    parser.add_argument("--noise", type=float, default=0.0, metavar="SHARE",
+                        help="share of wrong captions, 0 to 1")
 
 
 def _scene_task_arguments(parser: ArgumentParser) -> None:
@@ -101,16 +108,17 @@ def _pack(args: Namespace) -> None:
     from blip_fast.data.shards.annotated import ANNOTATIONS
     from blip_fast.data.shards.pack import QUARANTINE, pack
 
-    beside = Path(args.folder) / ANNOTATIONS
-    annotations = args.annotations or (beside if beside.is_file() else None)
-    report = pack(args.folder, annotations, args.output, split=args.split, samples_per_shard=args.samples_per_shard,
-                  shuffle_seed=args.shuffle_seed)
+    default = Path(args.folder) / ANNOTATIONS
+    annotations = args.annotations or (default if default.is_file() else None)
+    report = pack(args.folder, annotations, args.output, split=args.split,
+                  samples_per_shard=args.samples_per_shard, shuffle_seed=args.shuffle_seed)
     quarantine = report.directory / QUARANTINE
     if args.json:
-        print(json.dumps({**asdict(report), "directory": str(report.directory), "quarantine": str(quarantine)}))
+        print(json.dumps({**asdict(report), "directory": str(report.directory),
+                          "quarantine": str(quarantine)}))
         return
-    print(f"{report.directory}: {report.samples} images in {report.shards} shards, {report.without_caption} of them "
-          "without a caption")
+    print(f"{report.directory}: {report.samples} images in {report.shards} shards, "
+          f"{report.without_caption} of them without a caption")
     if report.quarantined:
         print(f"{quarantine}: {report.quarantined} images left out, and why")
 
@@ -123,9 +131,9 @@ def _annotations(args: Namespace) -> None:
         raise FileExistsError(f"{output} exists: remove it or name another file")
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with partial.open("w", encoding="utf-8") as stream:
+        with partial.open("w", encoding="utf-8") as file:
             for row in published_rows(args.format, args.files, args.split, args.prefix):
-                stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 count += 1
         partial.rename(output)
     finally:
@@ -151,9 +159,11 @@ def _clips(args: Namespace) -> None:
     folder = _new_folder(args)
     rows = write_clips(folder, args.count, args.split, args.seed, args.image_size)
     if args.json:
-        print(json.dumps({"directory": str(folder), "videos": len(rows), "questions": str(folder / QUESTIONS)}))
+        print(json.dumps({"directory": str(folder), "videos": len(rows),
+                          "questions": str(folder / QUESTIONS)}))
     else:
-        print(f"{folder}: {len(rows)} clips of split {args.split}; questions about them in {folder / QUESTIONS}")
+        print(f"{folder}: {len(rows)} clips of split {args.split}; questions about them in "
+              f"{folder / QUESTIONS}")
 
 
 def _scene_task(args: Namespace) -> None:
@@ -171,12 +181,13 @@ def _scene_task(args: Namespace) -> None:
 
 
 def _new_folder(args: Namespace) -> Path:
-    """Where to draw, checked with what is asked for."""
+    """The folder to draw into. Raises if it is not empty, or if --count or --image-size is too small."""
     folder = Path(args.folder)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists already: remove it or name another folder")
     if args.count < 1 or args.image_size < 1:
-        raise ValueError(f"--count and --image-size must be at least 1, got {args.count} and {args.image_size}")
+        raise ValueError(f"--count and --image-size must be at least 1, got {args.count} and "
+                         f"{args.image_size}")
     return folder
 
 

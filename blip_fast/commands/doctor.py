@@ -1,4 +1,4 @@
-"""`blip-fast doctor`: what runs here, and why not more."""
+"""`blip-fast doctor`: what runs on this machine, and why other parts do not."""
 
 from __future__ import annotations
 

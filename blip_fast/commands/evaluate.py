@@ -1,4 +1,4 @@
-"""`blip-fast evaluate`: what a model is worth on annotated images."""
+"""`blip-fast evaluate`: measure a model on annotated images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 def _arguments(parser: ArgumentParser) -> None:
     tasks = parser.add_subcommands(dest="task", metavar="TASK")
     for name, named in TASKS.items():
-        task = ArgumentParser(description=named.help, epilog=f"example: blip-fast evaluate {name} {named.example}",
+        task = ArgumentParser(description=named.help,
+                              epilog=f"example: blip-fast evaluate {name} {named.example}",
                               exit_on_error=False)
         add_model_options(task)
         task.add_argument("--data", required=True, metavar="DIR",
@@ -38,7 +39,8 @@ def _arguments(parser: ArgumentParser) -> None:
 def _retrieval_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--top-k", type=int, default=256,
-        help="candidates that the matching head re-ranks, of each image and of each text; 0 for cosines alone")
+        help="candidates that the matching head re-ranks, of each image and of each text; 0 for "
+             "cosines alone")
     add("--first-token", default="[ENC]", help="what the matching head's texts start with, [ENC] or [CLS]")
 
 
@@ -47,40 +49,43 @@ def _caption_arguments(parser: ArgumentParser) -> None:
     add_caption_options(parser)
     add("--beams", type=int, default=3, help="1 is greedy")
     add("--metrics", type=str | None,
-        help="also measure by java-free (BLEU, ROUGE-L and CIDEr, words split without Java), coco-without-spice (these "
-             "and METEOR over PTB tokens, as published; needs Java) or coco (SPICE too), of each domain too where rows "
-             "name a \"domain\" (NoCaps); needs blip-fast[eval]")
+        help="also measure by java-free (BLEU, ROUGE-L and CIDEr, words split without Java), "
+             "coco-without-spice (these and METEOR over PTB tokens, as published; needs Java) or coco (SPICE "
+             "too), of each domain too where rows name a \"domain\" (NoCaps); needs blip-fast[eval]")
     add("--matcher", type=str | None, metavar="DIR_OR_ID",
-        help="also itm_score: the mean probability, by this checkpoint's matching head, that a caption belongs to its "
-             "image")
+        help="also itm_score: the mean probability, by this checkpoint's matching head, that a caption "
+             "belongs to its image")
     add("--output", type=str | None, metavar="FILE.jsonl", help="write image, caption, references here")
 
 
 def _vqa_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--answers", type=str | None, metavar="FILE",
-        help="choose from these, as published: an answer a line, or a .json list; without it answers are written")
+        help="choose from these, as published: an answer a line, or a .json list; without it answers "
+             "are written")
     add("--top-k", type=int, default=128,
         help="with --answers: how many, chosen by their first tokens, are compared in full")
     add("--beams", type=int, default=3, help="without --answers: 1 is greedy")
     add("--max-length", type=int, default=10, help="without --answers: tokens at most, the first one counted")
-    add("--min-length", type=int, default=1, help="without --answers: tokens before the end may come, counted alike")
-    add("--first-token", default="[ENC]", help="what questions start with: [ENC] as published, [CLS] in transformers")
+    add("--min-length", type=int, default=1,
+        help="without --answers: tokens before the end may come, counted alike")
+    add("--first-token", default="[ENC]",
+        help="what questions start with: [ENC] as published, [CLS] in transformers")
     add("--output", type=str | None, metavar="FILE.json",
         help="write the test server's list of question_id and answer; rows need a question_id")
 
 
 def _nlvr2_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--output", type=str | None, metavar="FILE.csv",
-                        help="write what the published evaluation reads, a line of identifier and True or False for "
-                             "each pair; rows need an identifier")
+                        help="write what the published evaluation reads, a line of identifier and True "
+                             "or False for each pair; rows need an identifier")
 
 
 def _visdial_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--caption-in", choices=("attention", "text"), default="attention",
-                        help="where the image's caption stands: in the cross-attention beside the image, as in the "
-                             "paper, or in the text before the history, for models whose images and texts differ in "
-                             "width or that were not trained on dialogues")
+                        help="where the image's caption stands: in the cross-attention beside the "
+                             "image, as in the paper, or in the text before the history, for models whose "
+                             "images and texts differ in width or that were not trained on dialogues")
 
 
 def _video_retrieval_arguments(parser: ArgumentParser) -> None:
@@ -114,7 +119,7 @@ def _run(args: Namespace) -> None:
 
 
 def _settle(options: Namespace, ranks: Ranks) -> None:
-    """All ranks compute in the precision that the first one's device is good at; it stands among the figures."""
+    """Choose the precision by the first rank's device, for all ranks. It is printed among the figures."""
     own, _ = settled(options.dtype, options.device)
     options.dtype = ranks.share(lambda those: [own for _ in those], range(ranks.count))[0]
 
@@ -126,8 +131,10 @@ def _retrieval(args: Namespace, images: list[AnnotatedImage], ranks: Ranks) -> d
     model, tokenizer = load_for_task(args.model, **model_options(args))
     with _progress(ranks) as (track, pairs_done):
         result, image_of_text = evaluate_retrieval(model, tokenizer, images, top_k=args.top_k,
-                                                   first_token=args.first_token, track=track, progress=pairs_done)
-    return {"texts": len(image_of_text), "top_k": args.top_k, "pairs": result.pairs, **result.recalls(image_of_text),
+                                                   first_token=args.first_token, track=track,
+                                                   progress=pairs_done)
+    return {"texts": len(image_of_text), "top_k": args.top_k, "pairs": result.pairs,
+            **result.recalls(image_of_text),
             **result.median_ranks(image_of_text), "chance": result.chances(image_of_text)}
 
 
@@ -142,7 +149,8 @@ def _caption(args: Namespace, images: list[AnnotatedImage], ranks: Ranks) -> dic
     generation = GenerationConfig(beams=args.beams, max_length=args.max_length, min_length=args.min_length,
                                   beam_rule=args.beam_rule)
     train = [] if args.split == "train" else [caption for image in annotated_images(args.data, None)
-                                              if image.row.get("split") == "train" for caption in image.captions]
+                                              if image.row.get("split") == "train"
+                                              for caption in image.captions]
     metrics = None if args.metrics is None else CaptionMetrics(args.metrics)
     captioner = Captioner.from_pretrained(args.model, **model_options(args))
     matcher = None if args.matcher is None else Matcher.from_pretrained(
@@ -227,8 +235,9 @@ def _video_qa(args: Namespace, images: list[AnnotatedImage], ranks: Ranks) -> di
 
 
 def _check_names(output: str | None, images: list[AnnotatedImage], key: str) -> None:
-    """Raises ValueError where predictions are to be written and a row lacks what names its own."""
-    if output is not None and (unnamed := next((image.name for image in images if key not in image.row), None)):
+    """Raises ValueError if predictions are to be written and a row lacks the key that identifies it."""
+    if output is not None and (unnamed := next((image.name for image in images if key not in image.row),
+                                               None)):
         raise ValueError(f"{unnamed} has a row without {key}: --output needs one in every row")
 
 
@@ -238,8 +247,10 @@ def _write(output: str, content: str) -> None:
 
 
 @contextmanager
-def _progress(ranks: Ranks) -> Iterator[tuple[Callable[[Iterable[Any]], Iterable[Any]], Callable[[int, int], None]]]:
-    """Bars on the first rank's terminal, its error stream: (wraps the images, is told of re-ranked pairs)."""
+def _progress(ranks: Ranks) -> Iterator[tuple[Callable[[Iterable[Any]], Iterable[Any]],
+                                              Callable[[int, int], None]]]:
+    """Progress bars on the first rank's error stream, if that is a terminal. Yields two functions: one wraps
+    the iteration over images, the other takes the number of re-ranked pairs and their total."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -262,12 +273,12 @@ def _print_table(task: str, images: int, figures: dict[str, Any]) -> None:
     if chance:
         table.add_column("chance", justify="right")
     for name, value in figures.items():
-        beside = [f"{100 * chance[name]:.1f} %" if name in chance else ""] if chance else []
-        table.add_row(name, _shown(value, name in chance), *beside)
+        cells = [f"{100 * chance[name]:.1f} %" if name in chance else ""] if chance else []
+        table.add_row(name, _format(value, name in chance), *cells)
     Console().print(table)
 
 
-def _shown(value: float | str | None, percent: bool) -> str:
+def _format(value: float | str | None, percent: bool) -> str:
     if value is None or isinstance(value, str):
         return value or "–"
     return f"{100 * value:.1f} %" if percent else f"{value:.4g}"
@@ -278,7 +289,7 @@ class _Task(NamedTuple):
     add_arguments: Callable[[ArgumentParser], None]
     run: Callable[[Namespace, list[AnnotatedImage], Ranks], dict[str, Any]]
     example: str
-    shared: bool = False  # whether ranks share the work
+    shared: bool = False  # whether the work can be shared among ranks
 
 
 TASKS = {
@@ -287,20 +298,24 @@ TASKS = {
     "caption": _Task("captions, and the loss of those of people", _caption_arguments, _caption,
                      "--model Salesforce/blip-image-captioning-base --data flickr8k --metrics java-free"),
     "vqa": _Task("answers to questions, by VQA's official accuracy", _vqa_arguments, _vqa,
-                 "--model Salesforce/blip-vqa-base --data vqa --split val --answers answer_list.json", shared=True),
+                 "--model Salesforce/blip-vqa-base --data vqa --split val --answers "
+                 "answer_list.json", shared=True),
     "nlvr2": _Task("whether sentences are true of pairs of images", _nlvr2_arguments, _nlvr2,
-                   "--model model_base_nlvr.pth --tokenizer bert-base-uncased --data nlvr2 --split dev", shared=True),
+                   "--model model_base_nlvr.pth --tokenizer bert-base-uncased --data nlvr2 --split "
+                   "dev", shared=True),
     "visdial": _Task("answers ranked in dialogues, by VisDial's measures", _visdial_arguments, _visdial,
                      "--model models/visdial --data visdial --split val", shared=True),
     "video-retrieval": _Task("texts found for videos and videos for texts", _video_retrieval_arguments,
                              _video_retrieval, "--model Salesforce/blip-itm-base-coco --data msrvtt"),
-    "video-qa": _Task("answers to questions about videos: the share that is right", _video_qa_arguments, _video_qa,
+    "video-qa": _Task("answers to questions about videos: the share that is right",
+                      _video_qa_arguments, _video_qa,
                       "--model Salesforce/blip-vqa-base --data msvd --answers answer_list.json", shared=True),
 }
 
 COMMAND = Command(
     help="measure a model: retrieval, captions, answers (VQA), pairs (NLVR2), dialogues (VisDial), videos",
-    example="blip-fast evaluate retrieval --model Salesforce/blip-itm-base-flickr --data flickr8k --top-k 128 --json",
+    example="blip-fast evaluate retrieval --model Salesforce/blip-itm-base-flickr --data flickr8k "
+            "--top-k 128 --json",
     arguments=_arguments,
     run=_run,
 )

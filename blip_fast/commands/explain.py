@@ -1,4 +1,4 @@
-"""`blip-fast explain`: a picture of where in an image the words of a text are seen."""
+"""`blip-fast explain`: draw heat maps of where in an image the words of a text are seen."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ def _arguments(parser: ArgumentParser) -> None:
     add("text", metavar="TEXT", help="what it shows")
     add("--word", action="append", default=[], metavar="WORDS",
         help="a word of the text, or several that follow each other; may be repeated (default: each word)")
-    add("--output", required=True, metavar="PICTURE.png", help="where the picture goes; the suffix says its format")
+    add("--output", required=True, metavar="PICTURE.png",
+        help="where the picture goes; the suffix says its format")
     add("--layer", type=int | None,
         help="whose cross-attention, from 0 (default: the eighth of twelve, or that share of fewer)")
     add("--first-token", default="[CLS]",
         help="what the text starts with: [CLS] as in transformers, [ENC] as in training")
     add("--json", action="store_true",
-        help="print JSON: image, text, itm, map (of the whole text) and words (word, map); maps are rows of patches")
+        help="print JSON: image, text, itm, map (of the whole text) and words (word, map); maps are "
+             "rows of patches")
 
 
 def _run(args: Namespace) -> None:
@@ -55,7 +57,8 @@ def _run(args: Namespace) -> None:
 
 COMMAND = Command(
     help="draw where in an image the words of a text are seen (Grad-CAM of cross-attention)",
-    example='blip-fast explain --model Salesforce/blip-itm-base-coco photo.jpg "a dog on grass" --output seen.png',
+    example='blip-fast explain --model Salesforce/blip-itm-base-coco photo.jpg "a dog on grass" '
+            '--output seen.png',
     arguments=_arguments,
     run=_run,
 )

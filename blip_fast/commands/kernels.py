@@ -1,4 +1,4 @@
-"""`blip-fast kernels`: every GPU kernel compiled ahead of time, with no GPU, and what came out; or tuned on a GPU."""
+"""`blip-fast kernels`: compile all GPU kernels ahead of time, without a GPU, and report; or tune on a GPU."""
 
 from __future__ import annotations
 
@@ -17,15 +17,19 @@ from blip_fast.command_line.command import Command
 
 
 def _arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print one JSON object per kernel, target and dtype")
+    parser.add_argument("--json", action="store_true",
+                        help="print one JSON object per kernel, target and dtype")
     parser.add_argument("--target", default="sm_80,sm_90,sm_100", help="GPU generations: A100, H100, B200")
     parser.add_argument("--dtype", default="float16,bfloat16", help="dtypes of the inputs; float32 works too")
     parser.add_argument("--op", help="ops, all unless given: attention,contrastive")
     parser.add_argument("--launch", default="*", help="only launches whose name matches: '*head_dim 64*'")
-    parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1), help="processes that compile")
+    parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1),
+                        help="processes that compile")
     parser.add_argument("--write-budgets", action="store_true",
-                        help="make what the kernels use now their budgets, in gpu/budgets.json of this installation")
-    parser.add_argument("--tune", action="store_true", help="instead, measure launch configurations on the GPU at hand")
+                        help="make what the kernels use now their budgets, in gpu/budgets.json of this "
+                             "installation")
+    parser.add_argument("--tune", action="store_true",
+                        help="instead, measure launch configurations on the GPU at hand")
     parser.add_argument("--output", default="kernel-configs.json",
                         help="where --tune writes the best; BLIP_FAST_KERNEL_CONFIGS may name it")
 
@@ -33,17 +37,18 @@ def _arguments(parser: ArgumentParser) -> None:
 def _run(args: Namespace) -> int:
     if find_spec("triton") is None:
         raise ModuleNotFoundError(name="triton")
-    chosen = {"op": _listed("op", args.op), "dtype": _listed("dtype", args.dtype)}
+    chosen = {"op": _parse_list("op", args.op), "dtype": _parse_list("dtype", args.dtype)}
     if args.tune:
         return _python("blip_kernels.compiled.tune", [*_options(chosen), "--output", args.output]).wait()
     if args.write_budgets and (args.launch, args.dtype) != ("*", "float16,bfloat16"):
-        raise ValueError("--write-budgets measures all launches in float16 and bfloat16: drop --launch and --dtype")
+        raise ValueError("--write-budgets measures all launches in float16 and bfloat16: drop --launch "
+                         "and --dtype")
     if args.jobs < 1:
         raise ValueError(f"--jobs is {args.jobs}: at least 1")
-    chosen["target"] = _listed("target", args.target)
+    chosen["target"] = _parse_list("target", args.target)
     options = [*_options(chosen), "--launch", args.launch, "--jobs", str(args.jobs), "--json"]
     status, rows = _rows(_python("blip_kernels.compiled.aot", options), args.json)
-    if status:  # the process has said why
+    if status:  # the process has printed why
         return status
     if args.write_budgets:
         from blip_kernels.compiled import aot, budgets
@@ -54,7 +59,8 @@ def _run(args: Namespace) -> int:
     return 0
 
 
-def _listed(name: str, given: str | None) -> list[str]:
+def _parse_list(name: str, given: str | None) -> list[str]:
+    """The comma-separated values of an option. Raises ValueError for an unknown one."""
     from blip_kernels.compiled.aot import DTYPES, OPS, TARGETS
 
     known = {"op": OPS, "dtype": DTYPES, "target": TARGETS}[name]
@@ -70,14 +76,14 @@ def _options(chosen: dict[str, list[str]]) -> list[str]:
 
 
 def _python(module: str, options: list[str]) -> subprocess.Popen[str]:
-    """In a process of its own: Triton decides on its import whether it compiles kernels or interprets them."""
+    """Run a module in a new process: Triton decides at import whether it compiles or interprets kernels."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", module, *options]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
 def _rows(process: subprocess.Popen[str], print_them: bool) -> tuple[int, list[dict[str, Any]]]:
-    """The exit status and the reports."""
+    """The process's exit status and its reports."""
     from rich.console import Console
 
     rows = []
@@ -87,7 +93,8 @@ def _rows(process: subprocess.Popen[str], print_them: bool) -> tuple[int, list[d
                 rows.append(json.loads(line))
                 if print_them:
                     print(line, end="", flush=True)
-                status.update(f"compiling: {len(rows)} kernels, last {rows[-1]['op']} for {rows[-1]['target']}")
+                status.update(f"compiling: {len(rows)} kernels, last {rows[-1]['op']} for "
+                              f"{rows[-1]['target']}")
         except BaseException:
             process.send_signal(signal.SIGINT)
             raise
@@ -102,19 +109,20 @@ def _print(rows: list[dict[str, Any]]) -> None:
 
     console = Console()
     for op in dict.fromkeys(row["op"] for row in rows):
-        table = Table("kernel", "for", "registers", "spilled", "shared", "MMA", "in loop", "per MMA", "occupancy",
-                      "ceiling", title=op, title_style="bold", box=SIMPLE_HEAD)
+        table = Table("kernel", "for", "registers", "spilled", "shared", "MMA", "in loop",
+                      "per MMA", "occupancy", "ceiling", title=op, title_style="bold", box=SIMPLE_HEAD)
         for column in table.columns[2:]:
             column.justify = "right"
         for row in _distinct([row for row in rows if row["op"] == op]):
-            name = Text.assemble(row["kernel"].strip("_").removesuffix("_kernel"), (f"\n{row['launch']}", "dim"))
+            name = Text.assemble(row["kernel"].strip("_").removesuffix("_kernel"),
+                                 (f"\n{row['launch']}", "dim"))
             table.add_row(name, f"{row['target']}\n{row['dtype']}", *_figures(row))
         console.print(table)
     console.print(f"[dim]{_legend(rows)}[/dim]")
 
 
 def _distinct(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Without the kernels that another launch runs as well."""
+    """The rows without those that differ from an earlier one only in their launch."""
     seen = set()
     for row in rows:
         key = json.dumps(row | {"launch": ""})
@@ -139,8 +147,9 @@ def _figures(row: dict[str, Any]) -> list[Any]:
 def _legend(rows: list[dict[str, Any]]) -> str:
     assemblers = ", ".join(f"{target} {version}" for target, version in
                            dict.fromkeys((row["target"], row["ptxas"]) for row in rows))
-    return ("per MMA: instructions that a warp issues in the main loop per 4,096 MMA FLOPs that it owns. ceiling: "
-            f"bound on the share of the tensor cores' peak, and what sets it. ptxas: {assemblers}")
+    return ("per MMA: instructions that a warp issues in the main loop per 4,096 MMA FLOPs that it "
+            "owns. ceiling: bound on the share of the tensor cores' peak, and what sets it. ptxas: "
+            f"{assemblers}")
 
 
 COMMAND = Command(

@@ -1,4 +1,4 @@
-"""The server as an application of Ray Serve, for several machines (`deploy/ray_serve.yaml`)."""
+"""The server as a Ray Serve application, for several machines (`deploy/ray_serve.yaml`)."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from blip_fast.commands.serve import settings_from
 from blip_fast.serve.app import make_app
 from blip_fast.serve.service import Service
 
-SHUTDOWN = 75  # seconds that a replica gets to finish what it has begun, more than a request may take
+SHUTDOWN = 75  # seconds that a replica gets to finish its requests: longer than a request may take
 
 
 def build(arguments: dict[str, Any]) -> Any:
-    """An application whose replicas are the server of `blip-fast serve`, each with workers of its own.
+    """An application whose replicas are servers as of `blip-fast serve`, each with its own workers.
 
-    Ray's proxies speak HTTP and deal requests out; a replica refuses what the server refuses, and everything with
-    `not_ready` while it loads its model.
+    Ray's proxies handle HTTP and distribute the requests. A replica refuses what the server refuses; while it
+    loads its model, it refuses everything with `not_ready`.
 
     Args:
-        arguments: `serve`, a list of the command's options; `replicas` at most, one unless given; `gpus` and `cpus` of
-            a replica, none and one unless given.
+        arguments: `serve`, a list of the command's options; `replicas`, their maximum (default 1); `gpus` and
+            `cpus` per replica (default 0 and 1).
 
     Raises:
-        ValueError: the options do not fit, or there is no API key, for Ray's proxies listen to the network.
+        ValueError: the options do not fit, or there is no API key, which is required because Ray's proxies
+            listen on the network.
     """
     settings = settings_from([str(option) for option in arguments["serve"]])
     if settings.api_key is None:

@@ -22,15 +22,17 @@ def _arguments(parser: ArgumentParser) -> None:
     add("image", nargs="?", type=str | None, metavar="IMAGE", help="image file")
     add("texts", nargs="*", metavar="TEXT", help="texts to hold against the image")
     add("--pairs", type=str | None, metavar="FILE",
-        help='instead: a .jsonl file with "image" and "text" in every line (other keys are kept), or a .tsv file of '
-             "both; prints JSON lines")
+        help='instead: a .jsonl file with "image" and "text" in every line (other keys are kept), or a '
+             ".tsv file of both; prints JSON lines")
     add("--first-token", default="[CLS]",
-        help="what texts start with before the matching head: [CLS] as in transformers, [ENC] as in training and in "
-             "the published retrieval evaluation")
+        help="what texts start with before the matching head: [CLS] as in transformers, [ENC] as in "
+             "training and in the published retrieval evaluation")
     add("--json", action="store_true", help="print JSON: image, text, itm, itc")
     add("--batch-size", type=int, default=16, help="with --pairs: images at a time")
-    add("--output", type=str | None, metavar="FILE.jsonl", help="with --pairs: write here instead of printing")
-    add("--resume", action="store_true", help="with --output: go on with the file, leave out the pairs that it holds")
+    add("--output", type=str | None, metavar="FILE.jsonl",
+        help="with --pairs: write here instead of printing")
+    add("--resume", action="store_true",
+        help="with --output: go on with the file, leave out the pairs that it holds")
 
 
 def _run(args: Namespace) -> int:
@@ -68,12 +70,13 @@ def _work(args: Namespace) -> tuple[Work, int]:
     from blip_fast.tasks.matcher import Matcher, image_of_each
 
     matcher = Matcher.from_pretrained(args.model, **model_options(args))
-    matcher.pack([], args.first_token)  # another first token is refused before anything is scored
+    matcher.pack([], args.first_token)  # refuses an unknown first token before any work is done
 
     def score(pixels: Tensor, texts: list[list[str]]) -> Iterable[dict[str, Any]]:
         packed = matcher.pack([text for mine in texts for text in mine], args.first_token)
         scores = matcher.score_pairs(pixels, packed, image_of_each(texts))
-        return ({"itm": itm, "itc": itc} for itm, itc in zip(scores.itm.tolist(), scores.itc.tolist(), strict=True))
+        return ({"itm": itm, "itc": itc}
+                for itm, itc in zip(scores.itm.tolist(), scores.itc.tolist(), strict=True))
 
     return score, matcher.model.config.vision.image_size
 

@@ -35,11 +35,13 @@ def _arguments(parser: ArgumentParser) -> None:
 
 def _index_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("images", nargs="*", metavar="IMAGE", help="image files, folders of images, webdataset shards (.tar); those "
+    add("images", nargs="*", metavar="IMAGE",
+        help="image files, folders of images, webdataset shards (.tar); those "
         "that the index holds and that have not changed are left alone")
     add_model_options(parser, required=False)
     add("--storage", type=str | None, help="of a new index: float32 (default), or float16 in half the space")
-    add("--prune", action="store_true", help="forget indexed images whose files are gone, and free their room")
+    add("--prune", action="store_true",
+        help="forget indexed images whose files are gone, and free their room")
     add("--json", action="store_true", help="print what was done as one JSON object")
 
 
@@ -51,13 +53,16 @@ def _query_arguments(parser: ArgumentParser) -> None:
     add("--rerank", type=int, default=64, metavar="N",
         help="with --text: the matching head looks at so many of the best; 0 for cosines alone")
     add("--first-token", default="[ENC]",
-        help="what the text starts with before the matching head: [ENC] as in training, [CLS] as in transformers")
+        help="what the text starts with before the matching head: [ENC] as in training, [CLS] as in "
+             "transformers")
     add("--backend", default="exact",
         help="exact, or with a graph that finds most of the same sooner: faiss or usearch, where installed")
-    add("--model", type=str | None, metavar="DIR_OR_ID", help="where the index's model is now, if it was moved")
+    add("--model", type=str | None, metavar="DIR_OR_ID",
+        help="where the index's model is now, if it was moved")
     add("--device", type=str | None, help="cpu or cuda (default: cuda where there is one)")
     add("--threads", type=int | None, help="threads that a product on a CPU is shared by")
-    add("--json", action="store_true", help="print JSON lines: image, score, itc, itm (null where not re-ranked)")
+    add("--json", action="store_true",
+        help="print JSON lines: image, score, itc, itm (null where not re-ranked)")
     add("--html", type=str | None, metavar="PAGE.html", help="write a contact sheet")
 
 
@@ -70,8 +75,8 @@ def _index(args: Namespace) -> int:
     from blip_fast.search import AddReport
     from blip_fast.search.store import BROKEN
 
-    opened, line = _opened(args)
-    with closing(opened) as index:
+    found, line = _open_or_create(args)
+    with closing(found) as index:
         with _progress() as progress:
             report = index.add(args.images, progress=progress) if args.images else AddReport()
         if args.images:
@@ -81,18 +86,20 @@ def _index(args: Namespace) -> int:
         if args.json:
             print(json.dumps({"images": len(index), **asdict(report), "missing": missing, "pruned": pruned}))
         else:
-            print(f"{args.index}: {len(index):,} images, {report.added:,} of them new, {report.changed:,} changed, "
-                  f"{report.unchanged:,} of those named as they were" + (f", {pruned:,} dropped" if pruned else ""))
+            print(f"{args.index}: {len(index):,} images, {report.added:,} of them new, "
+                  f"{report.changed:,} changed, {report.unchanged:,} of those named as they were"
+                  + (f", {pruned:,} dropped" if pruned else ""))
         if missing:
             print(f"blip-fast: {missing:,} indexed images are not where they were: forget them with --prune",
                   file=sys.stderr)
         if report.broken:
-            print(f"blip-fast: {report.broken:,} images could not be read: {Path(args.index, BROKEN)}", file=sys.stderr)
+            print(f"blip-fast: {report.broken:,} images could not be read: {Path(args.index, BROKEN)}",
+                  file=sys.stderr)
     return 1 if report.broken else 0
 
 
-def _opened(args: Namespace) -> tuple[Index, str]:
-    """The index of that directory, or a new one; what is said of its precision."""
+def _open_or_create(args: Namespace) -> tuple[Index, str]:
+    """The index in the directory, or a new one, and the line about its precision."""
     from blip_fast.search import Index
     from blip_fast.search.store import DATABASE
 
@@ -100,13 +107,15 @@ def _opened(args: Namespace) -> tuple[Index, str]:
         if args.model is None:
             raise ValueError(f"{args.index} holds no index yet: name the model to make one with (--model)")
         line = settle_precision(args)
-        return Index.create(args.index, args.model, storage=args.storage or "float32", **model_options(args)), line
+        return Index.create(args.index, args.model, storage=args.storage or "float32",
+                            **model_options(args)), line
     index = Index.open(args.index, model=args.model, device=args.device, threads=args.threads)
-    asked = {**model_options(args), "dtype": None if args.dtype == "auto" else args.dtype, "storage": args.storage}
+    asked = {**model_options(args), "dtype": None if args.dtype == "auto" else args.dtype,
+             "storage": args.storage}
     for name, value in index.options.items():
         if asked[name] not in (None, value):
-            raise ValueError(f"the index {args.index} has {name} {value}, not {asked[name]}: leave that option out, or "
-                             "index into another directory")
+            raise ValueError(f"the index {args.index} has {name} {value}, not {asked[name]}: leave that "
+                             "option out, or index into another directory")
     return index, settle_precision(args, str(index.options["dtype"]))
 
 
@@ -116,10 +125,10 @@ def _query(args: Namespace) -> int:
 
     with closing(Index.open(args.index, model=args.model, device=args.device, threads=args.threads)) as index:
         line = settle_precision(Namespace(dtype=index.options["dtype"], device=args.device))
-        hits = index.query(args.text, args.image, top=args.top, rerank=args.rerank, first_token=args.first_token,
-                           backend=args.backend)
+        hits = index.query(args.text, args.image, top=args.top, rerank=args.rerank,
+                           first_token=args.first_token, backend=args.backend)
         say(line)
-        if args.html is not None:  # before the table, whose reader may go away
+        if args.html is not None:  # before printing, which fails if the reader of the output goes away
             from blip_fast.search.sheet import contact_sheet
 
             contact_sheet(index, hits, args.text, args.image).write(args.html)
@@ -134,7 +143,7 @@ def _query(args: Namespace) -> int:
 
 
 def _row(hit: Hit) -> dict[str, Any]:
-    """File names that are no text keep their bytes as escapes, so the lines are printed in ASCII."""
+    """A hit as JSON, to be printed in ASCII, so that file names that are not valid text keep their bytes."""
     return {"image": hit.image.name, "score": hit.score, "itc": hit.itc, "itm": hit.itm}
 
 
@@ -147,7 +156,7 @@ def _line(rank: int, hit: Hit) -> str:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[AddReport], None] | None]:
-    """Counts and images per second on a terminal's error stream."""
+    """A progress line with counts and images per second, if the error stream is a terminal."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -161,8 +170,8 @@ def _progress() -> Iterator[Callable[[AddReport], None] | None]:
         def show(report: AddReport) -> None:
             done = report.images - report.unchanged
             rate = done / max(bar.tasks[0].elapsed or 0.0, 1e-3)
-            bar.update(task, description=f"{done:,} images encoded, {report.unchanged:,} unchanged, {report.broken:,} "
-                                         f"broken, {rate:.1f} images/s")
+            bar.update(task, description=f"{done:,} images encoded, {report.unchanged:,} unchanged, "
+                                         f"{report.broken:,} broken, {rate:.1f} images/s")
         yield show
 
 

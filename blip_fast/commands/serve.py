@@ -1,4 +1,4 @@
-"""`blip-fast serve`: captions, scores, answers and search over HTTP, with a page for people."""
+"""`blip-fast serve`: captions, scores, answers and search over HTTP, with a web page."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def _arguments(parser: ArgumentParser) -> None:
     add_model_options(parser, required=False, models=MODELS, several_devices=True)
     add = parser.add_argument
     add("--index", type=str | None, metavar="DIR",
-        help="serve searches of this index (`blip-fast search index`); its model also scores, unless --matcher does")
+        help="serve searches of this index (`blip-fast search index`); its model also scores, unless "
+             "--matcher does")
     add("--explain", action="store_true", help="serve heat maps, by weights of their own: more memory")
     add("--workers", type=int | None, metavar="N",
         help="processes with a model, dealt out over the devices (default: one for each device)")
@@ -31,7 +32,8 @@ def _arguments(parser: ArgumentParser) -> None:
     add("--beams", type=int, default=3, help="1 is greedy; alternatives are as many at most")
     add_caption_options(parser)
     add("--strip-prompt", action="store_true", help="leave the prompt out of captions")
-    add("--rerank", type=int, default=64, metavar="N", help="with --index: the matching head looks at so many hits")
+    add("--rerank", type=int, default=64, metavar="N",
+        help="with --index: the matching head looks at so many hits")
     add("--host", default="127.0.0.1", help="address to listen at")
     add("--port", type=int, default=8000, help="0 is any that is free")
     add("--api-key", type=str | None, metavar="KEY",
@@ -57,7 +59,7 @@ def _limit_arguments(parser: ArgumentParser) -> None:
 
 
 def settings_from(arguments: Sequence[str]) -> Settings:
-    """What a command line of `blip-fast serve` says. Raises ValueError where it does not fit."""
+    """The settings of a `blip-fast serve` command line. Raises ValueError if the options do not fit."""
     parser = ArgumentParser(exit_on_error=False)
     _arguments(parser)
     return _settings(parser.parse_args(list(arguments)))
@@ -66,7 +68,7 @@ def settings_from(arguments: Sequence[str]) -> Settings:
 def _run(args: Namespace) -> None:
     settings = _settings(args)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    for name in ("multipart", "python_multipart"):  # they quote what was sent
+    for name in ("multipart", "python_multipart"):  # these loggers quote what was sent
         logging.getLogger(name).setLevel(logging.CRITICAL)
     from blip_fast.serve.server import serve
 
@@ -79,50 +81,55 @@ def _settings(args: Namespace) -> Settings:
     if all(getattr(args, name) is None for name in (*MODELS, "index")):
         raise ValueError("nothing to serve: name a --model, a --matcher, an --answerer or an --index")
     if args.explain and args.model is None and args.matcher is None and args.index is None:
-        raise ValueError("--explain needs a model that matches texts: name a --matcher, a --model or an --index")
+        raise ValueError("--explain needs a model that matches texts: name a --matcher, a --model "
+                         "or an --index")
     if args.batch_size < 1 or args.decoders < 1 or (args.workers is not None and args.workers < 1):
         raise ValueError("--batch-size, --workers and --decoders must be at least 1")
     if args.queue < args.max_images:
-        raise ValueError(f"--queue {args.queue} has no room for a request of --max-images {args.max_images}: raise the "
-                         "one, or lower the other")
+        raise ValueError(f"--queue {args.queue} has no room for a request of --max-images "
+                         f"{args.max_images}: raise the one, or lower the other")
     key = args.api_key if args.api_key is not None else os.environ.get(KEY) or None
     if key is not None and (len(key) < 8 or not key.isascii() or not key.isprintable()):
         raise ValueError("an API key needs 8 characters or more, of ASCII alone")
     if args.host not in LOOPBACK and key is None and not args.allow_anyone:
-        raise ValueError(f"--host {args.host} lets the network in: set an API key (--api-key or {KEY}), or say "
-                         "--allow-anyone")
+        raise ValueError(f"--host {args.host} lets the network in: set an API key (--api-key or "
+                         f"{KEY}), or say --allow-anyone")
     if args.max_pixels > MAX_PIXELS:
-        raise ValueError(f"--max-pixels {args.max_pixels} is more than images are read with: {MAX_PIXELS} at most")
+        raise ValueError(f"--max-pixels {args.max_pixels} is more than images are read with: "
+                         f"{MAX_PIXELS} at most")
     worker = _worker(args)
-    limits = Limits(upload_bytes=int(args.max_upload_mb * 1e6), pixels=args.max_pixels, images=args.max_images,
-                    texts=args.max_texts, text_characters=args.max_characters, queue=args.queue, seconds=args.seconds,
-                    captions=min(MOST_CAPTIONS, args.beams))
+    limits = Limits(upload_bytes=int(args.max_upload_mb * 1e6), pixels=args.max_pixels,
+                    images=args.max_images, texts=args.max_texts, text_characters=args.max_characters,
+                    queue=args.queue, seconds=args.seconds, captions=min(MOST_CAPTIONS, args.beams))
     guarded = key is not None or args.allow_anyone
     return Settings(worker, _devices(args), limits, key, () if guarded else LOOPBACK,
-                    tuple(host.strip() for host in (args.url_hosts or "").split(",") if host.strip()), args.decoders)
+                    tuple(host.strip() for host in (args.url_hosts or "").split(",") if host.strip()),
+                    args.decoders)
 
 
 def _worker(args: Namespace) -> dict[str, Any]:
-    """What every worker loads, and how it captions. Raises ValueError as a `GenerationConfig`."""
+    """Keyword arguments of every worker's `WorkerOptions`. Raises ValueError as `GenerationConfig` does."""
     from blip_fast.generate import GenerationConfig
 
     caption = {"beams": args.beams, "max_length": args.max_length, "min_length": args.min_length,
                "beam_rule": args.beam_rule}
     GenerationConfig(**caption)
-    return {"loading": model_options(args), "caption": caption, "batch_size": args.batch_size, "prompt": args.prompt,
-            "strip_prompt": args.strip_prompt, "captions": min(MOST_CAPTIONS, args.beams), "index": args.index,
-            "rerank": args.rerank, "explain": args.explain, **{name: getattr(args, name) for name in MODELS}}
+    return {"loading": model_options(args), "caption": caption, "batch_size": args.batch_size,
+            "prompt": args.prompt, "strip_prompt": args.strip_prompt, "index": args.index,
+            "captions": min(MOST_CAPTIONS, args.beams), "rerank": args.rerank, "explain": args.explain,
+            **{name: getattr(args, name) for name in MODELS}}
 
 
 def _devices(args: Namespace) -> tuple[str | None, ...]:
-    """The device of each worker."""
+    """The device of each worker: workers are dealt over the devices in turn."""
     names = [name.strip() for name in args.devices.split(",")] if args.devices else [None]
     return tuple(names[number % len(names)] for number in range(args.workers or len(names)))
 
 
 COMMAND = Command(
     help="serve captions, scores, answers and search over HTTP, with a page at /",
-    example="blip-fast serve --model Salesforce/blip-image-captioning-base --matcher Salesforce/blip-itm-base-coco",
+    example="blip-fast serve --model Salesforce/blip-image-captioning-base --matcher "
+            "Salesforce/blip-itm-base-coco",
     arguments=_arguments,
     run=_run,
 )

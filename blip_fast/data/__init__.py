@@ -1,1 +1,1 @@
-"""Input: packed shards, the DALI pipeline and the drawn scenes."""
+"""Data sets on disk (`shards/`) and the batches that training reads from them (`input/`)."""

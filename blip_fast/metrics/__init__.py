@@ -1,1 +1,1 @@
-"""How good a model is: functions of scores, token ids and models; no files."""
+"""How good a model is: functions of scores, token ids and models, without files."""

@@ -1,4 +1,4 @@
-"""How well scores tell yes from no: accuracy, and the area under the ROC curve."""
+"""How well scores separate yes from no: accuracy and the area under the ROC curve."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from torch import Tensor
 
 
 def accuracy(scores: Tensor, truth: Tensor) -> float:
-    """Share of cases, probabilities [cases] and truth bool [cases], that are told right: above a half is yes, and NaN
-    is wrong either way. Raises ValueError without cases or with another number of answers."""
+    """The share of cases that are right, given probabilities [cases] and truth bool [cases]. Above a half is
+    yes; NaN is always wrong. Raises ValueError if there is no case or the shapes differ."""
     _check(scores, truth)
     return float(torch.where(truth, scores > 0.5, scores <= 0.5).double().mean())
 
 
 def area_under_roc(scores: Tensor, truth: Tensor) -> float:
-    """The probability that a case which is true scores higher than one which is not, ties counted half (Mann and
-    Whitney 1947): by sums of ranks, without a table of all pairs.
+    """The probability that a true case scores higher than a false one, with ties counted half (Mann and
+    Whitney 1947). Computed from sums of ranks, without a table of all pairs.
 
-    Raises ValueError as `accuracy`, and where all cases are alike or a score is NaN.
+    Raises ValueError as in `accuracy`, and if all cases are true, all are false, or a score is NaN.
     """
     _check(scores, truth)
     positives = int(truth.sum())
@@ -26,12 +26,12 @@ def area_under_roc(scores: Tensor, truth: Tensor) -> float:
     if bool(scores.isnan().any()):
         raise ValueError("a score is NaN: it has no place in an order")
     _, place, counts = scores.unique(return_inverse=True, return_counts=True)
-    ranks = (counts.cumsum(0) - (counts - 1) / 2)[place]  # from 1; of equal scores the mean
+    ranks = (counts.cumsum(0) - (counts - 1) / 2)[place]  # from 1; equal scores share their mean rank
     below = float(ranks[truth].double().sum()) - positives * (positives + 1) / 2
     return below / (positives * (len(truth) - positives))
 
 
 def _check(scores: Tensor, truth: Tensor) -> None:
     if scores.ndim != 1 or scores.shape != truth.shape or not len(scores):
-        raise ValueError(f"scores and truth must both be [cases], one case at least, got {list(scores.shape)} and "
-                         f"{list(truth.shape)}")
+        raise ValueError("scores and truth must both be [cases], one case at least, "
+                         f"got {list(scores.shape)} and {list(truth.shape)}")

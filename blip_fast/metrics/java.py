@@ -6,17 +6,18 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 
-TIMEOUT = 120  # seconds for its version
+TIMEOUT = 120  # seconds for `java -version`
 
 
 @dataclass(frozen=True)
 class Java:
     runs: bool
-    said: str  # its version, or why it does not run
+    description: str  # its version, or why it does not run
 
 
 def find_java() -> Java:
-    """Calls it, because macOS has a `java` that only asks for Java to be installed."""
+    """Find and call `java`. Finding alone is not enough: macOS has a `java` that only asks to install
+    Java."""
     java = shutil.which("java")
     if java is None:
         return Java(False, "not installed: install a Java runtime, 8 or newer")

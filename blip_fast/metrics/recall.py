@@ -1,8 +1,9 @@
-"""Recall at k of a retrieval, the share of queries with a right item among their k best, and the median rank.
+"""Recall at k of a retrieval (the share of queries with a right item among their k best), and the median
+rank.
 
-Of each query the scores of some candidates are given; all other items of the gallery score no more than `elsewhere`.
-Ties count against the model: a wrong item that scores as high as the best right one stands before it. A model that
-scores everything alike, or NaN, thus has recall 0 and not luck.
+For each query the scores of some candidates are given; all other items of the gallery score at most
+`elsewhere`. Ties count against the model: a wrong item with the score of the best right one ranks before it.
+So a model that gives everything the same score, or NaN, has recall 0 rather than luck.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ from torch import Tensor
 RECALL_RANKS = (1, 5, 10)
 
 
-def right_ranks(scores: Tensor, right: Tensor, rights: Tensor, gallery: int, elsewhere: Tensor | float) -> Tensor:
-    """How many wrong items stand before each query's best right one.
+def right_ranks(scores: Tensor, right: Tensor, rights: Tensor, gallery: int,
+                elsewhere: Tensor | float) -> Tensor:
+    """The number of wrong items ranked before each query's best right one.
 
     Args:
         scores: [queries, candidates], higher is better.
         right: bool [queries, candidates].
-        rights: int64 [queries], right items in the whole gallery; every query has one.
-        gallery: how many items there are, candidates or not.
-        elsewhere: [queries] or one for all: the score, or the highest possible, of items that are no candidates.
+        rights: int64 [queries], the number of right items in the whole gallery, at least 1.
+        gallery: the number of items, candidates or not.
+        elsewhere: [queries], or one for all: the score, or an upper bound of it, of items that are not
+            candidates.
 
     Returns:
         int64 [queries]; 0 is a hit at rank 1.
@@ -40,25 +43,27 @@ def right_ranks(scores: Tensor, right: Tensor, rights: Tensor, gallery: int, els
     wrong_elsewhere = gallery - scores.shape[1] - rights_elsewhere
     outside = torch.where(rights_elsewhere > 0, elsewhere, float("-inf"))
     best = torch.cat([scores.masked_fill(~right, float("-inf")), outside[:, None]], dim=1).amax(dim=1)
-    # Not below, rather than at or above: a NaN stands before everything.
+    # "Not below" rather than "at or above", so that NaN ranks before everything.
     before = (~(scores < best[:, None]) & ~right).sum(dim=1)
     return before + wrong_elsewhere * ~(elsewhere < best)
 
 
 def recalls(ranks: Tensor) -> dict[int, float]:
-    """Recall at each of `RECALL_RANKS`, 0 to 1, of `right_ranks`' result."""
+    """Recall at each of `RECALL_RANKS`, 0 to 1, from the result of `right_ranks`."""
     return {k: float((ranks < k).double().mean()) for k in RECALL_RANKS}
 
 
 def median_rank(ranks: Tensor) -> float:
-    """The median of `right_ranks`' result, 1 is best; of an even number of queries the mean of the middle two."""
+    """The median rank, 1 is best, from the result of `right_ranks`. For an even number of queries, the mean
+    of the middle two."""
     return float(ranks.double().quantile(0.5)) + 1
 
 
 def chance_recalls(rights: Tensor, gallery: int) -> dict[int, float]:
-    """The recalls that a random order of the gallery is expected to have, `rights` int64 [queries] as above.
+    """The expected recalls of a random order of the gallery. `rights`, int64 [queries], is as in
+    `right_ranks`.
 
-    A query with c right ones among n items misses at k with probability Π_{j<k} (n − c − j) / (n − j).
+    A query with c right items among n misses at k with probability Π_{j<k} (n − c − j) / (n − j).
     """
     wrong = gallery - rights[:, None].double()
     drawn = torch.arange(max(RECALL_RANKS), device=rights.device)

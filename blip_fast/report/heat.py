@@ -1,4 +1,4 @@
-"""Heat maps laid over a picture, and pictures with captions side by side in one."""
+"""Overlays heat maps on a picture, and arranges captioned pictures on one sheet."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ if TYPE_CHECKING:
     from blip_fast.tasks.explainer import WordMap
 
 PANEL = 360  # longest side of a picture in a sheet
-COLUMNS = 4  # pictures in a row at most
+COLUMNS = 4  # most pictures in a row
 MARGIN, FONT_SIZE = 10, 17
-# From cold to hot: where, and red, green, blue.
-HEAT = np.array([[0.0, 0, 0, 160], [0.25, 0, 140, 255], [0.5, 80, 255, 140], [0.75, 255, 210, 0], [1.0, 230, 20, 0]])
+# From cold to hot: position from 0 to 1, then red, green, blue.
+HEAT = np.array([[0.0, 0, 0, 160], [0.25, 0, 140, 255], [0.5, 80, 255, 140], [0.75, 255, 210, 0],
+                 [1.0, 230, 20, 0]])
 
 
 def overlay(picture: Image.Image, heat: NDArray[np.floating]) -> Image.Image:
-    """Lay a map over the picture that it covers: blue is its lowest value, red its highest, and the hotter a place, the
-    less is seen of the picture (as published, by its 0.7th power). A map without differences leaves the picture.
+    """Overlay a heat map on a picture. Blue is the lowest value and red the highest. The hotter a place, the
+    less of the picture shows through: the map's opacity is the scaled value to the power 0.7, as published. A
+    constant map leaves the picture unchanged.
 
     Args:
         picture: RGB.
@@ -40,11 +42,11 @@ def sheet(panels: Sequence[tuple[Image.Image, str]]) -> Image.Image:
     """Pictures of one size with a caption above each, in rows of at most COLUMNS."""
     font = ImageFont.load_default(FONT_SIZE)
     width, height = panels[0][0].size
-    captions = [_wrapped(caption, font, width) for _, caption in panels]
+    captions = [_wrap(caption, font, width) for _, caption in panels]
     columns = min(COLUMNS, len(panels))
     rows = [range(start, min(start + columns, len(panels))) for start in range(0, len(panels), columns)]
     line = FONT_SIZE + 7
-    heads = [line * max(captions[i].count("\n") + 1 for i in row) for row in rows]  # rooms for captions
+    heads = [line * max(captions[i].count("\n") + 1 for i in row) for row in rows]  # heights of captions
     page = Image.new("RGB", (columns * (width + MARGIN) + MARGIN,
                              sum(heads) + len(rows) * (height + 2 * MARGIN) + MARGIN), "white")
     draw, top = ImageDraw.Draw(page), MARGIN
@@ -58,19 +60,19 @@ def sheet(panels: Sequence[tuple[Image.Image, str]]) -> Image.Image:
 
 
 def word_sheet(picture: Image.Image, words: Sequence[WordMap]) -> Image.Image:
-    """Each word's map over the picture."""
+    """A sheet with each word's heat map over the picture."""
     return sheet([(overlay(picture, word.map.numpy()), word.word) for word in words])
 
 
 def panel_size(picture: Image.Image) -> Image.Image:
-    """The picture with its longest side PANEL pixels long."""
+    """The picture resized so that its longest side has PANEL pixels."""
     scale = PANEL / max(picture.size)
     width, height = (max(1, round(side * scale)) for side in picture.size)
     return picture.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def _wrapped(caption: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
-    """Words in lines that fit the width, if a word alone does."""
+def _wrap(caption: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """The caption in lines that fit the width, except for single words that are wider."""
     lines: list[str] = []
     for word in caption.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:

@@ -1,7 +1,7 @@
 """The page: sections of metrics, tables, plots and picture cards in one HTML file.
 
-Everything is inside the file (style sheet, drawings, pictures as data URIs) and every text is escaped: it opens
-anywhere, without a network, and a caption can do no harm. There is no script in it.
+The file contains everything (style sheet, drawings, pictures as data URIs), so it opens anywhere without a
+network. Every text is escaped and there is no script, so a caption can do no harm.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from blip_fast.media.images import ImageSource, load_image
 from blip_fast.report.plot import Bars, Plot
 
 THUMBNAIL = 360  # longest side of a picture in the page
-LOSSLESS = 160  # pictures up to this size are kept as they are
+LOSSLESS = 160  # pictures up to this size are stored losslessly
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure of a run beside its target and what chance gives (None where there is none).
+    """One figure of a run, its target and its chance level (None if there is none).
 
-    Shares of 1 are shown in per cent, with a bar; with `unit` ("nats per token") the number stands as it is. The
-    target is met at or above it, or at or below it where `lower_is_better`.
+    Without `unit` the value is a share of 1 and is shown in per cent. With `unit`, such as "nats per token",
+    the number is shown as it is. The target is met at or above it; with `lower_is_better`, at or below it.
     """
 
     name: str
@@ -50,7 +50,8 @@ class Metric:
 
 @dataclass(frozen=True)
 class Line:
-    """One text of a card: `label` says whose it is, `right` marks it right or wrong, `struck` crosses it out."""
+    """One text of a card. `label` says whose text it is, `right` marks it as right or wrong, `struck` strikes
+    it out."""
 
     text: str
     label: str = ""
@@ -61,8 +62,8 @@ class Line:
 
 @dataclass(frozen=True)
 class Card:
-    """A picture with its texts; without a picture, an empty frame. `link` is where the picture leads to, `alt` what is
-    said in its place."""
+    """A picture with its texts, or an empty frame if `image` is None. `link` is the picture's link, `alt` its
+    alternative text."""
 
     image: ImageSource | None
     lines: Sequence[Line]
@@ -71,7 +72,7 @@ class Card:
 
 
 class Report:
-    """Collects a page's parts in their order and writes it. Parts stand in the section that was opened last."""
+    """Collects the parts of a page in order, and writes it. Each part belongs to the section opened last."""
 
     def __init__(self, title: str, subtitle: str = "", facts: Mapping[str, str] | None = None) -> None:
         """`facts` are short pairs under the title: model size, duration, seed."""
@@ -90,17 +91,23 @@ class Report:
                 '<th class="number"><i class="target"></i>Target</th>'
                 + '<th class="number"><i class="chance"></i>Chance</th>' * with_chance)
         rows = "".join(_metric(metric, with_chance) for metric in metrics)
-        return self._add(f'<table class="metrics"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>')
+        return self._add(f'<table class="metrics"><thead><tr>{head}</tr></thead>'
+                         f"<tbody>{rows}</tbody></table>")
 
-    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str | float]], caption: str = "") -> Report:
-        """A plain table; numbers are aligned right. Raises ValueError where a row has not one cell a column."""
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str | float]],
+              caption: str = "") -> Report:
+        """A plain table; columns of numbers are right-aligned. Raises ValueError if a row lacks one cell per
+        column."""
         for row in rows:
             if len(row) != len(columns):
-                raise ValueError(f"a row of the table has {len(row)} cells for {len(columns)} columns: {row!r}")
-        numeric = [bool(rows) and all(isinstance(row[i], int | float) for row in rows) for i in range(len(columns))]
+                raise ValueError(f"a row of the table has {len(row)} cells for {len(columns)} columns: "
+                                 f"{row!r}")
+        numeric = [bool(rows) and all(isinstance(row[i], int | float) for row in rows)
+                   for i in range(len(columns))]
         kinds = [' class="number"' if n else "" for n in numeric]
         head = "".join(f"<th{kind}>{escape(name)}</th>" for name, kind in zip(columns, kinds, strict=True))
-        body = "".join("<tr>" + "".join(f"<td{kind}>{_cell(cell)}</td>" for cell, kind in zip(row, kinds, strict=True))
+        body = "".join("<tr>" + "".join(f"<td{kind}>{_cell(cell)}</td>"
+                                        for cell, kind in zip(row, kinds, strict=True))
                        + "</tr>" for row in rows)
         title = f"<caption>{escape(caption)}</caption>" if caption else ""
         return self._add(f'<div class="scroll"><table>{title}<thead><tr>{head}</tr></thead>'
@@ -115,7 +122,7 @@ class Report:
         return self._add("".join(_cards(cards)), "cards")
 
     def write(self, path: str | Path) -> Path:
-        """Write the page (its directory too) and return its path."""
+        """Write the page, make its directory if needed, and return its path."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(self.html(), encoding="utf-8")
@@ -127,7 +134,8 @@ class Report:
         head = [f"<h1>{escape(self.title)}</h1>", f"<p>{escape(self.subtitle)}</p>" if self.subtitle else "",
                 f'<dl class="facts">{facts}</dl>' if facts else ""]
         sections = "\n".join(f"<section>{''.join(parts)}</section>" for parts in self._sections)
-        return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(self.title)}</title>'
+        return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+                f"<title>{escape(self.title)}</title>"
                 '<meta name="viewport" content="width=device-width, initial-scale=1">'
                 f"<style>\n{style}</style></head>\n<body><header>{''.join(head)}</header>\n{sections}\n"
                 "</body></html>\n")
@@ -142,21 +150,24 @@ class Report:
 def _metric(metric: Metric, with_chance: bool) -> str:
     mark = _mark(metric.met) if metric.met is not None else ""
     side = "".join(f'<td class="side number" data-name="{name}">{_figure(value, metric.unit)}</td>'
-                   for name, value in [("target", metric.target), ("chance", metric.chance)][: 1 + with_chance])
+                   for name, value in [
+                       ("target", metric.target), ("chance", metric.chance)][: 1 + with_chance])
     unit = f" <small>{escape(metric.unit)}</small>" if metric.unit else ""
     return (f'<tr><td>{escape(metric.name)}{unit}</td><td class="value number">{mark}'
             f'{_figure(metric.value, metric.unit)}</td><td class="bar">{_bar(metric)}</td>{side}</tr>')
 
 
 def _bar(metric: Metric) -> str:
-    """The value as a bar from 0; its end is 1 for shares, else a little beyond the largest of the figures."""
+    """The value as a bar from 0. The full length is 1 for shares, otherwise 1.1 × the largest of the
+    figures."""
     known = [v for v in (metric.value, metric.target, metric.chance) if v is not None and math.isfinite(v)]
     full = 1.0 if metric.unit is None else 1.1 * max([*known, 0.0]) or 1.0
     parts = []
     for kind, side, value in (("fill", "width", metric.value), ("chance", "left", metric.chance),
                               ("target", "left", metric.target)):
         if value is not None and math.isfinite(value):
-            parts.append(f'<i class="{kind}" style="{side}:{100 * min(max(value / full, 0.0), 1.0):.1f}%"></i>')
+            parts.append(f'<i class="{kind}" '
+                         f'style="{side}:{100 * min(max(value / full, 0.0), 1.0):.1f}%"></i>')
     return f'<span class="track" aria-hidden="true">{"".join(parts)}</span>'
 
 
@@ -167,8 +178,8 @@ def _figure(value: float | None, unit: str | None) -> str:
 
 
 def _mark(right: bool) -> str:
-    kind, sign, said = ("good", "✓", "yes") if right else ("bad", "✗", "no")
-    return f'<span class="mark {kind}" role="img" aria-label="{said}">{sign}</span> '
+    kind, sign, label = ("good", "✓", "yes") if right else ("bad", "✗", "no")
+    return f'<span class="mark {kind}" role="img" aria-label="{label}">{sign}</span> '
 
 
 def _cell(cell: str | float) -> str:
@@ -179,12 +190,12 @@ def _cards(cards: Sequence[Card]) -> list[str]:
     pictures = [None if card.image is None else _thumbnail(load_image(card.image)) for card in cards]
     aspects = [picture.width / picture.height for picture in pictures if picture is not None]
     style = f"--aspect:{min(max(median(aspects) if aspects else 1.0, 0.75), 1.5):.3f}"
-    return [f'<article class="card" style="{style}">{_framed(picture, card)}'
+    return [f'<article class="card" style="{style}">{_frame(picture, card)}'
             f"<ul>{''.join(map(_line, card.lines))}</ul></article>"
             for card, picture in zip(cards, pictures, strict=True)]
 
 
-def _framed(picture: Image.Image | None, card: Card) -> str:
+def _frame(picture: Image.Image | None, card: Card) -> str:
     shown = '<div class="empty"></div>'
     if picture is not None:
         shown = f'<img alt="{escape(card.alt)}" loading="lazy" src="{_data_uri(picture)}">'
@@ -201,12 +212,13 @@ def _line(line: Line) -> str:
 
 
 def _thumbnail(picture: Image.Image) -> Image.Image:
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))  # in place, never larger than it was
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))  # in place, never enlarges
     return picture
 
 
 def _data_uri(picture: Image.Image) -> str:
-    kind, options = ("png", {}) if max(picture.size) <= LOSSLESS else ("jpeg", {"quality": 82, "optimize": True})
+    kind, options = (("png", {}) if max(picture.size) <= LOSSLESS
+                     else ("jpeg", {"quality": 82, "optimize": True}))
     encoded = io.BytesIO()
     picture.save(encoded, kind, **options)
     return f"data:image/{kind};base64,{base64.b64encode(encoded.getvalue()).decode()}"

@@ -1,4 +1,5 @@
-"""Line plots and bars as SVG that takes its colours from the page's style sheet, so that it follows light and dark."""
+"""Line plots and bars as SVG. Colours come from the page's style sheet, so that plots follow light and dark
+mode."""
 
 from __future__ import annotations
 
@@ -11,19 +12,19 @@ from itertools import pairwise
 Points = Sequence[tuple[float, float]]
 
 WIDTH, HEIGHT = 400, 240
-LEFT, RIGHT, TOP, BOTTOM = 42, 12, 10, 38  # room for the tick labels and the axis title
-MAX_POINTS = 240  # a longer series is drawn as the means of that many stretches
+LEFT, RIGHT, TOP, BOTTOM = 42, 12, 10, 38  # margins for the tick labels and the axis title
+MAX_POINTS = 240  # a longer series is drawn as the means of this many stretches
 COLOURS = 6  # --series-0 … in page.css
 BAR, BETWEEN_BARS, BETWEEN_GROUPS, GROUP_LABEL = 14, 3, 12, 16  # heights
-FIGURE = 48  # width of the figure behind a bar
+FIGURE = 48  # width of the figure after a bar
 
 
 @dataclass(frozen=True)
 class Plot:
-    """Lines over a common x axis; points that are not finite are left out.
+    """Lines over a common x axis. Points that are not finite are left out.
 
-    `series` maps a line's name to its (x, y) points in order of x; `levels` are dashed horizontal lines to compare
-    with, such as chance or a baseline.
+    `series` maps a line's name to its (x, y) points in order of x. `levels` are dashed horizontal lines to
+    compare with, such as chance or a baseline.
     """
 
     title: str
@@ -38,7 +39,7 @@ class Plot:
 
     def html(self) -> str:
         """A <figure>: the title, the legend with each line's last value, the drawing."""
-        lines = {name: _thinned([p for p in points if all(map(math.isfinite, p))])
+        lines = {name: _thin([p for p in points if all(map(math.isfinite, p))])
                  for name, points in self.series.items()}
         levels = {name: y for name, y in self.levels.items() if math.isfinite(y)}
         legend = [_key(i, name, points[-1][1] if points else math.nan)
@@ -50,7 +51,8 @@ class Plot:
     def _svg(self, lines: Mapping[str, Points], levels: Mapping[str, float]) -> str:
         xs = [x for points in lines.values() for x, _ in points]
         ys = [y for points in lines.values() for _, y in points]
-        x_low, x_high = (min(xs), max(xs)) if len(set(xs)) > 1 else (min(xs, default=0.0), min(xs, default=0.0) + 1)
+        x_low, x_high = ((min(xs), max(xs)) if len(set(xs)) > 1
+                         else (min(xs, default=0.0), min(xs, default=0.0) + 1))
         y_ticks = _ticks(*_spread([*ys, *levels.values()]))
         y_low, y_high = y_ticks[0], y_ticks[-1]
 
@@ -68,12 +70,14 @@ class Plot:
             if x_low <= tick <= x_high:
                 parts.append(_text("tick", place_x(tick), HEIGHT - BOTTOM + 18, _number(tick)))
         middle = (LEFT + WIDTH - RIGHT) / 2
-        parts.append(_text("axis", middle, HEIGHT - 4, " · ".join(filter(None, (self.x_label, self.y_label)))))
+        parts.append(_text("axis", middle, HEIGHT - 4,
+                           " · ".join(filter(None, (self.x_label, self.y_label)))))
         parts += [_horizontal("level", place_y(y)) for y in levels.values()]
         for i, points in enumerate(lines.values()):
             corners = " ".join(f"{place_x(x):.1f},{place_y(y):.1f}" for x, y in points)
             parts.append(f'<polyline class="curve" style="stroke:var(--series-{i})" points="{corners}"/>')
-            parts += [f'<circle cx="{place_x(x):.1f}" cy="{place_y(y):.1f}" r="3" style="fill:var(--series-{i})"/>'
+            parts += [f'<circle cx="{place_x(x):.1f}" cy="{place_y(y):.1f}" r="3" '
+                      f'style="fill:var(--series-{i})"/>'
                       for x, y in points[-1:]]
         if not xs:
             parts.append(_text("axis", middle, HEIGHT / 2, "no finite value"))
@@ -84,8 +88,8 @@ class Plot:
 class Bars:
     """Horizontal bars from 0, with their values, in groups that compare the same names.
 
-    `groups` maps a group's label to its bars: name → value. A name has one colour throughout; a group may lack some,
-    and bars that are not finite or negative are left out.
+    `groups` maps a group's label to its bars: name → value. A name has the same colour in all groups, and a
+    group may lack names. Bars that are negative or not finite are left out.
     """
 
     title: str
@@ -98,7 +102,8 @@ class Bars:
 
     def html(self) -> str:
         """A <figure>: the title with the unit, the legend, the drawing."""
-        title = f"<strong>{escape(self.title)}</strong>" + (f" <small>{escape(self.unit)}</small>" if self.unit else "")
+        title = (f"<strong>{escape(self.title)}</strong>"
+                 + (f" <small>{escape(self.unit)}</small>" if self.unit else ""))
         legend = "".join(_key(i, name) for i, name in enumerate(self._names()))
         return (f'<figure class="plot"><figcaption>{title}<ul class="legend">{legend}</ul></figcaption>'
                 f"{self._svg()}</figure>")
@@ -135,14 +140,15 @@ def _text(kind: str, x: float, y: float, text: str, anchor: str = "middle") -> s
 
 
 def _key(series: int | None, name: str, value: float | None = None) -> str:
-    """One entry of the legend: a swatch, the name and, if there is one, a value."""
-    swatch = '<i class="dashes"></i>' if series is None else f'<i style="background:var(--series-{series})"></i>'
+    """One entry of the legend: a swatch, the name, and the value if there is one."""
+    swatch = ('<i class="dashes"></i>' if series is None
+              else f'<i style="background:var(--series-{series})"></i>')
     figure = "" if value is None else f" <b>{_number(value)}</b>"
     return f"<li>{swatch}{escape(name)}{figure}</li>"
 
 
-def _thinned(points: Points) -> Points:
-    """At most MAX_POINTS points: the means of as many stretches."""
+def _thin(points: Points) -> Points:
+    """At most MAX_POINTS points: a longer series becomes the means of that many stretches."""
     if len(points) <= MAX_POINTS:
         return points
     ends = [round(i * len(points) / MAX_POINTS) for i in range(MAX_POINTS + 1)]
@@ -151,13 +157,14 @@ def _thinned(points: Points) -> Points:
 
 
 def _spread(values: Sequence[float]) -> tuple[float, float]:
-    """The lowest and the highest value, made to differ."""
+    """The lowest and the highest value, widened if they are equal."""
     low, high = min(values, default=0.0), max(values, default=1.0)
     return (low, high) if low < high else (low - 0.5, high + 0.5)
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Four to seven multiples of 1, 2, 2.5 or 5 × 10ⁿ, the first not above `low`, the last not below `high`."""
+    """Four to seven multiples of 1, 2, 2.5 or 5 × 10ⁿ; the first is at most `low`, the last at least
+    `high`."""
     rough = (high - low) / 4
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * (1 - 1e-9))

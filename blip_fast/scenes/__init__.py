@@ -1,1 +1,1 @@
-"""Drawn scenes: pictures, captions and questions whose truth is known."""
+"""Drawn scenes: pictures, captions and questions with known ground truth."""

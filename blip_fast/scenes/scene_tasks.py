@@ -1,8 +1,9 @@
-"""Tasks about drawn scenes, every answer known from the scenes' slots: questions (as VQA has them), pairs of pictures
-with statements (NLVR2) and dialogues (VisDial), written as the rows that fine-tuning and `blip-fast evaluate` read.
+"""Tasks about drawn scenes, with answers known from the scenes' slots: questions (as in VQA), pairs of
+pictures with statements (NLVR2) and dialogues (VisDial), written as the rows that fine-tuning and `blip-fast
+evaluate` read.
 
-Scenes have two things. Train and test show disjoint combinations of them (`Scene.split`). What somebody scores who
-reads but sees nothing, `chance`, stands beside a model's figures.
+Scenes have two things. Train and test show disjoint combinations of them (`Scene.split`). `chance` is the
+score of a reader who sees no picture, to compare a model's figures with.
 """
 
 from __future__ import annotations
@@ -43,22 +44,22 @@ VALUES = {"size": tuple(SIZES), "colour": tuple(COLOURS), "shape": SHAPES, "back
           "place": ("left", "right", "top", "bottom"), "number": ("0", "1", "2"), "yes/no": ("yes", "no")}
 SLOTS = ("size", "colour", "shape")  # of a thing
 
-QUESTIONS_EACH = 4  # about one picture
-DISSENT = 1  # of ten votes that are wrong at most: of somebody who looked badly
-CANDIDATES = 20  # answers to rank in a round: all that its question could have, and others
+QUESTIONS_EACH = 4  # per picture
+DISSENT = 1  # most wrong votes of ten, as of a careless annotator
+CANDIDATES = 20  # answers to rank in a round: all possible answers to its question, and others
 SIDES = ("left", "right")  # of a pair
 STATEMENTS = ("background", "thing", "both", "relation")
 
 WORDS = tuple(sorted({
-    *VOCABULARY, *PLURALS.values(), *itertools.chain(*VALUES.values()), "what", "colour", "shape", "size", "is", "the",
-    "thing", "things", "background", "how", "many", "where", "both", "pictures", "show", "shows", "in", "it", "other",
-    "two"}))
-LONGEST = 64  # tokens that a text about scenes has at most, where each of WORDS is one
+    *VOCABULARY, *PLURALS.values(), *itertools.chain(*VALUES.values()), "what", "colour", "shape", "size",
+    "is", "the", "thing", "things", "background", "how", "many", "where", "both", "pictures", "show", "shows",
+    "in", "it", "other", "two"}))
+LONGEST = 64  # most tokens of a text about scenes, if each of WORDS is one token
 
 
 class Fact(NamedTuple):
-    """A question with its answer. `kind` names what the answer is, `slot` what of a scene is asked about, both of
-    `VALUES`: they differ where things are counted and where the answer is yes or no."""
+    """A question with its answer. `kind` is the kind of the answer and `slot` the slot that the question is
+    about; both are keys of `VALUES`. They differ for numbers and for yes/no questions."""
 
     kind: str
     slot: str
@@ -70,8 +71,8 @@ class Fact(NamedTuple):
 
 
 def facts(scene: Scene) -> list[Fact]:
-    """All questions about a scene with two things that this grammar has. "The red thing" is asked about only where one
-    thing alone is red."""
+    """All questions that the grammar allows about a scene with two things. "The red thing" occurs only if
+    exactly one thing is red."""
     found = [Fact("background", "background", "what is the background", scene.background)]
     for slot in SLOTS:
         of_slot = [getattr(thing, slot) for thing in scene.things]
@@ -80,12 +81,12 @@ def facts(scene: Scene) -> list[Fact]:
             found.append(Fact("number", slot, f"how many {many}", str(of_slot.count(value))))
     for i in range(2):
         for known, name in _names(scene, i):
-            found += _about(scene, i, known, name)
+            found += _facts_about(scene, i, known, name)
     return found
 
 
 def _names(scene: Scene, i: int) -> list[tuple[str, str]]:
-    """What things[i] alone may be called, and the slot by which."""
+    """(slot, name) for each name that fits things[i] alone; the name tells the slot."""
     thing, other = scene.things[i], scene.things[1 - i]
     names = [("place", f"the {_place(scene, i)} thing")]
     for slot in SLOTS:
@@ -95,8 +96,8 @@ def _names(scene: Scene, i: int) -> list[tuple[str, str]]:
     return names
 
 
-def _about(scene: Scene, i: int, known: str, name: str) -> Iterator[Fact]:
-    """What may be asked about things[i] when it is called by its slot `known`."""
+def _facts_about(scene: Scene, i: int, known: str, name: str) -> Iterator[Fact]:
+    """The questions about things[i] under a `name` that tells its slot `known`."""
     if known != "place":
         yield Fact("place", "place", f"where is {name}", _place(scene, i))
     for slot in SLOTS:
@@ -105,8 +106,8 @@ def _about(scene: Scene, i: int, known: str, name: str) -> Iterator[Fact]:
         true = getattr(scene.things[i], slot)
         yield Fact(slot, slot, f"what {slot} is {name}", true)
         for value in VALUES[slot]:
-            said = f"a {value}" if slot == "shape" else value
-            yield Fact("yes/no", slot, f"is {name} {said}", "yes" if value == true else "no")
+            predicate = f"a {value}" if slot == "shape" else value
+            yield Fact("yes/no", slot, f"is {name} {predicate}", "yes" if value == true else "no")
 
 
 def _place(scene: Scene, i: int) -> str:
@@ -115,17 +116,19 @@ def _place(scene: Scene, i: int) -> str:
 
 
 def ask(scenes: Sequence[Scene], rng: np.random.Generator) -> Iterator[list[Fact]]:
-    """`QUESTIONS_EACH` questions about each scene. Kinds take turns, then any slot that can be asked about is, and of
-    the answers that are true here that one is asked for which was asked for least: words tell little of the answer."""
+    """`QUESTIONS_EACH` questions about each scene. Kinds take turns; the slot is random among those possible;
+    among the answers true of the scene, the one asked for least so far is chosen, so that a question's words
+    tell little about its answer."""
     kinds, asked, turn = tuple(VALUES), Counter[tuple[str, str, str]](), 0
     for scene in scenes:
         here, chosen = facts(scene), list[Fact]()
         while len(chosen) < QUESTIONS_EACH:
             kind = kinds[turn % len(kinds)]
             turn += 1
-            possible = [here[j] for j in rng.permutation(len(here)) if here[j].kind == kind and here[j] not in chosen]
+            possible = [here[j] for j in rng.permutation(len(here))
+                        if here[j].kind == kind and here[j] not in chosen]
             slots = sorted({fact.slot for fact in possible})
-            if slots:  # of some scenes no more can be asked of this kind
+            if slots:  # some scenes have no more questions of this kind
                 slot = slots[rng.integers(len(slots))]
                 chosen.append(min((fact for fact in possible if fact.slot == slot),
                                   key=lambda fact: asked[kind, slot, fact.answer]))
@@ -134,7 +137,7 @@ def ask(scenes: Sequence[Scene], rng: np.random.Generator) -> Iterator[list[Fact
 
 
 def _votes(fact: Fact, rng: np.random.Generator) -> list[str]:
-    """Ten answers, of which at most `DISSENT` are others of the same kind."""
+    """Ten answers; at most `DISSENT` of them are wrong, of the same kind."""
     others = [value for value in VALUES[fact.kind] if value != fact.answer]
     wrong = [others[rng.integers(len(others))] for _ in range(rng.integers(DISSENT + 1))]
     votes = [fact.answer] * (VOTES - len(wrong)) + wrong
@@ -145,19 +148,20 @@ def _question_rows(folder: Path, count: int, split: str, seed: int, image_size: 
     rng = _rng(seed, split, "questions")
     scenes = sample_scenes(count, split, seed, one_object_share=0.0)
     for i, (scene, asked) in enumerate(zip(scenes, ask(scenes, rng), strict=True)):
-        name = _drawn(folder, f"{i:06d}.png", scene, image_size, rng)
+        name = _save_drawing(folder, f"{i:06d}.png", scene, image_size, rng)
         for fact in asked:
-            yield {"image": name, "question": fact.question, "answers": _votes(fact, rng), "answer_type": fact.kind,
-                   "truth": fact.answer, "scene": slots_of(scene)}
+            yield {"image": name, "question": fact.question, "answers": _votes(fact, rng),
+                   "answer_type": fact.kind, "truth": fact.answer, "scene": slots_of(scene)}
 
 
 def blind_answers(train: Sequence[Row], test: Sequence[Row]) -> list[str]:
-    """For each test question the answer that training gives to its words most often, or else to its kind."""
-    of_words, of_kind = (_commonest(train, key) for key in ("question", "answer_type"))
+    """For each test question, the most frequent training answer to the same words, or else to the same
+    kind."""
+    of_words, of_kind = (_commonest_answers(train, key) for key in ("question", "answer_type"))
     return [of_words.get(row["question"], of_kind[row["answer_type"]]) for row in test]
 
 
-def _commonest(rows: Sequence[Row], key: str) -> dict[str, str]:
+def _commonest_answers(rows: Sequence[Row], key: str) -> dict[str, str]:
     counts: dict[str, Counter[str]] = {}
     for row in rows:
         counts.setdefault(row[key], Counter())[row["truth"]] += 1
@@ -168,8 +172,8 @@ def _commonest(rows: Sequence[Row], key: str) -> dict[str, str]:
 
 
 class Statement(NamedTuple):
-    """`text`, whether it `holds` of (left, right), and what may be changed to make it false: `slots` of the picture
-    `where`, 0 or 1."""
+    """A statement. `holds` says whether it is true of (left, right). It can be made false by a change to one
+    of the `slots` of picture `where`, 0 or 1."""
 
     text: str
     holds: Callable[[Scene, Scene], bool]
@@ -178,7 +182,7 @@ class Statement(NamedTuple):
 
 
 def _statement(kind: str, pair: tuple[Scene, Scene], rng: np.random.Generator) -> Statement:
-    """One of `STATEMENTS` about one of the two pictures, of which it is true, or about both."""
+    """A statement of a kind in `STATEMENTS` about one of the two pictures, true of it, or about both."""
     where = int(rng.integers(2))
     scene, side = pair[where], SIDES[where]
     thing = scene.things[rng.integers(2)]
@@ -197,13 +201,13 @@ def _statement(kind: str, pair: tuple[Scene, Scene], rng: np.random.Generator) -
         case _:
             slot = ("colour", "shape")[rng.integers(2)]
             value = getattr(thing, slot)
-            said = f"a {value}" if slot == "shape" else f"a {value} thing"
-            return Statement(f"both pictures show {said}", lambda *both: all(
+            shown = f"a {value}" if slot == "shape" else f"a {value} thing"
+            return Statement(f"both pictures show {shown}", lambda *both: all(
                 any(getattr(thing, slot) == value for thing in one.things) for one in both), (slot,), where)
 
 
 def _edits(scene: Scene, slots: Sequence[str]) -> Iterator[Scene]:
-    """Every scene of the same split that differs from this one in one of these slots."""
+    """Every scene of the same split that differs from this one in exactly one of the slots."""
     for slot in slots:
         if slot in SLOTS:
             changed = [replace(scene, things=tuple(replace(thing, **{slot: value}) if i == j else thing
@@ -216,8 +220,10 @@ def _edits(scene: Scene, slots: Sequence[str]) -> Iterator[Scene]:
                     if one != scene and one.split == scene.split and len(set(one.things)) == len(one.things))
 
 
-def _twin_pairs(kind: str, scenes: Sequence[Scene], rng: np.random.Generator) -> tuple[str, list[tuple[Scene, Scene]]]:
-    """A statement, a pair of which it is true, and that pair with one slot changed, of which it is false."""
+def _twin_pairs(kind: str, scenes: Sequence[Scene],
+                rng: np.random.Generator) -> tuple[str, list[tuple[Scene, Scene]]]:
+    """A statement and two pairs: one for which it is true, and the same pair with one slot changed, for which
+    it is false."""
     while True:
         first, second = (scenes[j] for j in rng.integers(len(scenes), size=2))
         statement = _statement(kind, (first, second), rng)
@@ -234,18 +240,19 @@ def _pair_rows(folder: Path, count: int, split: str, seed: int, image_size: int)
         kind = STATEMENTS[i % len(STATEMENTS)]
         text, pairs = _twin_pairs(kind, scenes, rng)
         for label, pair in zip((True, False), pairs, strict=True):
-            names = [_drawn(folder, f"{2 * i + 1 - label:06d}-{side}.png", scene, image_size, rng)
+            names = [_save_drawing(folder, f"{2 * i + 1 - label:06d}-{side}.png", scene, image_size, rng)
                      for side, scene in zip(SIDES, pair, strict=True)]
-            yield {"image": names[0], "second_image": names[1], "captions": [text], "label": label, "sentence_id": i,
-                   "kind": kind, "scenes": [slots_of(scene) for scene in pair]}
+            yield {"image": names[0], "second_image": names[1], "captions": [text], "label": label,
+                   "sentence_id": i, "kind": kind, "scenes": [slots_of(scene) for scene in pair]}
 
 
 # ---------------------------------------------------------------- dialogues
 
 
 def dialogue(scene: Scene, rng: np.random.Generator) -> tuple[str, list[Fact]]:
-    """A caption, which tells the background alone, and seven rounds: each thing's three slots, in any order, where "it"
-    is what the round before was about, and somewhere the background, which stands in the caption."""
+    """A caption, which tells only the background, and seven rounds: each thing's three slots in random order,
+    where "it" is the thing of the round before, and at a random place the background, which the caption
+    tells."""
     first = int(rng.integers(2))
     rounds = []
     for i, name in ((first, f"the {_place(scene, first)} thing"), (1 - first, "the other thing")):
@@ -253,13 +260,13 @@ def dialogue(scene: Scene, rng: np.random.Generator) -> tuple[str, list[Fact]]:
             slot = SLOTS[j]
             rounds.append(Fact(slot, slot, f"what {slot} is {name}", getattr(scene.things[i], slot)))
             name = "it"
-    rounds.insert(int(rng.integers(len(rounds) + 1)), Fact("background", "background", "what is the background",
-                                                            scene.background))
+    rounds.insert(int(rng.integers(len(rounds) + 1)),
+                  Fact("background", "background", "what is the background", scene.background))
     return f"two things on {scene.background}", rounds
 
 
 def _candidates(fact: Fact, rng: np.random.Generator) -> list[str]:
-    """All answers of the fact's kind and others, `CANDIDATES` in any order."""
+    """All answers of the fact's kind and others, `CANDIDATES` in random order."""
     others = [value for kind, values in VALUES.items() if kind != fact.kind for value in values]
     some = [others[j] for j in rng.permutation(len(others))[: CANDIDATES - len(VALUES[fact.kind])]]
     together = [*VALUES[fact.kind], *some]
@@ -269,7 +276,7 @@ def _candidates(fact: Fact, rng: np.random.Generator) -> list[str]:
 def _dialogue_rows(folder: Path, count: int, split: str, seed: int, image_size: int) -> Iterator[Row]:
     rng = _rng(seed, split, "dialogues")
     for i, scene in enumerate(sample_scenes(count, split, seed, one_object_share=0.0)):
-        name = _drawn(folder, f"{i:06d}.png", scene, image_size, rng)
+        name = _save_drawing(folder, f"{i:06d}.png", scene, image_size, rng)
         caption, rounds = dialogue(scene, rng)
         dialog = []
         for fact in rounds:
@@ -280,39 +287,45 @@ def _dialogue_rows(folder: Path, count: int, split: str, seed: int, image_size: 
 
 
 def _blind_ranks(rows: Sequence[Row]) -> dict[str, float]:
-    """MRR and recalls to be expected where the background is known from the caption, and of every other question the
-    answers that it could have come first, in any order."""
-    kinds = [1 if one["kind"] == "background" else len(VALUES[one["kind"]]) for row in rows for one in row["dialog"]]
+    """Expected MRR and recalls when the background is known from the caption, and for every other question
+    its possible answers come first, in random order."""
+    kinds = [1 if one["kind"] == "background" else len(VALUES[one["kind"]])
+             for row in rows for one in row["dialog"]]
     recalls = {f"r{n}": sum(min(n, kind) / kind for kind in kinds) / len(kinds) for n in (1, 5, 10)}
-    return {"mrr": sum(sum(1 / rank for rank in range(1, kind + 1)) / kind for kind in kinds) / len(kinds), **recalls}
+    return {"mrr": sum(sum(1 / rank for rank in range(1, kind + 1)) / kind for kind in kinds) / len(kinds),
+            **recalls}
 
 
 # ---------------------------------------------------------------- folders
 
 
-def write_scene_task(task: str, folder: Path, count: int, split: str, seed: int, image_size: int) -> dict[str, Any]:
-    """Draw a task's pictures into `folder` as PNG with their annotations.jsonl, ready to be packed or evaluated.
+def write_scene_task(task: str, folder: Path, count: int, split: str, seed: int,
+                     image_size: int) -> dict[str, Any]:
+    """Draw a task's pictures into `folder` as PNG with their annotations.jsonl, ready to be packed or
+    evaluated.
 
     Args:
         task: one of `TASKS`.
-        count: pictures, of `pairs` pairs.
+        count: the number of pictures, or for `pairs` of pairs.
         split: "train" or "test"; no combination of two things is in both.
-        seed: decides all that is drawn and asked.
-        image_size: pixels a side.
+        seed: decides everything that is drawn and asked.
+        image_size: pixels per side.
 
     Returns:
-        `rows`, how many there are, `balance`, how often each answer is right, by kind, and `chance` of somebody who
-        knows these frequencies but sees nothing.
+        `rows`, the number of rows; `balance`, how often each answer is right, by kind; and `chance`, the
+        figures of a reader who knows these frequencies but sees no picture.
 
     Raises:
-        ValueError: another task or split; more scenes than a split has; an odd number of pairs.
+        ValueError: the task or split is unknown; `count` is more scenes than the split has, or an odd number
+            of pairs.
     """
     if task not in TASKS:
         raise ValueError(f"task is {task!r}; tasks about scenes are {', '.join(TASKS)}")
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; scenes have the splits {', '.join(SPLITS)}")
     if task == "pairs" and count % 2:
-        raise ValueError(f"{count} pairs asked for: a statement has a true one and a false one, so take an even number")
+        raise ValueError(f"{count} pairs asked for: a statement has a true one and a false one, "
+                         "so take an even number")
     folder.mkdir(parents=True, exist_ok=True)
     rows = [{"split": split} | row for row in ROWS[task](folder, count, split, seed, image_size)]
     write_annotations(folder, rows)
@@ -320,12 +333,13 @@ def write_scene_task(task: str, folder: Path, count: int, split: str, seed: int,
 
 
 def chance(train: Sequence[Row], test: Sequence[Row]) -> dict[str, float]:
-    """The figures on test rows, named as `blip-fast evaluate` names them, of somebody who has read all training rows
-    and reads these, but sees no picture.
+    """The figures on test rows of a reader who has read all training rows but sees no picture, named as in
+    `blip-fast evaluate`.
 
-    Questions are given the answer that training gives to their words most often. Every statement is true of one pair
-    and false of another, so a half and a quarter are to be expected of pairs and statements. In dialogues the
-    background is known from the caption, and of another question all answers of its kind come first, in any order.
+    A question gets the most frequent training answer to the same words. Every statement is true of one pair
+    and false of another, so the expected accuracy is a half and the expected consistency a quarter. In
+    dialogues the background is known from the caption; for other questions all answers of the kind come
+    first, in random order.
     """
     if "dialog" in test[0]:
         return _blind_ranks(test)
@@ -339,7 +353,7 @@ def chance(train: Sequence[Row], test: Sequence[Row]) -> dict[str, float]:
 
 
 def balance(rows: Sequence[Row]) -> dict[str, dict[str, int]]:
-    """How often each answer is right, by kind: of questions, of statements, of rounds."""
+    """How often each answer is right, by kind of question, statement or round."""
     counts: dict[str, Counter[str]] = {}
     for row in rows:
         for one in row.get("dialog", [row]):
@@ -352,7 +366,8 @@ def _rng(seed: int, split: str, task: str) -> np.random.Generator:
     return np.random.default_rng([seed, SPLITS.index(split), TASKS.index(task)])
 
 
-def _drawn(folder: Path, name: str, scene: Scene, image_size: int, rng: np.random.Generator) -> str:
+def _save_drawing(folder: Path, name: str, scene: Scene, image_size: int, rng: np.random.Generator) -> str:
+    """Draw the scene into a file and return the file's name."""
     draw(scene, image_size, rng).save(folder / name, compress_level=1)
     return name
 

@@ -1,16 +1,17 @@
-"""Scenes: pictures drawn by the program itself, with compositional captions whose truth is known.
+"""Scenes: pictures drawn by the program itself, with compositional captions and known ground truth.
 
-A scene holds one or two objects, each with a size, a colour and a shape, a spatial relation between them, and a named
-background:
+A scene holds one or two things, each with a size, a colour and a shape, a spatial relation between them, and
+a named background:
 
     a small red circle left of a large blue square on grey
 
-More than 10⁵ scenes with two objects differ (`distinct_scenes`). Every drawing jitters positions, sizes, colours and
-the background's shading. A fifth of all combinations of two things, such as (small red circle, large blue square), is
-held out: it never occurs in the split "train", neither in a picture nor in a caption, right or wrong, while each of
-the two does; the split "test" has nothing else.
+There are more than 10⁵ distinct scenes with two things (`distinct_scenes`). Every drawing jitters positions,
+sizes, colours and the background's shading. A fifth of all combinations of two things, such as (small red
+circle, large blue square), is held out: such a combination never occurs in the split "train", in a picture or
+in a caption, right or wrong, though each of its things does. The split "test" has only these combinations.
 
-`corrupt` plants noise as the web does: half of the wrong captions are another scene's, half differ in one slot only.
+`corrupt` imitates the web's noise: half of the wrong captions are another scene's, half differ in one slot
+only.
 """
 
 import itertools
@@ -50,23 +51,24 @@ BACKGROUNDS = {
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 RELATIONS = tuple(OPPOSITE)
 
-HARD = 3  # of twins: how much likelier a shape or the relation differs than another slot
+HARD = 3  # in twins, a shape or the relation is this many times as likely to differ as another slot
 
-GRID = 3  # objects stand near the centres of cells, GRID a side
+GRID = 3  # things stand near the centres of cells, GRID per side
 
 SPLITS = ("train", "test")
-PROMPT = "a picture of"  # captioning is fine-tuned and run with it
+PROMPT = "a picture of"  # for fine-tuning and running captioning
 
 VOCABULARY = tuple(
-    sorted({*SIZES, *COLOURS, *SHAPES, *BACKGROUNDS, *" ".join(RELATIONS).split(), *PROMPT.split(), "a", "on"})
+    sorted({*SIZES, *COLOURS, *SHAPES, *BACKGROUNDS, *" ".join(RELATIONS).split(), *PROMPT.split(),
+            "a", "on"})
 )
 
-SUPERSAMPLING = 3  # shapes are drawn this much larger and reduced: smooth edges at any image size
+SUPERSAMPLING = 3  # shapes are drawn this much larger, then reduced: smooth edges at any image size
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One object of a scene."""
+    """One thing of a scene."""
 
     size: str
     colour: str
@@ -75,7 +77,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """One or two things; with two, things[0] is `relation` things[1]."""
+    """One or two things. With two, things[0] is `relation` things[1]."""
 
     things: tuple[Thing, ...]
     relation: str | None
@@ -83,13 +85,14 @@ class Scene:
 
     @property
     def split(self) -> str:
-        """A fifth of the combinations of two things (of one thing and its background) is held out, by a fixed hash."""
+        """The split: "test" for the held-out fifth, by a fixed hash, of the combinations of two things, or of
+        one thing and its background; otherwise "train"."""
         parts = sorted(f"{t.size} {t.colour} {t.shape}" for t in self.things)
         parts += [self.background] * (len(parts) == 1)
         return "test" if crc32(", ".join(parts).encode()) % 5 == 0 else "train"
 
     def turned(self) -> "Scene":
-        """The same scene told from the other object's side (A left of B = B right of A)."""
+        """The same scene described from the other thing's side (A left of B = B right of A)."""
         if self.relation is None:
             return self
         return replace(self, things=self.things[::-1], relation=OPPOSITE[self.relation])
@@ -100,7 +103,7 @@ class Scene:
 
 @cache
 def distinct_scenes(split: str | None = None) -> int:
-    """How many scenes with two objects differ in what is true of them; of one split, or of both together."""
+    """The number of distinct scenes with two things, of one split or of both together."""
     things = [Thing(size, colour, shape) for size in SIZES for colour in COLOURS for shape in SHAPES]
     combinations = (Scene(two, "above", "white") for two in itertools.combinations(things, 2))
     return sum(split in (None, scene.split) for scene in combinations) * len(RELATIONS) * len(BACKGROUNDS)
@@ -110,14 +113,15 @@ def distinct_scenes(split: str | None = None) -> int:
 
 
 def caption(scene: Scene) -> str:
-    """The scene in words, from the side from which it is told."""
+    """The scene in words, things in the scene's order."""
     names = [f"a {t.size} {t.colour} {t.shape}" for t in scene.things]
-    told = names[0] if scene.relation is None else f"{names[0]} {scene.relation} {names[1]}"
-    return f"{told} on {scene.background}"
+    things = names[0] if scene.relation is None else f"{names[0]} {scene.relation} {names[1]}"
+    return f"{things} on {scene.background}"
 
 
 def parse_caption(text: str) -> Scene | None:
-    """The scene that a caption describes; None where it does not follow the grammar. A leading prompt is allowed."""
+    """The scene that a caption describes, or None if it does not follow the grammar. A leading prompt is
+    allowed."""
     words = text.lower().split()
     if words[:3] == PROMPT.split():
         words = words[3:]
@@ -137,7 +141,7 @@ def parse_caption(text: str) -> Scene | None:
 
 
 def _parse_thing(words: list[str]) -> tuple[Thing | None, list[str]]:
-    """Thing at the front of `words` (None where there is none) and the words after it."""
+    """The thing at the start of `words`, or None, and the words after it."""
     if len(words) < 4 or words[0] != "a":
         return None, words
     _, size, colour, shape = words[:4]
@@ -147,32 +151,35 @@ def _parse_thing(words: list[str]) -> tuple[Thing | None, list[str]]:
 
 
 def score_caption(text: str, scene: Scene) -> tuple[int, int, bool]:
-    """Slots told right, slots to tell, and whether all is right.
+    """The number of slots that a caption gets right, the number of slots, and whether the caption is right as
+    a whole.
 
-    Slots are each object's size, colour and shape, the relation, and the background: 8 with two objects, 4 with one.
-    Both tellings count (A left of B = B right of A): the one that agrees more is taken. A text that does not parse
-    has no slot right.
+    Slots are each thing's size, colour and shape, the relation, and the background: 8 with two things, 4 with
+    one. Both descriptions of a relation count (A left of B = B right of A); the one that agrees more is
+    scored. A text that does not parse has no slot right.
     """
     total = 3 * len(scene.things) + (scene.relation is not None) + 1
-    told = parse_caption(text)
-    if told is None:
+    described = parse_caption(text)
+    if described is None:
         return 0, total, False
-    right = max(_agreement(told, scene), _agreement(told.turned(), scene))
-    return right, total, told.same_as(scene)
+    right = max(_right_slots(described, scene), _right_slots(described.turned(), scene))
+    return right, total, described.same_as(scene)
 
 
-def _agreement(told: Scene, scene: Scene) -> int:
-    right = int(told.background == scene.background)
-    right += int(scene.relation is not None and told.relation == scene.relation)
-    for a, b in zip(told.things, scene.things, strict=False):
+def _right_slots(described: Scene, scene: Scene) -> int:
+    right = int(described.background == scene.background)
+    right += int(scene.relation is not None and described.relation == scene.relation)
+    for a, b in zip(described.things, scene.things, strict=False):
         right += (a.size == b.size) + (a.colour == b.colour) + (a.shape == b.shape)
     return right
 
 
 def chance_levels(scenes: list[Scene], seed: int) -> tuple[float, float]:
-    """Share of slots right and of captions exactly right when every scene is given another's caption at random."""
+    """Shares of right slots and of fully right captions when every scene gets another scene's caption at
+    random."""
     order = np.random.default_rng(seed).permutation(len(scenes))
-    scores = [score_caption(caption(scenes[j]), scenes[i]) for i, j in zip(order, np.roll(order, 1), strict=True)]
+    scores = [score_caption(caption(scenes[j]), scenes[i])
+              for i, j in zip(order, np.roll(order, 1), strict=True)]
     return sum(s[0] for s in scores) / sum(s[1] for s in scores), sum(s[2] for s in scores) / len(scores)
 
 
@@ -180,12 +187,14 @@ def chance_levels(scenes: list[Scene], seed: int) -> tuple[float, float]:
 
 
 def sample_scenes(count: int, split: str, seed: int, one_object_share: float = 0.1) -> list[Scene]:
-    """`count` scenes of a split; those with two objects are all distinct, those with one recur (they are few)."""
+    """`count` scenes of a split. Scenes with two things are all distinct; scenes with one repeat, because
+    there are few."""
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; scenes have the splits {', '.join(SPLITS)}")
     two_objects = round(count * (1 - one_object_share))
     if two_objects > distinct_scenes(split):
-        raise ValueError(f"{two_objects} scenes with two objects asked for; {split} has {distinct_scenes(split)}")
+        raise ValueError(f"{two_objects} scenes with two objects asked for; "
+                         f"{split} has {distinct_scenes(split)}")
     rng = np.random.default_rng(seed)
     seen: set[Scene] = set()
     scenes: list[Scene] = []
@@ -199,11 +208,13 @@ def sample_scenes(count: int, split: str, seed: int, one_object_share: float = 0
 
 
 def sample_twins(count: int, seed: int, one_object_share: float = 0.1) -> list[Scene]:
-    """Training scenes of which each two neighbours (0 and 1, 2 and 3, …) differ in one slot: a filter's hardest.
+    """Training scenes in twins: neighbours (0 and 1, 2 and 3, …) differ in one slot, the hardest case for a
+    filter.
 
-    A shape or the relation, which a filter learns last, is `HARD` times as likely to differ as any other slot.
+    A shape or the relation, which a filter learns last, is `HARD` times as likely to differ as any other
+    slot.
 
-    Raises ValueError where `count` is odd; else as `sample_scenes`.
+    Raises ValueError if `count` is odd, and what `sample_scenes` raises.
     """
     if count % 2:
         raise ValueError(f"{count} scenes asked for: twins need an even number")
@@ -216,7 +227,8 @@ def _random_scene(split: str, objects: int, rng: np.random.Generator) -> Scene:
     while True:
         u = rng.random(8)
         things = tuple(
-            Thing(_pick(tuple(SIZES), u[3 * i]), _pick(tuple(COLOURS), u[3 * i + 1]), _pick(SHAPES, u[3 * i + 2]))
+            Thing(_pick(tuple(SIZES), u[3 * i]), _pick(tuple(COLOURS), u[3 * i + 1]),
+                  _pick(SHAPES, u[3 * i + 2]))
             for i in range(objects)
         )
         relation = _pick(RELATIONS, u[6]) if objects == 2 else None
@@ -230,7 +242,8 @@ def _pick(words: tuple[str, ...], u: float) -> str:
 
 
 def corrupt(scene: Scene, rng: np.random.Generator) -> str:
-    """A wrong caption of the same split: with equal chance another scene's, or this one's with one slot changed."""
+    """A wrong caption of the same split: another scene's, or this scene's with one slot changed, with equal
+    chance."""
     if rng.random() >= 0.5:
         return caption(_edit(scene, rng, 1))
     while True:
@@ -240,11 +253,12 @@ def corrupt(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def _edit(scene: Scene, rng: np.random.Generator, hard: int) -> Scene:
-    """Another scene of the same split: this one with another value in one slot, shapes and the relation `hard` times as
-    likely as each other slot."""
+    """The scene with one slot changed, still in the same split. A shape or the relation is `hard` times as
+    likely to change as any other slot."""
     while True:
         other = _with_one_slot_changed(scene, rng, hard)
-        if other.split == scene.split and not other.same_as(scene) and len(set(other.things)) == len(other.things):
+        if (other.split == scene.split and not other.same_as(scene)
+                and len(set(other.things)) == len(other.things)):
             return other
 
 
@@ -254,7 +268,8 @@ def _with_one_slot_changed(scene: Scene, rng: np.random.Generator, hard: int) ->
     slots += [(None, "background")] + hard * [(i, "shape") for i in things]
     slots += hard * [(None, "relation")] * (scene.relation is not None)
     i, name = slots[rng.integers(len(slots))]
-    values = {"size": SIZES, "colour": COLOURS, "shape": SHAPES, "background": BACKGROUNDS, "relation": RELATIONS}[name]
+    values = {"size": SIZES, "colour": COLOURS, "shape": SHAPES, "background": BACKGROUNDS,
+              "relation": RELATIONS}[name]
     old = getattr(scene if i is None else scene.things[i], name)
     new = _pick(tuple(v for v in values if v != old), rng.random())
     if i is None:
@@ -269,23 +284,25 @@ def _with_one_slot_changed(scene: Scene, rng: np.random.Generator, hard: int) ->
 def draw(
     scene: Scene, image_size: int, rng: np.random.Generator, moved: tuple[float, float] = (0.0, 0.0)
 ) -> Image.Image:
-    """The scene as an RGB image of image_size × image_size pixels; rng jitters place, size, colour and shading. The
-    first thing is drawn `moved` (right, down) from its place, in shares of the image's side."""
+    """The scene as an RGB image of image_size × image_size pixels. `rng` jitters place, size, colour and
+    shading. The first thing is drawn `moved` (right, down) from its place, in shares of the image's side."""
     image = _draw_background(scene.background, image_size, rng)
-    places = _places(scene, rng)
+    places = _centres(scene, rng)
     places[0] = (places[0][0] + moved[0], places[0][1] + moved[1])
     for thing, (x, y) in zip(scene.things, places, strict=True):
         jitter = rng.uniform(-1, 1, size=4)
         radius = SIZES[thing.size] * (1 + 0.06 * jitter[0])
-        colour = tuple(int(np.clip(c + 12 * j, 0, 255)) for c, j in zip(COLOURS[thing.colour], jitter[1:], strict=True))
+        colour = tuple(int(np.clip(c + 12 * j, 0, 255))
+                       for c, j in zip(COLOURS[thing.colour], jitter[1:], strict=True))
         mask = _shape_mask(thing.shape, radius * image_size)
         corner = (round((x - radius) * image_size), round((y - radius) * image_size))
         image.paste(colour, (*corner, corner[0] + mask.width, corner[1] + mask.height), mask)
     return image
 
 
-def _places(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float]]:
-    """Centres in [0, 1]². Related objects stand near opposite sides; an object alone near the centre of any cell."""
+def _centres(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float]]:
+    """The things' centres in [0, 1]². Two things stand near opposite sides; a single thing near the centre of
+    any cell."""
     if scene.relation is None:
         x, y = (rng.integers(GRID, size=2) + 0.5) / GRID + rng.uniform(-0.02, 0.02, size=2)
         return [(float(x), float(y))]
@@ -297,16 +314,17 @@ def _places(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float]]
 
 
 def _draw_background(name: str, image_size: int, rng: np.random.Generator) -> Image.Image:
-    """Plain colour, shaded by a random slope over the picture and a little grain."""
+    """A plain colour, with a random gradient and a little grain."""
     ramp = np.linspace(-1, 1, image_size, dtype=np.float32)
     slope_x, slope_y, *shift = rng.uniform(-12, 12, size=5)
-    shading = slope_x * ramp[None, :] + slope_y * ramp[:, None] + 4 * rng.standard_normal((image_size,) * 2, np.float32)
+    shading = (slope_x * ramp[None, :] + slope_y * ramp[:, None]
+               + 4 * rng.standard_normal((image_size,) * 2, np.float32))
     colour = np.asarray(BACKGROUNDS[name], np.float32) + np.asarray(shift, np.float32)
     return Image.fromarray((shading[:, :, None] + colour).clip(0, 255).astype(np.uint8))
 
 
 def _shape_mask(shape: str, radius: float) -> Image.Image:
-    """L image, 255 inside the shape; `radius` is half of its width in pixels."""
+    """A mode L image, 255 inside the shape. `radius` is half its width in pixels."""
     pixels = max(1, round(2 * radius))
     side = pixels * SUPERSAMPLING
     mask = Image.new("L", (side, side))
@@ -331,23 +349,25 @@ def _shape_mask(shape: str, radius: float) -> Image.Image:
 
 
 def slots_of(scene: Scene) -> dict[str, Any]:
-    """What an annotation row holds of a scene, with lists, as JSON gives them back."""
+    """The scene as stored in an annotation row, with lists, as JSON returns it."""
     return asdict(scene) | {"things": [asdict(thing) for thing in scene.things]}
 
 
 def scene_from_slots(slots: dict) -> Scene:
-    """The scene that an annotation row holds under "scene"."""
+    """The scene from the value of an annotation row's "scene"."""
     return Scene(tuple(Thing(**thing) for thing in slots["things"]), slots["relation"], slots["background"])
 
 
 def write_scenes(
-    folder: Path, count: int, split: str, seed: int, noise: float, image_size: int, one_object_share: float = 0.1,
-    twins: bool = False,
+    folder: Path, count: int, split: str, seed: int, noise: float, image_size: int,
+    one_object_share: float = 0.1, twins: bool = False,
 ) -> list[dict]:
-    """Draw scenes into `folder` as PNG with annotations.jsonl, ready to be packed; exactly round(count × noise)
-    captions are wrong. With `twins`, for the split "train", each two neighbours differ in one slot (`sample_twins`).
+    """Draw scenes into `folder` as PNG with annotations.jsonl, ready to be packed. Exactly round(count ×
+    noise) captions are wrong. With `twins`, which needs the split "train", neighbours differ in one slot
+    (`sample_twins`).
 
-    Rows, also returned: image, captions (one), split, scene (the truth's slots), caption_is_right.
+    The rows, which are also returned, have image, captions (one), split, scene (the true slots) and
+    caption_is_right.
     """
     if not 0 <= noise <= 1:
         raise ValueError(f"noise is {noise}; it is the share of wrong captions, 0 to 1")

@@ -1,4 +1,4 @@
-"""Captions of drawn scenes, scored slot by slot: there the truth is known."""
+"""Scores captions of drawn scenes slot by slot, against the known ground truth."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from blip_fast.scenes.scenes import Scene, chance_levels, score_caption
 
 @dataclass(frozen=True)
 class SlotScores:
-    """Shares from 0 to 1: slots told right (sizes, colours, shapes, relation, background), and captions of which all
-    is right. `chance_*` are those of another scene's caption."""
+    """Shares from 0 to 1: of slots that are right (sizes, colours, shapes, relation, background), and of
+    captions in which all slots are right. `chance_*` are the shares when each scene gets another scene's
+    caption."""
 
     slot_accuracy: float
     exact_match: float
@@ -20,9 +21,11 @@ class SlotScores:
 
 
 def slot_scores(captions: Sequence[str], scenes: Sequence[Scene]) -> SlotScores:
-    """Score one caption per scene. Raises ValueError without scenes or with another number of captions."""
+    """Score one caption per scene. Raises ValueError if there is no scene, or the number of captions
+    differs."""
     if not scenes or len(captions) != len(scenes):
-        raise ValueError(f"one caption per scene is needed, got {len(captions)} captions for {len(scenes)} scenes")
+        raise ValueError("one caption per scene is needed, "
+                         f"got {len(captions)} captions for {len(scenes)} scenes")
     scores = [score_caption(caption, scene) for caption, scene in zip(captions, scenes, strict=True)]
     right, slots, whole = (sum(column) for column in zip(*scores, strict=True))
     chance_slots, chance_whole = chance_levels(list(scenes), seed=0)

@@ -1,4 +1,5 @@
-"""Search among images by text or by image: an index on the disk, exact or approximate search, re-ranking by ITM."""
+"""Search among images by text or by image: an index on disk, exact or approximate search, re-ranking by
+ITM."""
 
 from blip_fast.search.index import AddReport, Hit, Index
 

@@ -1,4 +1,4 @@
-"""Bringing an index up to date: which images are new or changed, their features, and writing them in portions."""
+"""Updates an index: finds new and changed images, computes their features and writes them in portions."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from blip_fast.search.embedding import image_features
 from blip_fast.search.store import Entry, Store, Version
 from blip_fast.tasks.model_loading import read_pixels
 
-WRITE_IMAGES, WRITE_SECONDS = 32, 5.0  # what is encoded is written so often: being killed costs no more
+# Write after this many images or seconds: a killed process loses no more.
+WRITE_IMAGES, WRITE_SECONDS = 32, 5.0
 
 
 @dataclass
 class AddReport:
-    """What became of the images that `Index.add` was given."""
+    """How many of the images given to `Index.add` were added, changed, unchanged or broken."""
 
     added: int = 0
-    changed: int = 0  # had other features before: the file was written since
+    changed: int = 0  # already indexed, but the file was written since
     unchanged: int = 0
     broken: int = 0  # could not be read
 
@@ -41,38 +42,41 @@ class Adding:
         self._store, self._model, self._progress = store, model, progress
         self._reading: deque[tuple[StoredImage, Version, bool]] = deque()  # in the order of their pixels
         self._encoded: list[Entry] = []
-        self._unwritten: set[str] = set()  # names of both
+        self._unwritten: set[str] = set()  # names of images in `_reading` or `_encoded`
 
     def run(self, images: Iterable[StoredImage]) -> None:
-        """Index what is new or changed. What is encoded when the work is interrupted is written all the same."""
+        """Index new and changed images. If the work is interrupted, images that are already encoded are still
+        written."""
         written = time.monotonic()
         try:
-            for pixels in read_pixels(self._wanted(images), self._model.config.vision.image_size):
-                self._take(pixels)
+            for pixels in read_pixels(self._outdated(images), self._model.config.vision.image_size):
+                self._encode(pixels)
                 if len(self._encoded) >= WRITE_IMAGES or time.monotonic() - written > WRITE_SECONDS:
                     self._write()
                     written = time.monotonic()
         finally:
             self._write()
 
-    def _wanted(self, images: Iterable[StoredImage]) -> Iterator[StoredImage]:
+    def _outdated(self, images: Iterable[StoredImage]) -> Iterator[StoredImage]:
+        """The images that are new or have changed."""
         for image in images:
             try:
                 version = Version.of(image)
-            except OSError:  # reading it will say why
+            except OSError:  # the reason is reported when the image is read
                 version = Version(image.start, 0, 0)
             known = self._store.version(image.name)
-            if known == version or image.name in self._unwritten:  # the latter was named twice
+            if known == version or image.name in self._unwritten:  # unwritten: it was named twice
                 self.report.unchanged += 1
-                self._tell()
+                self._report_progress()
             else:
                 self._unwritten.add(image.name)
                 self._reading.append((image, version, known is not None))
                 yield image
 
-    def _take(self, pixels: Tensor | ImageError) -> None:
+    def _encode(self, pixels: Tensor | ImageError) -> None:
         image, version, known = self._reading.popleft()
-        result = str(pixels) if isinstance(pixels, ImageError) else image_features(self._model, pixels[None])[0]
+        result = (str(pixels) if isinstance(pixels, ImageError)
+                  else image_features(self._model, pixels[None])[0])
         if not isinstance(result, str) and not np.isfinite(result).all():
             result = f"{image.name}: its features are no finite numbers: index in float32 or bfloat16"
         if isinstance(result, str):
@@ -82,7 +86,7 @@ class Adding:
         else:
             self.report.added += 1
         self._encoded.append(Entry(image, version, result))
-        self._tell()
+        self._report_progress()
 
     def _write(self) -> None:
         if self._encoded:
@@ -90,6 +94,6 @@ class Adding:
             self._unwritten.difference_update(entry.image.name for entry in self._encoded)
             self._encoded = []
 
-    def _tell(self) -> None:
+    def _report_progress(self) -> None:
         if self._progress is not None:
             self._progress(self.report)

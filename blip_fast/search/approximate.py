@@ -1,7 +1,8 @@
-"""Approximate search by faiss or usearch: a graph (HNSW) over an index's rows, kept beside them.
+"""Approximate search by faiss or usearch: an HNSW graph over an index's rows, stored in the index's
+directory.
 
-A graph only proposes rows; their cosines are computed again from the features. It is brought up to date before it is
-asked, by one process at a time.
+A graph only proposes rows; their cosines are computed again from the features. It is updated before each
+search, by one process at a time.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from blip_fast.checkpoint.files import whole_file
 from blip_fast.search.store import Store
 
 BACKENDS = ("exact", "faiss", "usearch")
-NEIGHBOURS = 32  # edges of a row in the graph
-EXPLORED = 256  # rows that are looked at for a row that enters, and for a query at least
+NEIGHBOURS = 32  # edges per row in the graph
+EXPLORED = 256  # rows explored to insert a row; for a query, at least as many
 
 
 class Graph(Protocol):
@@ -83,9 +84,9 @@ _GRAPHS = {"faiss": _Faiss, "usearch": _Usearch}
 
 
 def graph_of(store: Store, backend: str) -> Graph:
-    """The graph of all rows that there are; new ones enter it now.
+    """The graph of all rows, after inserting new ones.
 
-    Raises ModuleNotFoundError, naming the pip package, where the backend is not installed.
+    Raises ModuleNotFoundError, naming the pip package, if the backend is not installed.
     """
     path = store.directory / f"graph.{store.generation}.{backend}"
     with FileLock(store.directory / "graph.lock"):
@@ -98,8 +99,10 @@ def graph_of(store: Store, backend: str) -> Graph:
     return graph
 
 
-def nearest_rows(graph: Graph, holes: NDArray[np.int64], query: NDArray[np.float32], count: int) -> NDArray[np.int64]:
-    """About the `count` rows with the largest products with the query [width], sorted, no holes among them."""
+def nearest_rows(graph: Graph, holes: NDArray[np.int64], query: NDArray[np.float32],
+                 count: int) -> NDArray[np.int64]:
+    """Approximately the `count` rows with the largest products with the query [width], sorted by number,
+    without holes."""
     wanted = min(len(graph), count + len(holes))
     return np.setdiff1d(graph.search(query, wanted), holes) if wanted else np.empty(0, np.int64)
 
@@ -108,5 +111,6 @@ def _module(name: str, package: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError:
-        raise ModuleNotFoundError(f"approximate search needs {package}: `pip install {package}`, or search exactly",
+        raise ModuleNotFoundError(f"approximate search needs {package}: "
+                                  f"`pip install {package}`, or search exactly",
                                   name=package) from None

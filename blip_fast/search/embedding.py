@@ -1,4 +1,4 @@
-"""What search asks of the model: features of images and texts, and how well a text matches each of its candidates."""
+"""The model's part in search: features of images and texts, and how well a text matches its candidates."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from blip_fast.model.blip import BlipModel
 from blip_fast.model.packed_texts import PackedTexts
 from blip_fast.tasks.model_loading import read_pixels
 
-MAX_IMAGES = 16  # on a GPU, whose keys and values exist at a time
+MAX_IMAGES = 16  # images whose keys and values exist at a time on a GPU
 
 
 def fingerprint(model: BlipModel) -> str:
-    """SHA-256 of a model's sizes and weights, in the dtype in which it computes."""
+    """SHA-256 of a model's sizes and weights, in the dtype that it computes in."""
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
     for name, held in model.state_dict().items():
         tensor = dense(held)
@@ -45,10 +45,12 @@ def text_feature(model: BlipModel, text: PackedTexts) -> NDArray[np.float32]:
         return model.text_features(text.to(model.vision.cls_token.device))[0].cpu().numpy()
 
 
-def match_logits(model: BlipModel, text: PackedTexts, images: Iterable[StoredImage]) -> list[Tensor | ImageError]:
-    """ITM's logits [2] (not matched, matched) of one text with each image, or why the image cannot be read.
+def match_logits(model: BlipModel, text: PackedTexts,
+                 images: Iterable[StoredImage]) -> list[Tensor | ImageError]:
+    """ITM's logits [2] (not matched, matched) of one text with each image, or the error if the image cannot
+    be read.
 
-    Images are read ahead, and only a few are in memory at a time.
+    Images are read ahead; only a few are in memory at a time.
     """
     stack, device = model.stack("encoder"), model.vision.cls_token.device
     text = text.to(device)

@@ -1,4 +1,4 @@
-"""An index of images on the disk: filled and brought up to date, searched by text or by image."""
+"""An index of images on disk: filled, updated, and searched by text or by image."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ from blip_fast.tasks.model_loading import as_sources, chosen_device, pixel_batch
 class Hit:
     """An image that was found.
 
-    `itc` is the cosine of its contrastive features with the query's. Where the matching head was asked, `itm` is the
-    probability that text and image match, and `score` its 'matched' logit + `itc` (published: BLIP section 5.1);
-    otherwise `score` is `itc`. `error` says why an image that was to be re-ranked could not be read any more.
+    `itc` is the cosine of its contrastive features with the query's. If the matching head scored the image,
+    `itm` is the probability that text and image match, and `score` is its 'matched' logit + `itc` (as
+    published, BLIP section 5.1); otherwise `score` is `itc`. `error` says why an image could not be read for
+    re-ranking.
     """
 
     image: StoredImage
@@ -42,14 +43,14 @@ class Hit:
 
 
 class Index:
-    """ITC features of images in a directory, with the model that they are of.
+    """An index directory of images' ITC features, with the model that computed them.
 
         index = Index.create("photos.index", "Salesforce/blip-itm-base-coco")
         index.add(["photos/", "shards/000000.tar"])
         for hit in index.query(text="a dog on grass"):
             print(hit.image.name, hit.score)
 
-    The model is loaded when it is first needed. `add` may be cut short at any moment and called again.
+    The model is loaded when it is first needed. `add` may be interrupted at any moment and called again.
     """
 
     def __init__(self, store: Store, *, model: str | None = None, device: str | None = None,
@@ -59,26 +60,27 @@ class Index:
         self._running = {"device": device, "threads": threads}
 
     @classmethod
-    def create(cls, directory: str | Path, model: str | Path, *, storage: str = "float32", dtype: str = "auto",
-               device: str | None = None, image_size: int | None = None, heads: int | None = None,
-               tokenizer: str | Path | None = None, threads: int | None = None) -> Self:
+    def create(cls, directory: str | Path, model: str | Path, *, storage: str = "float32",
+               dtype: str = "auto", device: str | None = None, image_size: int | None = None,
+               heads: int | None = None, tokenizer: str | Path | None = None,
+               threads: int | None = None) -> Self:
         """Make an empty index.
 
         Args:
-            directory: where; it is made.
-            model: an image-text retrieval or pre-training checkpoint; it and the options after `storage` are
-                `load_for_task`'s, and are kept in the index (but `device` and `threads`); of `auto` what it means
-                here.
-            storage: `float32`, or `float16` in half the space, with cosines good to about 0.0003.
+            directory: where to make the index; created if missing.
+            model: an image-text retrieval or pre-training checkpoint. The model and the options after
+                `storage` are those of `load_for_task`. All but `device` and `threads` are stored in the
+                index, `dtype` `auto` as the dtype that it means on this device.
+            storage: `float32`, or `float16` in half the space, with cosines accurate to about 0.0003.
 
         Raises:
             FileExistsError: there is an index already.
-            ValueError: another storage; whatever `Matcher.from_pretrained` refuses.
+            ValueError: the storage is unknown, or `Matcher.from_pretrained` refuses the model or an option.
         """
         options = {"dtype": resolve(dtype, chosen_device(device)), "image_size": image_size, "heads": heads,
-                   "tokenizer": _place(tokenizer)}
+                   "tokenizer": _absolute(tokenizer)}
         matcher = Matcher.from_pretrained(model, device=device, threads=threads, **options)
-        facts = {"model": _place(model), "options": options, "fingerprint": fingerprint(matcher.model)}
+        facts = {"model": _absolute(model), "options": options, "fingerprint": fingerprint(matcher.model)}
         store = Store.create(directory, matcher.model.config.embed_dim, storage, facts)
         return cls(store, matcher=matcher)
 
@@ -88,20 +90,21 @@ class Index:
         """Open an index.
 
         Args:
-            model: where its model is now, if it is not where it was.
-            device, threads: as for `load_for_task`.
+            model: the new location of the index's model, if it has moved.
+            device, threads: as in `load_for_task`.
 
         Raises:
             FileNotFoundError: there is no index.
-            ValueError: it is damaged, or of another format.
+            ValueError: the index is damaged or of another format.
         """
-        return cls(Store(directory), model=None if model is None else str(model), device=device, threads=threads)
+        return cls(Store(directory), model=None if model is None else str(model), device=device,
+                   threads=threads)
 
     def close(self) -> None:
         self._store.close()
 
     def __len__(self) -> int:
-        """How many images can be found."""
+        """The number of images that can be found."""
         return len(self._store)
 
     @property
@@ -111,36 +114,40 @@ class Index:
 
     @property
     def options(self) -> dict[str, str | int | None]:
-        """What it was made with: dtype, image_size, heads and tokenizer of the model, storage of the features."""
+        """The options of the index: dtype, image_size, heads and tokenizer of the model, and storage of the
+        features."""
         return {**self._store.facts["options"], "storage": self._store.facts["storage"]}
 
     @property
     def matcher(self) -> Matcher:
-        """The index's model. Raises ValueError where what is loaded is another one."""
+        """The index's model. Raises ValueError if the model that was loaded is a different one."""
         if self._matcher is None:
             source, facts = self._model or self.model_name, self._store.facts
             matcher = Matcher.from_pretrained(source, **self._running, **facts["options"])
             if fingerprint(matcher.model) != facts["fingerprint"]:
-                raise ValueError(f"{source} is another model than the one that the index {self._store.directory} was "
-                                 f"made with ({self.model_name}): name that one, or index into another directory")
+                raise ValueError(f"{source} is another model than the one that the index "
+                                 f"{self._store.directory} was made with ({self.model_name}): "
+                                 "name that one, or index into another directory")
             self._matcher = matcher
         return self._matcher
 
-    def add(self, sources: Sequence[str | Path], *, progress: Callable[[AddReport], None] | None = None) -> AddReport:
-        """Index what is new and what has changed, by size and time of change.
+    def add(self, sources: Sequence[str | Path], *,
+            progress: Callable[[AddReport], None] | None = None) -> AddReport:
+        """Index images that are new or have changed, judged by size and modification time.
 
-        An image is known by its absolute path, in a shard by that of the shard and the member's name. One that cannot
-        be read is named in the index's `broken.jsonl` and tried again next time.
+        An image is identified by its absolute path; an image in a shard by the shard's path and the member's
+        name. An image that cannot be read is listed in the index's `broken.jsonl` and tried again next time.
 
         Args:
             sources: image files, folders of images, webdataset shards (`.tar`).
-            progress: told after each image what there is so far.
+            progress: called after each image with the counts so far.
 
         Raises:
-            FileNotFoundError: a source is not there.
-            ValueError: a folder or shard without images; another process is adding; not the index's model.
+            FileNotFoundError: a source does not exist.
+            ValueError: a folder or shard has no images, another process is adding, or the model is not the
+                index's.
         """
-        images = expand([_local(source) for source in sources], shard_cache(CACHE, 0.0))
+        images = expand([_local_path(source) for source in sources], shard_cache(CACHE, 0.0))
         adding = Adding(self._store, self.matcher.model, progress)
         with self._store.writing():
             try:
@@ -150,14 +157,15 @@ class Index:
         return adding.report
 
     def missing(self) -> Iterator[str]:
-        """Names of indexed images that are not where they were: the file is gone, or its shard was written anew and
-        the image was not found in it since."""
+        """Names of indexed images that are missing: the file is gone, or its shard was rewritten and the
+        image has not been found in it since."""
         return self._store.missing()
 
     def prune(self) -> int:
-        """Forget the images that are `missing`, and the room that they and old features take. Returns how many.
+        """Remove the images that are `missing`, and free the space of their features and of outdated ones.
+        Returns the number of removed images.
 
-        Raises ValueError where another process is adding.
+        Raises ValueError if another process is adding.
         """
         with self._store.writing():
             before = len(self)
@@ -166,26 +174,28 @@ class Index:
             self._store.report_broken()
         return before - len(self)
 
-    def query(self, text: str | None = None, image: ImageSource | None = None, *, top: int = 20, rerank: int = 64,
-              first_token: str = "[ENC]", backend: str = "exact") -> list[Hit]:
-        """The images that fit a text, or look like an image, best first.
+    def query(self, text: str | None = None, image: ImageSource | None = None, *, top: int = 20,
+              rerank: int = 64, first_token: str = "[ENC]", backend: str = "exact") -> list[Hit]:
+        """The images that match a text, or look like an image, best first.
 
-        Cosines of all images give the candidates; equal ones stand in the order in which they were added. Of a text's
-        candidates the best are then scored again by the matching head, image by image, from their files; those which it
-        did not see, and those that cannot be read any more, stand behind, in the order of their cosines.
+        The candidates are the images with the largest cosines; of equal cosines the image added first comes
+        first. For a text, the matching head then scores the best candidates again, image by image, from their
+        files. Candidates that it did not score, or that can no longer be read, follow in the order of their
+        cosines.
 
         Args:
-            text, image: one of the two.
-            top: images wanted.
-            rerank: candidates that the matching head sees; 0 for cosines alone. Of no meaning with an image.
-            first_token: as for `retrieve`: `[ENC]` as in training and in the published retrieval evaluation.
-            backend: `exact`, or `faiss` or `usearch`, which find most of the same candidates in less time; their graph
-                is brought up to date first and kept in the index.
+            text, image: the query, one of the two.
+            top: the number of images wanted.
+            rerank: the number of candidates that the matching head scores; 0 uses cosines alone. Ignored for
+                an image.
+            first_token: as in `retrieve`: `[ENC]` as in training and in the published retrieval evaluation.
+            backend: `exact`, or `faiss` or `usearch`, which find most of the same candidates in less time.
+                Their graph is updated first and stored in the index.
 
         Raises:
             ImageError: the query's image cannot be read.
-            ValueError: neither or both of text and image, a text without a token, negative numbers, another first token
-                or backend, not the index's model.
+            ValueError: neither or both of text and image are given, the text has no token, a number is too
+                small, the first token or the backend is unknown, or the model is not the index's.
             ModuleNotFoundError: the backend is not installed.
         """
         if (text is None) == (image is None):
@@ -201,7 +211,7 @@ class Index:
         packed = self.matcher.pack([str(text)], first_token)
         query = text_feature(model, packed.with_first(model.config.tokens.cls))
         hits = self._candidates(query, max(top, rerank), backend)
-        return (self._reranked(packed, hits[:rerank]) + hits[rerank:])[:top]
+        return (self._rerank(packed, hits[:rerank]) + hits[rerank:])[:top]
 
     def _candidates(self, query: NDArray[np.float32], count: int, backend: str) -> list[Hit]:
         store, generation = self._store, self._store.generation
@@ -218,8 +228,8 @@ class Index:
             images = store.images(rows)
         return [Hit(image, cosine, cosine) for image, cosine in zip(images, cosines.tolist(), strict=True)]
 
-    def _reranked(self, text: PackedTexts, hits: list[Hit]) -> list[Hit]:
-        """Scored by the matching head, those that cannot be read last."""
+    def _rerank(self, text: PackedTexts, hits: list[Hit]) -> list[Hit]:
+        """The hits in the order of the matching head's scores; those that cannot be read come last."""
         logits = match_logits(self.matcher.model, text, (hit.image for hit in hits))
         seen, unread = [], []
         for hit, result in zip(hits, logits, strict=True):
@@ -230,15 +240,15 @@ class Index:
         return sorted(seen, key=lambda hit: -hit.score) + unread
 
 
-def _place(source: str | Path | None) -> str | None:
-    """A path made absolute, the name of a model on the Hub as it is."""
+def _absolute(source: str | Path | None) -> str | None:
+    """A path made absolute; the name of a model on the Hub unchanged."""
     if source is None:
         return None
     return str(Path(source).resolve()) if Path(source).exists() else str(source)
 
 
-def _local(source: str | Path) -> str:
-    """A source's resolved path. Raises ValueError for URLs of other machines."""
+def _local_path(source: str | Path) -> str:
+    """A source's resolved path. Raises ValueError for a URL of another machine."""
     if is_url(source) and not str(source).startswith("file:"):
         raise ValueError(f"{source}: an index holds images of this machine: fetch the shards first")
     return str(Path(local_path(str(source))).resolve())

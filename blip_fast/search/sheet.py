@@ -1,4 +1,4 @@
-"""The contact sheet: what a query found, as one HTML page."""
+"""The contact sheet: the hits of a query as one HTML page."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from blip_fast.search.store import file_of, printable
 
 def contact_sheet(index: Index, hits: Sequence[Hit], text: str | None = None,
                   image: ImageSource | None = None) -> Report:
-    """A page of thumbnails, best first; each leads to its file, so that the keyboard reaches it too.
+    """A page of thumbnails, best first. Each is a link to its file, so that it can be reached by keyboard
+    too.
 
     Args:
         text, image: the query, one of the two.
 
-    Raises ImageError where the query's image cannot be read.
+    Raises ImageError if the query's image cannot be read.
     """
     folder = os.path.commonpath([file_of(hit.image).parent for hit in hits]) if hits else ""
     reranked = sum(hit.itm is not None for hit in hits)

@@ -1,12 +1,12 @@
-"""What an index is on the disk: features as one raw file that is only appended to, and SQLite for everything else.
+"""The index on disk: features in one append-only raw file, and SQLite for everything else.
 
-    index.sqlite           facts about the index, its images (name, place, size and time of change, row), holes
+    index.sqlite           facts about the index, its images (name, path, size, modification time, row), holes
     features.N.float32     [rows, width], row by row, little-endian (or `.float16`); N counts compactions
-    broken.jsonl           images that could not be read, and why
+    broken.jsonl           images that could not be read, and the reasons
 
-SQLite's transactions say which rows there are: features are on the disk before their rows are committed, and what lies
-behind the committed rows is overwritten. So a process that is killed leaves an index without its last images, never one
-with half an image. A row that is not used any more is a hole until the file is compacted.
+SQLite's transactions decide which rows count: features are on disk before their rows are committed, and bytes
+after the committed rows are overwritten. So a process that is killed may leave an index without its last
+images, but never one with half an image. A row that is no longer used is a hole until the file is compacted.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ BLOCK = 4096  # rows that are in memory at a time: 4 MB at width 256, and twice 
 
 _SCHEMA = (
     "CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
-    # Names and paths are bytes, as the file system has them; `length` is NULL for a whole file, `row` for a broken one.
+    # Names and paths are bytes, as in the file system. `length` is NULL for a whole file, `row` for a broken
+    # image.
     "CREATE TABLE images (name BLOB PRIMARY KEY, path BLOB NOT NULL, start INTEGER NOT NULL, length INTEGER, "
     "bytes INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, row INTEGER UNIQUE, error TEXT)",
     "CREATE TABLE holes (row INTEGER PRIMARY KEY)",
@@ -45,7 +46,7 @@ _SCHEMA = (
 
 @dataclass(frozen=True)
 class Version:
-    """What tells one state of an image from another. The time of change is that of its file, also in a shard."""
+    """Identifies one state of an image. `mtime_ns` is the modification time of its file, or of its shard."""
 
     start: int
     bytes: int
@@ -53,14 +54,14 @@ class Version:
 
     @classmethod
     def of(cls, image: StoredImage) -> Version:
-        """Raises OSError where the file is not there."""
+        """The current version of an image. Raises OSError if the file does not exist."""
         status = file_of(image).stat()
         return cls(image.start, image.size if is_member(image) else status.st_size, status.st_mtime_ns)
 
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """An image to be stored: its features, float32 [width], or why there are none."""
+    """An image to be stored. `result` is its features, float32 [width], or the reason why there are none."""
 
     image: StoredImage
     version: Version
@@ -71,27 +72,31 @@ class Store:
     """One index directory. Several processes may read it while one writes."""
 
     def __init__(self, directory: str | Path) -> None:
-        """Open an index. Raises FileNotFoundError where there is none, ValueError where it is damaged."""
+        """Open an index. Raises FileNotFoundError if there is none, ValueError if it is damaged or of another
+        format."""
         self.directory = Path(directory)
         if not (self.directory / DATABASE).is_file():
             raise FileNotFoundError(f"{directory} holds no index: make one with `blip-fast search index`")
-        # Images are looked up by whichever thread reads ahead; sqlite3 itself lets one of them in at a time.
+        # The thread that reads ahead looks up images too; sqlite3 itself serialises access.
         self._database = sqlite3.connect(self.directory / DATABASE, timeout=60, isolation_level=None,
                                          check_same_thread=False)
         try:
-            self.facts = {name: json.loads(value) for name, value in self._database.execute("SELECT * FROM facts")}
+            self.facts = {name: json.loads(value)
+                          for name, value in self._database.execute("SELECT * FROM facts")}
         except sqlite3.DatabaseError as error:
-            raise ValueError(f"{directory} holds no readable index ({error}): remove it and index again") from None
+            raise ValueError(f"{directory} holds no readable index ({error}): "
+                             "remove it and index again") from None
         if self.facts.get("format") != FORMAT:
-            raise ValueError(f"{directory} holds an index of format {self.facts.get('format')}, this program reads "
-                             f"{FORMAT}: index again into another directory")
+            raise ValueError(f"{directory} holds an index of format {self.facts.get('format')}, "
+                             f"this program reads {FORMAT}: index again into another directory")
         self.width: int = self.facts["width"]
         self.dtype = np.dtype(self.facts["storage"]).newbyteorder("<")
         self._check_features()
 
     @classmethod
     def create(cls, directory: str | Path, width: int, storage: str, facts: dict[str, Any]) -> Store:
-        """Make an empty index. Raises FileExistsError where there is one, ValueError for another storage."""
+        """Make an empty index. Raises FileExistsError if there is one already, ValueError if the storage is
+        unknown."""
         if storage not in STORAGES:
             raise ValueError(f"storage must be one of {', '.join(STORAGES)}, got {storage!r}")
         path = Path(directory) / DATABASE
@@ -101,7 +106,8 @@ class Store:
         with whole_file(path) as partial, closing(sqlite3.connect(partial)) as database, database:
             for statement in _SCHEMA:
                 database.execute(statement)
-            database.executemany("INSERT INTO facts VALUES (?, ?)", ((k, json.dumps(v)) for k, v in facts.items()))
+            database.executemany("INSERT INTO facts VALUES (?, ?)",
+                                 ((k, json.dumps(v)) for k, v in facts.items()))
         return cls(directory)
 
     def close(self) -> None:
@@ -112,60 +118,65 @@ class Store:
 
     @property
     def row_count(self) -> int:
-        """Rows of the features, holes among them."""
+        """The number of rows of features, holes included."""
         return self._fact("rows")
 
     @property
     def generation(self) -> int:
-        """Rows keep their numbers within a generation."""
+        """The number of compactions so far. Rows keep their numbers within a generation."""
         return self._fact("generation")
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Hold the right to write. Raises ValueError where another process has it."""
+        """Hold the lock for writing. Raises ValueError if another process holds it."""
         try:
             with FileLock(self.directory / "writing.lock", timeout=0):
                 yield
         except Timeout:
-            raise ValueError(f"{self.directory} is being written by another process: wait until it has ended") from None
+            raise ValueError(f"{self.directory} is being written by another process: "
+                             "wait until it has ended") from None
 
     @contextmanager
     def snapshot(self) -> Iterator[None]:
-        """What is read inside is of one moment, whatever another process writes."""
+        """All reads inside see the same state, whatever another process writes."""
         with self._transaction("DEFERRED"):
             yield
 
     def version(self, name: str) -> Version | None:
-        """Of an image that has features; None for others."""
-        found = self._database.execute("SELECT start, bytes, mtime_ns FROM images WHERE name = ? AND row NOT NULL",
-                                       [os.fsencode(name)]).fetchone()
+        """The stored version of an image with features; None for any other image."""
+        found = self._database.execute(
+            "SELECT start, bytes, mtime_ns FROM images WHERE name = ? AND row NOT NULL", [os.fsencode(name)]
+        ).fetchone()
         return Version(*found) if found else None
 
     def holes(self) -> NDArray[np.int64]:
-        """Rows that no image has, sorted."""
-        return np.fromiter((row for row, in self._database.execute("SELECT row FROM holes ORDER BY row")), np.int64)
+        """The rows that belong to no image, sorted."""
+        return np.fromiter((row for row, in self._database.execute("SELECT row FROM holes ORDER BY row")),
+                           np.int64)
 
     def images(self, rows: Iterable[int]) -> list[StoredImage]:
         """The image of each row. No row may be a hole."""
         found = (self._database.execute("SELECT name, path, start, length FROM images WHERE row = ?",
                                         [int(row)]).fetchone() for row in rows)
-        return [_stored(os.fsdecode(name), Path(os.fsdecode(path)), start, length)
+        return [_stored_image(os.fsdecode(name), Path(os.fsdecode(path)), start, length)
                 for name, path, start, length in found]
 
     def blocks(self, first: int = 0) -> Iterator[tuple[int, NDArray]]:
-        """(number of its first row, features [rows, width]) from row `first` on, mapped only while they are read."""
+        """Blocks (number of the first row, features [rows, width]) from row `first` on, each memory-mapped
+        only while it is read."""
         rows = self.row_count
         for start in range(first, rows, BLOCK):
-            yield start, np.memmap(self._features(), self.dtype, "r", start * self.width * self.dtype.itemsize,
-                                   (min(BLOCK, rows - start), self.width))
+            yield start, np.memmap(
+                self._features(), self.dtype, "r", start * self.width * self.dtype.itemsize,
+                (min(BLOCK, rows - start), self.width))
 
     def rows(self, numbers: NDArray[np.int64]) -> NDArray:
-        """Features [rows, width] of some rows."""
+        """The features [rows, width] of the given rows."""
         mapped = np.memmap(self._features(), self.dtype, "r", shape=(self.row_count, self.width))
         return np.asarray(mapped[numbers])
 
     def write(self, entries: Sequence[Entry]) -> None:
-        """Store images, all or none of them; those whose names are there are replaced. Needs `writing`."""
+        """Store images, all or none of them, replacing images with the same names. Needs `writing`."""
         whole = [entry.result for entry in entries if not isinstance(entry.result, str)]
         rows = self.row_count
         if whole:
@@ -181,29 +192,30 @@ class Store:
                      image.size if is_member(image) else None, version.bytes, version.mtime_ns,
                      None if broken else rows, printable(str(entry.result)) if broken else None])
                 rows += not broken
-            self._set("rows", rows)
+            self._set_fact("rows", rows)
 
     def missing(self) -> Iterator[str]:
-        """Names of images that are not where they were: the file is gone, or the shard was written anew and the image
-        was not found in it since."""
-        tars: dict[bytes, int | None] = {}  # when each was changed
+        """Names of images that are missing: the file is gone, or the shard was rewritten and the image has
+        not been found in it since."""
+        tars: dict[bytes, int | None] = {}  # modification times
         last = b""
         # In portions, so that no transaction stays open while the caller works.
-        while names := self._database.execute("SELECT name, path, length, mtime_ns FROM images WHERE name > ? "
-                                              "ORDER BY name LIMIT 1000", [last]).fetchall():
+        while names := self._database.execute(
+                "SELECT name, path, length, mtime_ns FROM images WHERE name > ? ORDER BY name LIMIT 1000",
+                [last]).fetchall():
             for name, path, length, mtime_ns in names:
                 if length is None:
-                    gone = _changed(path) is None
+                    gone = _modification_time(path) is None
                 else:
                     if path not in tars:
-                        tars[path] = _changed(path)
+                        tars[path] = _modification_time(path)
                     gone = tars[path] != mtime_ns
                 if gone:
                     yield os.fsdecode(name)
             last = names[-1][0]
 
     def drop(self, names: Iterable[str]) -> None:
-        """Forget images. Needs `writing`."""
+        """Remove images. Needs `writing`."""
         with self._transaction("IMMEDIATE"):
             for name in names:
                 self._forget(os.fsencode(name))
@@ -221,24 +233,26 @@ class Store:
             _sync(stream)
         with self._transaction("IMMEDIATE"):
             number, last = 0, -1
-            # Upwards each new number is free: it is not above the old one, and those below have moved.
-            while kept := self._database.execute("SELECT row FROM images WHERE row > ? ORDER BY row LIMIT 1000",
-                                                 [last]).fetchall():
+            # In ascending order each new number is free: it is at most the old one, and lower rows have moved
+            # already.
+            while kept := self._database.execute(
+                    "SELECT row FROM images WHERE row > ? ORDER BY row LIMIT 1000", [last]).fetchall():
                 for (last,) in kept:
                     self._database.execute("UPDATE images SET row = ? WHERE row = ?", [number, last])
                     number += 1
             self._database.execute("DELETE FROM holes")
-            self._set("rows", self.row_count - len(holes))
-            self._set("generation", self.generation + 1)
+            self._set_fact("rows", self.row_count - len(holes))
+            self._set_fact("generation", self.generation + 1)
         for path in (*self.directory.glob("features.*"), *self.directory.glob("graph.*.*")):
             if path != new:
                 path.unlink()
 
     def report_broken(self) -> int:
-        """Write `broken.jsonl` (no file where all is well) and count its lines."""
+        """Write `broken.jsonl`, or remove it if no image is broken. Returns the number of its lines."""
         count = 0
         with whole_file(self.directory / BROKEN) as partial, partial.open("w", encoding="utf-8") as stream:
-            for name, error in self._database.execute("SELECT name, error FROM images WHERE row IS NULL ORDER BY name"):
+            for name, error in self._database.execute(
+                    "SELECT name, error FROM images WHERE row IS NULL ORDER BY name"):
                 stream.write(json.dumps({"image": os.fsdecode(name), "error": error}) + "\n")
                 count += 1
         if not count:
@@ -246,7 +260,7 @@ class Store:
         return count
 
     def _append(self, rows: int, features: NDArray[np.float32]) -> None:
-        """Write behind the committed rows, over what a killed process may have left there."""
+        """Write after the committed rows, over anything that a killed process may have left there."""
         path = self._features()
         with path.open("r+b" if path.exists() else "w+b") as stream:
             stream.truncate(rows * self.width * self.dtype.itemsize)
@@ -255,7 +269,8 @@ class Store:
             _sync(stream)
 
     def _forget(self, name: bytes) -> None:
-        self._database.execute("INSERT INTO holes SELECT row FROM images WHERE name = ? AND row NOT NULL", [name])
+        self._database.execute("INSERT INTO holes SELECT row FROM images WHERE name = ? AND row NOT NULL",
+                               [name])
         self._database.execute("DELETE FROM images WHERE name = ?", [name])
 
     def _features(self, generation: int | None = None) -> Path:
@@ -266,13 +281,13 @@ class Store:
         path, needed = self._features(), self.row_count * self.width * self.dtype.itemsize
         there = path.stat().st_size if path.exists() else 0
         if there < needed:
-            raise ValueError(f"{path} has {there:,} of {needed:,} bytes: copy the index again, or remove it and index "
-                             "again")
+            raise ValueError(f"{path} has {there:,} of {needed:,} bytes: "
+                             "copy the index again, or remove it and index again")
 
     def _fact(self, name: str) -> int:
         return json.loads(self._one("SELECT value FROM facts WHERE name = ?", name))
 
-    def _set(self, name: str, value: int) -> None:
+    def _set_fact(self, name: str, value: int) -> None:
         self._database.execute("UPDATE facts SET value = ? WHERE name = ?", [json.dumps(value), name])
 
     def _one(self, statement: str, *values: Any) -> Any:
@@ -292,28 +307,29 @@ class Store:
 
 
 def is_member(image: StoredImage) -> bool:
-    """Whether it lies in a tar file."""
+    """Whether the image is in a tar file."""
     return isinstance(image.where, LocalTar)
 
 
 def file_of(image: StoredImage) -> Path:
-    """The file that it is, or lies in; where nothing can be read, what stands for it."""
+    """The image's file, or the tar that holds it. For an image that cannot be had, its name as a path."""
     if isinstance(image.where, LocalTar):
         return image.where.path
     return image.where if isinstance(image.where, Path) else Path(image.name)
 
 
 def printable(text: str) -> str:
-    """Text as one line that any terminal and file can hold: control characters and bytes that are no text, escaped."""
+    """The text as one line that any terminal and file can hold, with control characters and undecodable bytes
+    escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def _stored(name: str, path: Path, start: int, length: int | None) -> StoredImage:
+def _stored_image(name: str, path: Path, start: int, length: int | None) -> StoredImage:
     return StoredImage(name, path) if length is None else StoredImage(name, LocalTar(path), start, length)
 
 
-def _changed(path: bytes) -> int | None:
-    """When a file was changed, in ns; None where there is none."""
+def _modification_time(path: bytes) -> int | None:
+    """A file's modification time in ns; None if there is no file."""
     try:
         return Path(os.fsdecode(path)).stat().st_mtime_ns
     except OSError:

@@ -1,4 +1,4 @@
-"""The best rows of a matrix that is larger than memory, exactly, block by block."""
+"""Exact top-k rows of a matrix larger than memory, block by block."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from numpy.typing import NDArray
 
 def top_rows(blocks: Iterable[tuple[int, NDArray]], query: NDArray, count: int,
              holes: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """The `count` rows with the largest products with the query, the largest first; of equal ones the earlier row.
+    """The `count` rows with the largest products with the query, largest first. Of equal products the earlier
+    row comes first.
 
-    Products are summed in float64 and rounded to float32: equal rows then tie wherever they stand, and the result is
-    that of one pass over all rows.
+    Products are summed in float64 and rounded to float32. So equal rows tie in whichever block they are, and
+    the result is that of one pass over all rows.
 
     Args:
-        blocks: (number of its first row, float [rows, width]), in order.
+        blocks: (number of the block's first row, float [rows, width]), in order.
         query: float [width].
-        count: rows wanted; there are fewer where the blocks hold fewer.
-        holes: rows that count for nothing, sorted.
+        count: the number of rows wanted; fewer are returned if the blocks hold fewer.
+        holes: rows to ignore, sorted.
 
     Returns:
         (row numbers, products).
@@ -30,7 +31,7 @@ def top_rows(blocks: Iterable[tuple[int, NDArray]], query: NDArray, count: int,
         products = (block.astype(np.float64) @ query).astype(np.float32)
         low, high = np.searchsorted(holes, [first, first + len(block)])
         products[holes[low:high] - first] = -np.inf
-        # A later row must be better than the last of the best: what equals it stands behind it.
+        # A later row must be strictly better than the worst kept row: on a tie the earlier row wins.
         better = np.flatnonzero(products > (scores[-1] if len(scores) == count > 0 else -np.inf))
         rows = np.concatenate([rows, better + first])
         scores = np.concatenate([scores, products[better]])

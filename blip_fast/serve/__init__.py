@@ -1,2 +1,2 @@
-"""The server: an HTTP process that refuses what is bad, processes that open pictures, and one with the model for each
-device (`blip-fast serve`)."""
+"""The server (`blip-fast serve`): an HTTP process that validates requests, decoder processes that open
+pictures, and one worker process with the model for each device."""

@@ -1,4 +1,4 @@
-"""The web application: the API, the page and its files, what operators look at, and the guard around all of it."""
+"""The web application: the API, the page and its files, the operators' routes, and the guard around them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ METRICS = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def make_app(service: Service) -> Guard:
-    """The application of a service, which it starts and stops."""
+    """The application of a service. It starts and stops the service."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -47,17 +47,17 @@ def make_app(service: Service) -> Guard:
 
 
 def _add_page(app: FastAPI) -> None:
-    """The page and the files beside it: those that are there now, by their names, and no others."""
+    """Serve the page and its files. They are read once, here, and only these can be requested."""
     files = {file.name: Response(file.read_bytes(), media_type=TYPES[file.suffix])
              for file in sorted(PAGE.glob("*")) if file.suffix in TYPES}
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
-        return _found(files, "index.html")
+        return _page_file(files, "index.html")
 
     @app.get("/static/{name}", include_in_schema=False)
     async def static(name: str) -> Response:
-        return _found(files, name)
+        return _page_file(files, name)
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
@@ -69,8 +69,8 @@ def _add_operation(app: FastAPI, service: Service) -> None:
     async def health() -> JSONResponse:
         return JSONResponse({"status": "alive"})
 
-    @app.get("/ready", summary="Whether all workers have a model; 503 until then, and while the server shuts down",
-             tags=["operation"])
+    @app.get("/ready", tags=["operation"],
+             summary="Whether all workers have a model; 503 until then, and while the server shuts down")
     async def ready() -> JSONResponse:
         if not service.ready:
             raise draining() if service.house.draining else not_ready()
@@ -81,7 +81,7 @@ def _add_operation(app: FastAPI, service: Service) -> None:
         return Response(service.observing.text(), media_type=METRICS)
 
 
-def _found(files: dict[str, Response], name: str) -> Response:
+def _page_file(files: dict[str, Response], name: str) -> Response:
     if name not in files:
         raise Refused(404, "not_found", "There is no such page.")
     return files[name]
@@ -93,7 +93,7 @@ async def _refuse(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _refuse_route(request: Request, error: Exception) -> JSONResponse:
-    """What the framework itself refuses: routes and methods that there are not."""
+    """Unknown routes and methods, which the framework itself refuses."""
     assert isinstance(error, HTTPException)
     codes = {404: ("not_found", "There is no such page: see /docs."),
              405: ("wrong_method", "This page does not take that method: see /docs.")}
@@ -102,5 +102,5 @@ async def _refuse_route(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _fail(request: Request, error: Exception) -> JSONResponse:
-    """The guard logs it."""
+    """An unexpected error. The guard logs it."""
     return JSONResponse(internal().body(), 500)

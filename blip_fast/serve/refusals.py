@@ -1,4 +1,4 @@
-"""What is said instead of a result: a status, a code for programs, and a sentence for people."""
+"""Refusals, sent instead of a result: an HTTP status, a code for programs, and a sentence for people."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class Refused(Exception):
-    """A request, or a picture of one, that gets no result. `seconds` is when to try again (Retry-After)."""
+    """A request, or one of its pictures, gets no result. `seconds` says when to try again (Retry-After)."""
 
     def __init__(self, status: int, code: str, message: str, seconds: int | None = None) -> None:
         super().__init__(status, code, message, seconds)
@@ -14,19 +14,19 @@ class Refused(Exception):
 
     @classmethod
     def of(cls, told: dict[str, Any]) -> Refused:
-        """From what `told` gave, in another process."""
+        """The refusal that `told` described in another process."""
         return cls(told["status"], told["code"], told["message"])
 
     def told(self) -> dict[str, Any]:
-        """For another process."""
+        """A description that can be sent to another process."""
         return {"status": self.status, "code": self.code, "message": self.message}
 
     def body(self) -> dict[str, Any]:
-        """For the client: `{"error": {"code": …, "message": …}}`."""
+        """The response body: `{"error": {"code": …, "message": …}}`."""
         return {"error": {"code": self.code, "message": self.message}}
 
     def headers(self) -> dict[str, str]:
-        """Of the answer."""
+        """Extra headers of the response."""
         return {} if self.seconds is None else {"Retry-After": str(self.seconds)}
 
 
@@ -35,7 +35,8 @@ def busy() -> Refused:
 
 
 def draining() -> Refused:
-    return Refused(503, "draining", "The server is shutting down: ask another one, or try again in a moment.", 5)
+    return Refused(503, "draining",
+                   "The server is shutting down: ask another one, or try again in a moment.", 5)
 
 
 def internal() -> Refused:
@@ -47,11 +48,13 @@ def not_ready() -> Refused:
 
 
 def timed_out(seconds: float) -> Refused:
-    return Refused(504, "timed_out", f"The request took longer than {seconds:g} seconds: try again, or send less.")
+    return Refused(504, "timed_out", f"The request took longer than {seconds:g} seconds: try again, or "
+                   "send less.")
 
 
 def too_large(most: int) -> Refused:
-    return Refused(413, "too_large", f"The upload has more than {most:,} bytes: send fewer or smaller pictures.")
+    return Refused(413, "too_large", f"The upload has more than {most:,} bytes: send fewer or "
+                   "smaller pictures.")
 
 
 def broken_body(why: str) -> Refused:
@@ -59,7 +62,7 @@ def broken_body(why: str) -> Refused:
 
 
 def bad_value(message: str) -> Refused:
-    """`message` may be one of the tasks' own, which end without a point."""
+    """`message` may come from a task, whose error messages have no full stop."""
     return Refused(422, "bad_value", message if message.endswith(".") else f"{message}.")
 
 

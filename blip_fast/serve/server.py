@@ -1,4 +1,4 @@
-"""The HTTP process: listens, and ends in order."""
+"""The HTTP process: it listens, serves, and shuts down in order."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _log = logging.getLogger("blip_fast.serve")
 
 
 class Server(uvicorn.Server):
-    """On SIGTERM or Ctrl-C it lets nothing new in, finishes what is in the house, and ends."""
+    """On SIGTERM or Ctrl-C it refuses new requests, finishes those that it has, and ends."""
 
     def __init__(self, service: Service) -> None:
         limits = service.settings.limits
         super().__init__(uvicorn.Config(
-            make_app(service), lifespan="on", log_config=None, access_log=False, server_header=False, ws="none",
-            proxy_headers=False, timeout_graceful_shutdown=int(limits.seconds + GRACE) + 1))
+            make_app(service), lifespan="on", log_config=None, access_log=False, server_header=False,
+            ws="none", proxy_headers=False, timeout_graceful_shutdown=int(limits.seconds + GRACE) + 1))
         self.service = service
         service.on_failure = self._stop
 
@@ -36,11 +36,11 @@ class Server(uvicorn.Server):
 
 
 def serve(settings: Settings, host: str, port: int) -> None:
-    """Serve until a signal ends it.
+    """Serve until a signal arrives.
 
     Raises:
-        OSError: the address cannot be listened at.
-        ValueError: a worker cannot load what it is to serve.
+        OSError: the address cannot be bound.
+        ValueError: a worker cannot load its models.
     """
     service = Service(settings)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -48,7 +48,7 @@ def serve(settings: Settings, host: str, port: int) -> None:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listening.bind((host, port))
-            listening.listen()  # who asks now waits until the application has begun
+            listening.listen()  # earlier clients wait in the backlog until the application has started
         except OSError as error:
             raise OSError(f"cannot listen at {host}, port {port}: {error.strerror}") from None
         shown = f"[{host}]" if ":" in host else host

@@ -1,4 +1,4 @@
-"""`blip-fast bench` with small models: what it says, what it compares, and when it refuses to."""
+"""`blip-fast bench` with small models: its output, its comparisons, and the options that it refuses."""
 
 import json
 from dataclasses import replace
@@ -23,7 +23,7 @@ CONFIG = BlipConfig(VisionConfig(image_size=32, width=64, layers=2, heads=2, dro
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """`checkpoints[part]` is a directory with a small random model of that part of TASK_PARTS."""
+    """`checkpoints[part]` is a directory with that part (of TASK_PARTS) of a small random model."""
     found = {}
     for part, parts in TASK_PARTS.items():
         torch.manual_seed(0)
@@ -43,7 +43,7 @@ PART = {"caption": "caption", "encode": "match", "rerank": "match", "vqa": "answ
 
 @pytest.fixture
 def bench(checkpoints, capsys):
-    """`bench(task, *options)` → the JSON that it prints."""
+    """`bench(task, *options)` → the JSON that the command prints."""
     def run(task, *options):
         model = ["--model", str(checkpoints[PART[task]]), "--image-size", "32", "--rounds", "2"]
         assert cli.main(["bench", task, *model, "--json", *options]) == 0
@@ -63,17 +63,20 @@ FLOAT32, BFLOAT16 = "ours float32", "ours bfloat16"
         (BFLOAT16, "transformers float32", 6.0)]),
     ("encode", ["encode"], [(BFLOAT16, "matrix products bfloat16", 0.75)]),
     ("rerank", [f"k = {k}, {dtype}, a {k}th of the work" for dtype in MULTIPLIED[-1:] for k in (16, 64)], [
-        (f"ours {dtype}", f"published loop {dtype}", target) for dtype in MULTIPLIED[-1:] for target in (5.0, 6.5)]),
+        (f"ours {dtype}", f"published loop {dtype}", target) for dtype in MULTIPLIED[-1:]
+        for target in (5.0, 6.5)]),
     ("vqa", [f"from {start}, {dtype}" for dtype in MULTIPLIED for start in ("encoded questions", "pictures")],
      [(FLOAT32, "published loop float32", 3.0), (BFLOAT16, "published loop bfloat16", 3.0)]),
 ])
 def test_every_task_stands_next_to_the_published_code_with_equal_results(task, cases, targets, bench):
-    """In the dtypes that the processor multiplies, those of rerank and vqa by default."""
-    peers = ["--peers", "transformers", "--dtypes", ",".join(MULTIPLIED)] if task in ("caption", "encode") else []
+    """In all dtypes that the processor multiplies; rerank and vqa in their default dtypes."""
+    has_peers = task in ("caption", "encode")
+    peers = ["--peers", "transformers", "--dtypes", ",".join(MULTIPLIED)] if has_peers else []
     found = bench(task, *peers)
     assert found["task"] == task and found["missing"] == {} and found["image_size"] == 32
     assert found["peers"] == {"transformers": metadata.version("transformers")}
-    assert found["machine"]["threads"] == torch.get_num_threads() and found["machine"]["torch"] == torch.__version__
+    assert found["machine"]["threads"] == torch.get_num_threads()
+    assert found["machine"]["torch"] == torch.__version__
     assert found["machine"]["instructions"] == processor.instruction_set()
     assert [case["case"] for case in found["cases"]] == cases
     ratios = [ratio for case in found["cases"] for ratio in case["ratios"]]
@@ -88,9 +91,9 @@ def test_every_task_stands_next_to_the_published_code_with_equal_results(task, c
 @pytest.mark.parametrize("task", ["caption", "encode"])
 @pytest.mark.parametrize("peer", ["openvino", "onnxruntime", "compiled"])
 def test_peers_stand_next_to_ours_with_equal_results(task, peer, bench, monkeypatch):
-    """In float32 captions are those of transformers token for token, with beams and greedily, or the command fails.
-    Compiling a model takes half a minute: here its modules run as they are."""
-    monkeypatch.setattr(compiled, "_compiled", lambda module: module)
+    """In float32, captions equal those of transformers token for token, with beams and greedy, or the command
+    fails. Compiling a model takes half a minute, so here its modules run uncompiled."""
+    monkeypatch.setattr(compiled, "_compile", lambda module: module)
     stands_next_to_ours(task, peer, bench)
 
 
@@ -103,7 +106,8 @@ def test_compiled_modules_stand_next_to_ours_with_equal_results(task, bench):
 def stands_next_to_ours(task, peer, bench):
     if reason := installed.missing(peer):
         pytest.skip(reason)
-    found = bench(task, "--dtypes", "float32", "--peers", f"{peer},transformers", "--images", "3", "--rounds", "1")
+    found = bench(task, "--dtypes", "float32", "--peers", f"{peer},transformers", "--images", "3",
+                  "--rounds", "1")
     for case in found["cases"]:
         names = [name for name in case["implementations"] if name.startswith(peer)]
         streams = [f"openvino float32, streams {n}" for n in (1, 2)]
@@ -118,10 +122,11 @@ def stands_next_to_ours(task, peer, bench):
 
 @pytest.mark.parametrize(("options", "names", "compared"), [
     ([], ["k = 16, float32, a 16th of the work", "k = 64, float32, a 64th of the work"], [64, 64]),
-    pytest.param(["--full"], ["k = 16, float32", "k = 64, float32"], [384 * 16, 384 * 64], marks=pytest.mark.slow),
+    pytest.param(["--full"], ["k = 16, float32", "k = 64, float32"], [384 * 16, 384 * 64],
+                 marks=pytest.mark.slow),
 ])
 def test_reranking_in_float32_gives_the_published_scores(options, names, compared, bench):
-    """Within 1e-4 of the published loop's, or the command fails."""
+    """Scores are within 1e-4 of the published loop's, or the command fails."""
     cases = bench("rerank", "--dtypes", "float32", *options)["cases"]
     assert [case["case"] for case in cases] == names
     for case, least in zip(cases, compared, strict=True):
@@ -129,8 +134,8 @@ def test_reranking_in_float32_gives_the_published_scores(options, names, compare
 
 
 def test_the_table_names_who_was_measured(checkpoints, capsys):
-    assert cli.main(["bench", "vqa", "--model", str(checkpoints["answer"]), "--image-size", "32", "--images", "2",
-                     "--rounds", "1", "--dtypes", "float32"]) == 0
+    assert cli.main(["bench", "vqa", "--model", str(checkpoints["answer"]), "--image-size", "32",
+                     "--images", "2", "--rounds", "1", "--dtypes", "float32"]) == 0
     said = capsys.readouterr().out
     assert processor.instruction_set() in " ".join(said.split()) and "published loop float32" in said
     assert "torch " + torch.__version__ in said and "questions / s" in said
@@ -141,15 +146,17 @@ def test_without_transformers_it_measures_ours_and_says_what_is_missing(task, be
     monkeypatch.setattr(installed, "find_spec", lambda name: None)
     found = bench(task, "--dtypes", "float32")
     assert "pip install" in found["missing"]["transformers"]
-    assert set(found["missing"]) == (set(installed.PACKAGES) if task in ("caption", "encode") else {"transformers"})
-    assert all(name.startswith(("ours", "matrix")) for case in found["cases"] for name in case["implementations"])
+    assert set(found["missing"]) == (set(installed.PACKAGES) if task in ("caption", "encode")
+                                     else {"transformers"})
+    assert all(name.startswith(("ours", "matrix")) for case in found["cases"]
+               for name in case["implementations"])
 
 
 def test_results_that_differ_are_an_error_and_no_figures(bench, monkeypatch, checkpoints, capsys):
     wrong = torch.zeros(64, 320)
     monkeypatch.setattr(rerank, "rerank", lambda matcher, work: (wrong, wrong))
-    assert cli.main(["bench", "rerank", "--model", str(checkpoints["match"]), "--image-size", "32", "--dtypes",
-                     "float32", "--json"]) == 1
+    assert cli.main(["bench", "rerank", "--model", str(checkpoints["match"]), "--image-size",
+                     "32", "--dtypes", "float32", "--json"]) == 1
     printed = capsys.readouterr()
     assert printed.out == "" and "off the published loop's" in printed.err
 
@@ -181,7 +188,8 @@ def test_a_checkpoint_without_the_part_is_refused(checkpoints, capsys):
 
 
 def test_ratios_are_taken_within_a_round_and_by_flops_where_they_are_known():
-    case = Case("a case", {"ours": lambda: 1, "peer": lambda: 2, "counted": lambda: 3}, flops={"ours": 8, "counted": 4})
+    case = Case("a case", {"ours": lambda: 1, "peer": lambda: 2, "counted": lambda: 3},
+                flops={"ours": 8, "counted": 4})
     rounds = Rounds(case)
     rounds.seconds = {"ours": [1.0, 2.0, 4.0], "peer": [2.0, 8.0, 4.0], "counted": [1.0, 1.0, 4.0]}
     by_seconds, by_flops = (rounds.ratio(Comparison("ours", name)) for name in ("peer", "counted"))
@@ -210,18 +218,22 @@ def test_the_fastest_of_a_group_stands_for_it():
 
 def test_like_is_compared_with_like_and_the_best_with_the_best(monkeypatch):
     monkeypatch.setitem(sides.PRODUCTS, "bfloat16", lambda: False)
-    names = ["ours float32", "ours bfloat16", "peer float32, streams 1", "peer float32, streams 2", "peer bfloat16"]
+    names = ["ours float32", "ours bfloat16", "peer float32, streams 1", "peer float32, streams 2",
+             "peer bfloat16"]
     targets = {("ours float32", "peer float32"): 1.3, ("ours bfloat16", "peer bfloat16"): 1.4,
                ("ours bfloat16", "ours float32"): 2.0, ("ours int8", "peer int8"): 1.0}
     assert [tuple(vars(each).values()) for each in sides.comparisons(names, targets)] == [
-        ("ours float32", "peer float32", 1.3), ("ours bfloat16", "peer bfloat16", None),  # no products, no target
+        # no products, no target
+        ("ours float32", "peer float32", 1.3), ("ours bfloat16", "peer bfloat16", None),
         ("ours bfloat16", "ours float32", None), ("best of ours", "best of theirs", None)]
     assert sides.groups(names)["peer float32"] == names[2:4]
 
 
 def test_captions_that_differ_in_float32_disagree():
-    same = {f"{who} {dtype}": [[1, 2]] for who in ("ours", "transformers") for dtype in ("bfloat16", "float32")}
-    assert caption.check(same) == {f"same captions, {who}": 1.0 for who in same if who != "transformers float32"}
+    same = {f"{who} {dtype}": [[1, 2]] for who in ("ours", "transformers")
+            for dtype in ("bfloat16", "float32")}
+    assert caption.check(same) == {f"same captions, {who}": 1.0
+                                   for who in same if who != "transformers float32"}
     assert caption.check({**same, "ours bfloat16": [[1, 3]]})["same captions, ours bfloat16"] == 0.0
     with pytest.raises(Disagreement, match="captions of ours float32"):
         caption.check({**same, "ours float32": [[1, 3]]})

@@ -1,4 +1,5 @@
-"""CapFilt against captions and scores made one at a time; the filter's quality against plain counting."""
+"""CapFilt compared with captions and scores made one at a time; the filter's quality compared with plain
+counting."""
 
 import json
 from functools import cache
@@ -31,7 +32,8 @@ from blip_fast.scenes.scenes import write_scenes
 from blip_fast.tasks.captioner import Captioner
 from blip_fast.tasks.matcher import Matcher
 
-WORDS = ["a", "picture", "of", "red", "green", "blue", "circle", "square", "ring", "cross", "on", "grey", "left"]
+WORDS = ["a", "picture", "of", "red", "green", "blue", "circle", "square", "ring", "cross", "on", "grey",
+         "left"]
 TOKENIZER = Tokenizer([*BERT_TOKENS, *WORDS])
 CAPTIONS = [["A red circle!"], [], ["a blue ring on grey", "a green cross"], ["a red square", ""], ["a"]]
 
@@ -39,10 +41,12 @@ CAPTIONS = [["A red circle!"], [], ["a blue ring on grey", "a green cross"], ["a
 @cache
 def model(seed, image_size=16):
     torch.manual_seed(seed)
-    tokens = SpecialTokens(TOKENIZER.pad_id, TOKENIZER.cls_id, TOKENIZER.sep_id, TOKENIZER.bos_id, TOKENIZER.enc_id)
+    tokens = SpecialTokens(TOKENIZER.pad_id, TOKENIZER.cls_id, TOKENIZER.sep_id, TOKENIZER.bos_id,
+                           TOKENIZER.enc_id)
     built = BlipModel(BlipConfig(
         vision=VisionConfig(image_size=image_size, patch_size=8, width=32, layers=1, heads=2),
-        text=TextConfig(vocab_size=TOKENIZER.vocab_size, width=32, layers=2, heads=2, mlp_width=48, max_positions=40),
+        text=TextConfig(vocab_size=TOKENIZER.vocab_size, width=32, layers=2, heads=2, mlp_width=48,
+                        max_positions=40),
         tokens=tokens, embed_dim=8))
     with torch.no_grad():
         for parameter in built.parameters():
@@ -51,7 +55,8 @@ def model(seed, image_size=16):
 
 
 def web_batch(captions=CAPTIONS):
-    pixels = torch.randn(len(CAPTIONS), 3, 16, 16, generator=torch.Generator().manual_seed(5))[: len(captions)]
+    pixels = torch.randn(len(CAPTIONS), 3, 16, 16,
+                         generator=torch.Generator().manual_seed(5))[: len(captions)]
     return WebBatch([f"image{i}" for i in range(len(captions))], pixels, captions)
 
 
@@ -60,11 +65,12 @@ def run(captioner, matcher, batches, *config):
 
 
 def one_by_one(captioner, matcher, batch, config):
-    """Every caption and every score with an image of its own."""
+    """Every caption and every score computed alone, with its own image."""
     captioner.eval(), matcher.eval()
     expected = []
     for name, pixels, captions in zip(batch.names, batch.pixels, batch.captions, strict=True):
-        (written,) = Captioner(captioner, TOKENIZER).caption_pixels(pixels[None], config.prompt, config.generation)
+        (written,) = Captioner(captioner, TOKENIZER).caption_pixels(
+            pixels[None], config.prompt, config.generation)
         synthetic = written.caption.removeprefix(config.prompt).strip()
         for text in [*captions, synthetic]:
             ids = [TOKENIZER.enc_id, *TOKENIZER.encode(text.replace("!", ""))[1:]]
@@ -123,7 +129,7 @@ def test_the_threshold_decides_and_a_text_without_words_is_never_kept(threshold,
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
 def test_a_stream_gives_each_image_with_the_rows_of_a_batch(batch_size):
-    """Several captions an image; of those that pass the best alone is kept."""
+    """Several captions per image; of those that pass, only the best is kept."""
     generation = GenerationConfig(top_p=0.9, max_length=12, min_length=6, n_best=3)
     config = CapFiltConfig(generation=generation, threshold=0.4, keep="best")
     batch, tasks = web_batch(), (Captioner(model(1), TOKENIZER), Matcher(model(2), TOKENIZER))
@@ -222,13 +228,14 @@ def test_quality_needs_right_and_wrong_captions():
 
 
 def test_a_filter_is_calibrated_on_each_pair_with_its_own_image(tmp_path, monkeypatch):
-    """In batches, against every pair scored alone."""
+    """In batches, compared with every pair scored alone."""
     monkeypatch.setattr(calibration, "BATCH", 2)
     write_scenes(tmp_path, 5, "train", seed=0, noise=0.0, image_size=16)
     matcher = Matcher(model(2), TOKENIZER)
     images = annotated_images(tmp_path, None)
     for token in ("[ENC]", "[CLS]"):
-        alone = sorted(float(matcher.score(image.load(), image.captions, first_token=token).itm) for image in images)
+        alone = sorted(float(matcher.score(image.load(), image.captions, first_token=token).itm)
+                       for image in images)
         assert len(set(alone)) == 5
         assert calibration.calibrate(matcher, images, 0.6, token) == pytest.approx(alone[2], abs=1e-6)
     with pytest.raises(ValueError, match="calibration needs clean pairs"):

@@ -1,4 +1,5 @@
-"""`blip-fast capfilt`: killed and resumed, interrupted, shared out, on Ray, always with the same files at the end."""
+"""`blip-fast capfilt` killed and resumed, interrupted, split into shares, on Ray: the final files are always
+the same."""
 
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from blip_fast.capfilt.shard import clean_shard
 from blip_fast.cli import main
 from blip_fast.data.shards.shards import INDEX
 
-# Counts what changes the folder, members of tars and renames, and dies in front of one of them.
+# Counts changes to the folder (members written to tars, renames) and dies just before one of them.
 DYING = """
 import os, signal, sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from webdataset.writer import TarWriter
 
 left = int(sys.argv[1])
 
-def dying(method):
+def die_before(method):
     def call(*arguments):
         global left
         left -= 1
@@ -28,7 +29,7 @@ def dying(method):
         return method(*arguments)
     return call
 
-Path.replace, TarWriter.write = dying(Path.replace), dying(TarWriter.write)
+Path.replace, TarWriter.write = die_before(Path.replace), die_before(TarWriter.write)
 from blip_fast.capfilt.shard import clean_shard
 from blip_fast.cli import main
 main(sys.argv[2:])
@@ -36,8 +37,8 @@ main(sys.argv[2:])
 
 
 def test_killed_five_times_and_resumed(cleaners, web_shards, cleaned, tmp_path):
-    """SIGKILL within the first tar; within the second, behind the first's mark; in front of renames of the second's
-    tar, texts and mark: the files of an undisturbed run."""
+    """SIGKILL within the first tar; within the second, after the first's mark; just before the renames of the
+    second's tar, texts and mark. The files are those of an undisturbed run."""
     output = tmp_path / "killed"
     command = arguments(cleaners, web_shards, "--output", output, "--resume")
     marks = []
@@ -68,7 +69,7 @@ def test_an_interrupted_run_says_how_to_go_on(cleaners, web_shards, cleaned, tmp
 
 @pytest.mark.parametrize("finished", [0, 1, 2])
 def test_every_half_written_shard_is_done_again(cleaners, web_shards, cleaned, tmp_path, finished):
-    """What a kill can leave, made by hand: some files of a shard are there, its mark is not."""
+    """What a kill can leave, made by hand: some files of a shard exist, but not its mark."""
     output = tmp_path / "half"
     assert main(arguments(cleaners, web_shards, "--output", output)) == 0
     (output / INDEX).unlink()
@@ -121,5 +122,5 @@ def test_ray_gives_the_same_folder(cleaners, web_shards, cleaned, tmp_path):
 def test_without_ray_there_is_one_clear_line(cleaners, web_shards, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ray", None)
     assert main(arguments(cleaners, web_shards, "--output", tmp_path / "ray", "--ray")) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "ray" in said
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1 and "ray" in errors

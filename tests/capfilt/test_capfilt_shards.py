@@ -1,4 +1,4 @@
-"""`blip-fast capfilt`: what shards become, what is read and what is refused."""
+"""`blip-fast capfilt`: the shards that it writes, what it reads and what it refuses."""
 
 import io
 import json
@@ -37,7 +37,8 @@ def test_texts_scores_and_verdicts_equal_those_made_one_at_a_time(cleaners, web_
     found = {sample.record["image"]: sample for sample in samples_of(cleaned)}
     assert len(found) == SHARDS * IMAGES == len(samples_of(cleaned))
     for sample in iterate(web_shards):
-        (caption,) = captioner(sample.image, "a picture of", replace(NUCLEUS, max_length=10), strip_prompt=True)
+        (caption,) = captioner(sample.image, "a picture of", replace(NUCLEUS, max_length=10),
+                               strip_prompt=True)
         texts = [*sample.record["captions"], caption.caption]
         written = found[sample.record["image"]]
         assert [text["text"] for text in written.record["texts"]] == texts
@@ -59,7 +60,8 @@ def test_texts_scores_and_verdicts_equal_those_made_one_at_a_time(cleaners, web_
 
 
 def test_shards_and_index_agree(cleaned):
-    """Shards with kept texts hold nothing else; the rows of the index are the records' texts."""
+    """Shards of kept images hold only kept texts as captions; the rows of the index are the records'
+    texts."""
     assert read_index(cleaned).without_caption == 0
     assert all(sample.record["captions"] for sample in iterate(cleaned))
     assert not any(sample.record["captions"] for sample in iterate(cleaned / "dropped"))
@@ -75,22 +77,23 @@ def test_shards_and_index_agree(cleaned):
                 for name in tar.getnames():
                     if name.endswith(".json"):
                         record = json.loads(tar.extractfile(name).read())
-                        told = [tuple(text.values()) for text in record["texts"]]
-                        assert by_key.pop((f"{part}/{shard.file}".strip("/"), record["key"])) == told
+                        stored = [tuple(text.values()) for text in record["texts"]]
+                        assert by_key.pop((f"{part}/{shard.file}".strip("/"), record["key"])) == stored
     assert not by_key
     assert len(rows) == SHARDS * (IMAGES + sum(map(len, CAPTIONS)))
 
 
 def test_the_best_of_several_captions(cleaners, web_shards, tmp_path):
-    """n samples of an image are n texts; of those that pass, the likeliest alone is kept, and an image with none is
-    dropped; beam search is an option."""
+    """n samples of an image are n texts. Of those that pass only the likeliest is kept; an image without one
+    is dropped. Beam search is an option."""
     output = tmp_path / "best"
-    assert main(arguments(cleaners, web_shards / "000000.tar", "--output", output, "--captions", 3, "--keep", "best",
-                          "--threshold", 0.3)) == 0
+    assert main(arguments(cleaners, web_shards / "000000.tar", "--output", output, "--captions", 3, "--keep",
+                          "best", "--threshold", 0.3)) == 0
     for sample in samples_of(output):
         texts = sample.record["texts"]
         assert [text["origin"] for text in texts].count("synthetic") == 3
-        passing = [text["itm"] for text in texts if text["itm"] >= 0.3 and any(map(str.isalnum, text["text"]))]
+        passing = [text["itm"] for text in texts
+                   if text["itm"] >= 0.3 and any(map(str.isalnum, text["text"]))]
         assert [text["itm"] for text in texts if text["kept"]] == ([max(passing)] if passing else [])
     beams = tmp_path / "beams"
     assert main(arguments(cleaners, web_shards / "000000.tar", "--output", beams, "--beams", 2)) == 0
@@ -98,8 +101,8 @@ def test_the_best_of_several_captions(cleaners, web_shards, tmp_path):
     captioner = Captioner.from_pretrained(cleaners / "captioner", dtype="float32")
     for sample in iterate(web_shards):
         if (name := sample.record["image"]) in made:
-            (caption,) = captioner(sample.image, "a picture of", GenerationConfig(beams=2, max_length=10, min_length=5),
-                                   strip_prompt=True)
+            (caption,) = captioner(sample.image, "a picture of",
+                                   GenerationConfig(beams=2, max_length=10, min_length=5), strip_prompt=True)
             assert made[name] == caption.caption
 
 
@@ -139,11 +142,12 @@ def test_broken_images_are_quarantined_and_lose_nothing_else(cleaners, tmp_path,
     path.write_bytes(content)
 
     assert main(arguments(cleaners, path, "--output", output, "--json")) == 0
-    said = json.loads(capsys.readouterr().out)
+    summary = json.loads(capsys.readouterr().out)
     refused = [json.loads(line) for line in (output / "quarantine.jsonl").read_text().splitlines()]
     bad = len(odd_files.bad_files())
-    # An SVG is no image by its name, so its sample holds none.
-    assert (said["images"], said["refused"]) == (len(good) + 1, bad + 6) == (len(good) + 1, len(refused))
+    # An SVG is not an image by its name, so its sample holds no image.
+    assert ((summary["images"], summary["refused"])
+            == (len(good) + 1, bad + 6) == (len(good) + 1, len(refused)))
     names = [row["image"] for row in refused]
     assert names[:bad] == [f"{path}/part one/{len(good) + i:03d}" for i in range(bad)]
     reasons = {row["image"].removeprefix(f"{path}/odd/"): row["reason"] for row in refused[bad:]}
@@ -155,11 +159,13 @@ def test_broken_images_are_quarantined_and_lose_nothing_else(cleaners, tmp_path,
     assert samples["part one/004"]["texts"][0]["text"] == "a man with number 4"
     assert samples["odd/lone"]["texts"][0]["text"] == "a ? dog" and samples["odd/lone"]["url"] == "http://a.b"
     assert all(isinstance(record["id"], int) for record in samples.values())
-    assert refused[0]["reason"] in (page := (output / "report.html").read_text()) and "Images left out" in page
+    assert (refused[0]["reason"] in (page := (output / "report.html").read_text())
+            and "Images left out" in page)
 
 
 def test_urls_and_a_tar_that_cannot_be_fetched(cleaners, web_shards, cleaned, tmp_path, capsys):
-    """The others are done, the run fails with that tar's name, and a resume goes on when it is there."""
+    """The other tars are processed, the run fails with that tar's name, and a resume continues when the tar
+    is there."""
     system = fsspec.filesystem("memory")
     system.store.clear()
     for path in web_shards.iterdir():
@@ -168,12 +174,14 @@ def test_urls_and_a_tar_that_cannot_be_fetched(cleaners, web_shards, cleaned, tm
     output = tmp_path / "clean"
     command = arguments(cleaners, "memory://capfilt", "--output", output, "--cache", tmp_path / "cache")
     assert main(command) == 1
-    said = capsys.readouterr().err
-    assert "000001.tar is missing" in said and "2 of 3 shards are done" in said
+    errors = capsys.readouterr().err
+    assert "000001.tar is missing" in errors and "2 of 3 shards are done" in errors
     system.pipe_file("/capfilt/000001.tar", (web_shards / "000001.tar").read_bytes())
     assert main([*command, "--resume"]) == 0
-    assert {name: content for name, content in contents(output).items() if name.endswith((".tar", ".parquet", INDEX))} \
-        == {name: content for name, content in contents(cleaned).items() if name.endswith((".tar", ".parquet", INDEX))}
+    assert {name: content for name, content in contents(output).items()
+            if name.endswith((".tar", ".parquet", INDEX))} \
+        == {name: content for name, content in contents(cleaned).items()
+            if name.endswith((".tar", ".parquet", INDEX))}
 
 
 def test_shards_are_named_as_files_folders_and_patterns(cleaners, web_shards, tmp_path, capsys):
@@ -186,7 +194,8 @@ def test_shards_are_named_as_files_folders_and_patterns(cleaners, web_shards, tm
         assert main(arguments(cleaners, argument, "--output", outputs[-1])) == 0
     assert texts_of(outputs[0]) == texts_of(outputs[1]) and len(read_index(outputs[0]).shards) <= 2
     for argument, sentence in ((tmp_path / "nowhere", "no such shard"), (__file__, "holds no shards"),
-                               (tmp_path / "models", "no such shard"), (tmp_path / "flat" / "*.tar", "no shards")):
+                               (tmp_path / "models", "no such shard"),
+                               (tmp_path / "flat" / "*.tar", "no shards")):
         assert main(arguments(cleaners, argument, "--output", tmp_path / "none")) == 2
         assert sentence in capsys.readouterr().err
     assert main(arguments(cleaners, web_shards, "--output", web_shards)) == 2
@@ -195,16 +204,18 @@ def test_shards_are_named_as_files_folders_and_patterns(cleaners, web_shards, tm
 
 @pytest.mark.parametrize(("option", "value", "sentence"), [
     ("--threshold", "2", "it is a probability"), ("--keep", "most", "must be matched or best"),
-    ("--batch-size", "0", "must be at least 1"), ("--captions", "0", "n_best is 0"), ("--shard", "3/3", "is none")])
-def test_bad_options_are_refused_before_anything_is_written(cleaners, web_shards, tmp_path, capsys, option, value,
-                                                            sentence):
+    ("--batch-size", "0", "must be at least 1"), ("--captions", "0", "n_best is 0"),
+    ("--shard", "3/3", "is none")])
+def test_bad_options_are_refused_before_anything_is_written(
+    cleaners, web_shards, tmp_path, capsys, option, value, sentence
+):
     assert main(arguments(cleaners, web_shards, "--output", tmp_path / "none", option, value)) == 2
     assert sentence in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
 
 
 def test_options_that_do_not_fit_the_models_begin_nothing(cleaners, web_shards, cleaned, tmp_path, capsys):
-    """They are refused when the models are there, and the same folder takes others."""
+    """They are refused when the models are loaded, and the same folder then accepts other options."""
     output = tmp_path / "clean"
     assert main(arguments(cleaners, web_shards, "--output", output, "--first-token", "[SEP]")) == 2
     assert "first token '[SEP]' is none of" in capsys.readouterr().err
@@ -222,7 +233,7 @@ def test_without_pyarrow_there_is_one_clear_line(cleaners, web_shards, tmp_path,
 
 
 def test_training_reads_kept_texts_with_their_origins(cleaned):
-    """Both origins are drawn, each text under its own."""
+    """Texts of both origins are drawn, each with its own origin."""
     pytest.importorskip("nvidia.dali", reason="training input needs the extra `train`")
     from blip_fast.data.input.pipeline import InputConfig, TrainInput
     from blip_fast.data.input.sources import Source
@@ -263,16 +274,16 @@ def test_the_report_counts_what_the_index_holds(cleaned):
 
 @pytest.mark.parametrize(("length", "many"), [(10, True), (200, False)])
 def test_captions_that_were_cut_off_are_counted(cleaners, web_shards, tmp_path, capsys, length, many):
-    """In the index, the report, the summary's line and its JSON; where there are many the page says what to do."""
+    """In the index, the report, the summary line and its JSON; if there are many, the page gives advice."""
     output = tmp_path / "clean"
     command = arguments(cleaners, web_shards, "--output", output, "--captions", 4, "--max-length", length)
     assert main(command) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     made = [row for row in texts_of(output) if row["origin"] == "synthetic"]
     cut = sum(row["cut"] for row in made)
     assert (cut / len(made) > 0.05) == many and 0 <= cut < len(made) == 4 * SHARDS * IMAGES
     share = f"{100 * cut / len(made):.1f}%"
-    assert f"{cut} synthetic ones ({share}) were cut off at {length} tokens (--max-length)" in said
+    assert f"{cut} synthetic ones ({share}) were cut off at {length} tokens (--max-length)" in printed
     assert main([*command, "--resume", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["synthetic_cut"] == cut
     page = (output / "report.html").read_text()

@@ -1,4 +1,4 @@
-"""`blip-fast ask`: the answers of `Answerer`, of one image or of a file of questions, written or chosen from a list."""
+"""`blip-fast ask`: `Answerer`'s answers about an image or a file of questions, generated or from a list."""
 
 import json
 
@@ -61,23 +61,25 @@ def test_one_image(checkpoint, answerer, folder, capsys):
 
 @pytest.mark.parametrize("kind", ["txt", "json"])
 def test_a_list_of_answers(checkpoint, answerer, folder, capsys, kind):
-    """[ENC] and cleaned questions, as published; the best ones on request."""
+    """Questions are cleaned and start with [ENC], as published; the n best answers on request."""
     image = folder / "1.png"
     arguments = [image, *QUESTIONS, "--answers", folder / f"answers.{kind}", "--top-k", "5", "--json"]
     expected = answerer.rank([image] * 3, QUESTIONS, ANSWERS, top_k=5, n_best=3)
     rows = [json.loads(line) for line in ask(checkpoint, capsys, *arguments, "--n-best", "3").splitlines()]
     for row, best in zip(rows, expected, strict=True):
         assert [each["answer"] for each in row["answers"]] == [each.answer for each in best]
-        assert [each["score"] for each in row["answers"]] == pytest.approx([each.score for each in best], abs=1e-5)
+        assert [each["score"] for each in row["answers"]] == pytest.approx([each.score for each in best],
+                                                                           abs=1e-5)
         assert (row["answer"], row["token_ids"]) == (best[0].answer, best[0].token_ids)
         assert answerer.tokenizer.encode(row["answer"], "[DEC]") == row["token_ids"]
-    with_cls = [json.loads(line) for line in ask(checkpoint, capsys, *arguments, "--first-token", "[CLS]").splitlines()]
+    with_cls = [json.loads(line) for line in ask(checkpoint, capsys, *arguments, "--first-token",
+                                                 "[CLS]").splitlines()]
     assert "answers" not in with_cls[0] and with_cls[0]["score"] != pytest.approx(rows[0]["score"], abs=1e-6)
 
 
 @pytest.mark.parametrize("options", [[], ["--answers", "answers.txt"]])
 def test_a_file_of_questions_and_its_resume(checkpoint, folder, capsys, options, monkeypatch):
-    """Rows keep their own keys; each image is encoded once; a file that was cut short is completed."""
+    """Rows keep their other keys; each image is encoded once; a truncated file is completed."""
     encoded, encode = [], BlipModel.encode_images
     monkeypatch.setattr(BlipModel, "encode_images",
                         lambda self, pixels: encoded.append(len(pixels)) or encode(self, pixels))
@@ -104,7 +106,8 @@ def test_questions_about_one_image_and_about_many(answerer, folder):
     paths = [folder / "0.png", folder / "1.png"]
     about_one = answerer(paths[0], QUESTIONS)
     mixed = answerer([paths[0], paths[1], paths[0]], QUESTIONS)
-    assert [answer.answer for answer in mixed] == [about_one[0].answer, answerer(paths[1], QUESTIONS[1])[0].answer,
+    assert [answer.answer for answer in mixed] == [about_one[0].answer,
+                                                   answerer(paths[1], QUESTIONS[1])[0].answer,
                                                    about_one[2].answer]
     in_ones = answerer([paths[0], paths[0], paths[1]], QUESTIONS, batch_size=1)
     assert [answer.answer for answer in in_ones[:2]] == [answer.answer for answer in about_one[:2]]
@@ -133,5 +136,6 @@ def test_what_is_refused(checkpoint, answerer, folder, capsys):
         assert said in err and err.count("\n") == 1, (said, err)
     with pytest.raises(ValueError, match="n_best is 0"):
         answerer.rank(image, "what?", ANSWERS, n_best=0)
-    with pytest.raises(ValueError, match=r"the longest answer has \d+ tokens with \[DEC\]: this model has 512"):
+    with pytest.raises(ValueError,
+                       match=r"the longest answer has \d+ tokens with \[DEC\]: this model has 512"):
         answerer.rank(image, "what?", ["dog " * 601])

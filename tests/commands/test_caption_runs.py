@@ -1,4 +1,4 @@
-"""`blip-fast caption` over many images: killed and resumed, interrupted, shared out, on Ray, in flat memory."""
+"""`blip-fast caption` on many images: killed and resumed, interrupted, shared, on Ray, in flat memory."""
 
 import io
 import itertools
@@ -38,7 +38,7 @@ def files() -> list[bytes]:
 
 
 def fill(folder: Path, count: int, files: list[bytes]) -> Path:
-    """Pictures in two folders, each 17th broken."""
+    """Make pictures in two folders, every 17th broken."""
     for i in range(count):
         path = folder / "ab"[i % 2] / f"{i:05d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,9 +51,9 @@ def command(model: Path, *arguments: object) -> list[str]:
 
 
 def start(model: Path, *arguments: object) -> subprocess.Popen:
-    """With SIGINT as a terminal has it; a shell's background jobs ignore it, and so would what they start."""
-    return subprocess.Popen([sys.executable, "-m", "blip_fast", *command(model, *arguments)], stderr=subprocess.PIPE,
-                            stdout=subprocess.PIPE, text=True,
+    """Start a run with default SIGINT handling, which background jobs of a shell lack."""
+    return subprocess.Popen([sys.executable, "-m", "blip_fast", *command(model, *arguments)],
+                            stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
@@ -67,7 +67,7 @@ def wait_for_lines(path: Path, count: int, process: subprocess.Popen) -> None:
 
 
 def peak_memory(model: Path, folder: Path, output: Path) -> int:
-    """Of the run, in KB."""
+    """Peak memory of the run, in KB."""
     process = start(model, folder, "--output", output)
     _, status, usage = os.wait4(process.pid, 0)
     assert os.waitstatus_to_exitcode(status) == 1  # some images are broken
@@ -76,9 +76,10 @@ def peak_memory(model: Path, folder: Path, output: Path) -> int:
 
 @pytest.mark.slow
 def test_killed_five_times_and_resumed(model, files, tmp_path):
-    """2,000 images: the file of an undisturbed run, byte for byte, and the memory of a run of 200."""
+    """2,000 images: the file of an undisturbed run, byte for byte, in the memory of a run of 200 images."""
     few, many = fill(tmp_path / "few", 200, files), fill(tmp_path / "many", 2000, files)
-    small, large = peak_memory(model, few, tmp_path / "few.jsonl"), peak_memory(model, many, tmp_path / "whole.jsonl")
+    small = peak_memory(model, few, tmp_path / "few.jsonl")
+    large = peak_memory(model, many, tmp_path / "whole.jsonl")
     print(f"\npeak {small / 1024:.0f} MB for 200 images, {large / 1024:.0f} MB for 2,000")
     assert large < 1.05 * small
 
@@ -114,7 +115,7 @@ def test_a_signal_leaves_a_whole_file(model, files, tmp_path, number, status):
 
 
 def test_shares_are_a_partition(model, files, tmp_path):
-    """Nothing twice, nothing missing, sizes that differ by one; also of a tar and a list."""
+    """Nothing twice, nothing missing, sizes that differ by at most one; also for a tar and a list."""
     folder = fill(tmp_path / "pictures", 11, files)
     with tarfile.open(tmp_path / "some.tar", "w") as tar:
         for i in range(6):
@@ -138,17 +139,19 @@ def test_a_share_that_is_none_is_refused(model, share, capsys):
 
 
 def test_lists_with_prompts(model, files, tmp_path, capsys, monkeypatch):
-    """One path a line, from a file or standard input; a prompt behind a tab; one image under two prompts is two rows,
-    and a resume knows which of them is done."""
+    """One path per line, from a file or standard input; a prompt after a tab. One image with two prompts
+    makes two rows, and a resumed run knows which of them is done."""
     folder = fill(tmp_path, 2, files)
     image, other = sorted(map(str, folder.rglob("*.jpg")))
-    lines = [f"{image}\ta man\n", "\n", f"{image}\ttwo dogs\n", f"{other}\n", "nowhere.jpg\n", "s3://bucket/1.jpg\n"]
+    lines = [f"{image}\ta man\n", "\n", f"{image}\ttwo dogs\n", f"{other}\n", "nowhere.jpg\n",
+             "s3://bucket/1.jpg\n"]
     (tmp_path / "list").write_text("".join(lines))
     output = tmp_path / "captions.jsonl"
     assert main(command(model, "--list", tmp_path / "list", "--output", output)) == 1
     written = rows(output)
     assert [(row["image"], row.get("prompt")) for row in written] == [
-        (image, "a man"), (image, "two dogs"), (other, None), ("nowhere.jpg", None), ("s3://bucket/1.jpg", None)]
+        (image, "a man"), (image, "two dogs"), (other, None), ("nowhere.jpg", None),
+        ("s3://bucket/1.jpg", None)]
     assert [row["caption"].startswith(start) for row, start in
             zip(written, ("a man", "two dogs", "a picture of"), strict=False)] == [True] * 3
     said = capsys.readouterr().err
@@ -160,11 +163,11 @@ def test_lists_with_prompts(model, files, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("".join(lines).encode())))
     assert main(command(model, "--list", "-", "--json")) == 1
     printed = [{**json.loads(line), "dtype": "float32"} for line in capsys.readouterr().out.splitlines()]
-    assert printed == written  # which say what they were computed in
+    assert printed == written  # `dtype` is only written to files
 
 
 def test_patterns_and_odd_names(model, files, tmp_path, capsys):
-    """A quoted pattern takes images and tars alone; a name that is not UTF-8 comes back as it was."""
+    """A quoted pattern matches only images and tars; a name that is not UTF-8 comes back unchanged."""
     odd = os.fsdecode(b"caf\xe9.jpg")
     for name in ("2.jpg", "10.jpg", odd):
         (tmp_path / name).write_bytes(files[0])
@@ -172,7 +175,8 @@ def test_patterns_and_odd_names(model, files, tmp_path, capsys):
     output = tmp_path / "out" / "captions.jsonl"
     for _ in range(2):
         assert main(command(model, f"{tmp_path}/*", "--output", output, "--resume")) == 0
-    assert [row["image"] for row in rows(output)] == [f"{tmp_path}/{name}" for name in ("10.jpg", "2.jpg", odd)]
+    assert [row["image"] for row in rows(output)] == [f"{tmp_path}/{name}"
+                                                      for name in ("10.jpg", "2.jpg", odd)]
     capsys.readouterr()
     assert main(command(model, tmp_path / odd)) == 0
     assert capsys.readouterr().out.startswith(f"{tmp_path}/caf\\udce9.jpg\t")
@@ -181,7 +185,7 @@ def test_patterns_and_odd_names(model, files, tmp_path, capsys):
 
 
 def test_a_tar_cut_short_gives_what_is_whole(model, files, tmp_path, capsys):
-    """The images before the cut, and a row that says what is wrong with the tar."""
+    """The images before the cut, and a row with the tar's error."""
     path, output = tmp_path / "cut.tar", tmp_path / "captions.jsonl"
     with tarfile.open(path, "w") as tar:
         for i in range(4):
@@ -198,7 +202,7 @@ def test_a_tar_cut_short_gives_what_is_whole(model, files, tmp_path, capsys):
 
 
 def test_urls_of_shards(model, files, tmp_path, capsys):
-    """Tars under a URL are fetched through the cache; one whose rows are all there is not fetched again."""
+    """Tars under a URL are fetched through the cache; a tar whose rows all exist is not fetched again."""
     write_shards([Sample(f"{i}", files[i], {}) for i in range(5)], tmp_path / "shards", samples_per_shard=2)
     system = fsspec.filesystem("memory")
     system.store.clear()
@@ -216,7 +220,7 @@ def test_urls_of_shards(model, files, tmp_path, capsys):
     output.write_bytes(b"".join(output.read_bytes().splitlines(keepends=True)[:2]))
     for tar in (tmp_path / "cache").glob("*.tar"):
         tar.unlink()
-    system.rm_file("/captions/000000.tar")  # it is done: nobody asks for it
+    system.rm_file("/captions/000000.tar")  # it is done, so it is not requested
     assert main(command(model, *arguments, "--output", output, "--resume")) == 0
     assert [row["token_ids"] for row in rows(output)] == texts[0]
     system.rm_file("/captions/000002.tar")

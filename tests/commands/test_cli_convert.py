@@ -25,7 +25,7 @@ def convert(*arguments: object) -> int:
 
 
 def fails(capsys, *arguments: object) -> str:
-    """The one line that a refused conversion prints."""
+    """Run a conversion that is refused. Returns the one line that it prints."""
     assert convert(*arguments) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
@@ -34,7 +34,7 @@ def fails(capsys, *arguments: object) -> str:
 
 
 def test_all_forms_in_a_circle(tmp_path, tokenizer, capsys):
-    """original → native → hf → original: the same tensors, and the tokenizer all the way."""
+    """original → native → hf → original: the same tensors, and the same tokenizer."""
     path = published.save_kind("matching", tmp_path / "theirs.pth")
     assert convert("--to", "native", path, tmp_path / "native", "--tokenizer", tokenizer) == 0
     assert convert("--to", "hf", tmp_path / "native", tmp_path / "hf", "--json") == 0
@@ -44,8 +44,8 @@ def test_all_forms_in_a_circle(tmp_path, tokenizer, capsys):
     parameters = sum(p.numel() for p in load_model(path)[0].parameters())
     assert json.loads(machine) == {
         "source": str(tmp_path / "native"), "destination": str(tmp_path / "hf"), "form": "hf",
-        "parameters": parameters, "image_size": 24, "text_stacks": "encoder", "heads": ["contrastive", "matching"],
-        "tokenizer": True, "training_tensors": 0,
+        "parameters": parameters, "image_size": 24, "text_stacks": "encoder",
+        "heads": ["contrastive", "matching"], "tokenizer": True, "training_tensors": 0,
     }
     ours, theirs = published.read(tmp_path / "sub" / "ours.pth"), published.read(path)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -68,7 +68,7 @@ def test_training_state_is_kept_or_dropped_on_request(tmp_path, capsys):
 @pytest.mark.parametrize(("task", "architecture"), [
     ("caption", "BlipForConditionalGeneration"), ("match", "BlipForImageTextRetrieval")])
 def test_one_task_of_a_pretrained_model(tmp_path, capsys, task, architecture):
-    """transformers has no class for all of it; a task's parts carry the same weights."""
+    """transformers has no class for the whole model; the parts of one task have the same weights."""
     path = published.save_kind("pretraining", tmp_path / "x.pth")
     arguments = ("--to", "hf", path, tmp_path / "hf", "--drop-training-state")
     assert "transformers has no BLIP class" in fails(capsys, *arguments)

@@ -12,7 +12,7 @@ from blip_fast.scenes.scenes import parse_caption
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Good, odd and broken images with annotations, the names of the good ones as captions."""
+    """Good, odd and broken images with annotations; the captions of good ones are their names."""
     directory = tmp_path_factory.mktemp("images")
     files = {**odd_files.good_files(), **odd_files.grey_files(), **odd_files.bad_files()}
     for name, content in files.items():
@@ -31,7 +31,7 @@ def data(*arguments: object) -> int:
 
 
 def fails(capsys, *arguments: object) -> str:
-    """The one line that a refused command prints."""
+    """Run a command that is refused. Returns the one line that it prints."""
     assert data(*arguments) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
@@ -58,13 +58,15 @@ class TestPack:
         assert data("pack", folder, "--output", tmp_path / "out", "--split", "test", "--json") == 0
         said = json.loads(capsys.readouterr().out)
         quarantined = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
-        assert said == {"samples": -(-(GOOD + BAD) // 3) - len(quarantined), "without_caption": 0, "shards": 1,
+        assert said == {"samples": -(-(GOOD + BAD) // 3) - len(quarantined),
+                        "without_caption": 0, "shards": 1,
                         "quarantined": len(quarantined), "directory": str(tmp_path / "out"),
                         "quarantine": str(tmp_path / "out" / "quarantine.jsonl")}
 
     def test_annotations_elsewhere_or_none(self, folder, tmp_path, capsys):
         (tmp_path / "captions.csv").write_text("image,caption\nplain.jpg,one\nplain.png,two\n")
-        assert data("pack", folder, "--annotations", tmp_path / "captions.csv", "--output", tmp_path / "a") == 0
+        assert data("pack", folder, "--annotations", tmp_path / "captions.csv", "--output",
+                    tmp_path / "a") == 0
         (tmp_path / "images").mkdir()
         (tmp_path / "images" / "plain.jpg").write_bytes(odd_files.good_files()["plain.jpg"])
         assert data("pack", tmp_path / "images", "--output", tmp_path / "b") == 0
@@ -82,7 +84,8 @@ class TestPack:
         assert data("pack", folder, "--output", tmp_path / "out") == 0
         before = contents(tmp_path / "out")
         capsys.readouterr()
-        assert f"{tmp_path}/out holds shards already" in fails(capsys, "pack", folder, "--output", tmp_path / "out")
+        assert f"{tmp_path}/out holds shards already" in fails(capsys, "pack", folder, "--output",
+                                                               tmp_path / "out")
         assert contents(tmp_path / "out") == before
         new = ("--output", tmp_path / "new")
         assert "nowhere is no folder" in fails(capsys, "pack", tmp_path / "nowhere", *new)
@@ -94,13 +97,14 @@ class TestPack:
 
 def test_scenes_are_seeded_and_their_noise_is_counted(tmp_path, capsys):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        assert data("scenes", tmp_path / name, "--count", 20, "--seed", seed, "--noise", 0.25, "--image-size", 32,
-                    "--split", "test", "--json") == 0
+        assert data("scenes", tmp_path / name, "--count", 20, "--seed", seed, "--noise", 0.25,
+                    "--image-size", 32, "--split", "test", "--json") == 0
         assert json.loads(capsys.readouterr().out) == {
             "directory": str(tmp_path / name), "images": 20, "wrong_captions": 5}
     assert contents(tmp_path / "a") == contents(tmp_path / "b") != contents(tmp_path / "c")
     rows = [json.loads(line) for line in (tmp_path / "a" / "annotations.jsonl").read_text().splitlines()]
-    assert {parse_caption(row["captions"][0]).split for row in rows} == {row["split"] for row in rows} == {"test"}
+    assert {parse_caption(row["captions"][0]).split for row in rows} == {"test"}
+    assert {row["split"] for row in rows} == {"test"}
 
 
 def test_scenes_can_be_packed_by_their_split(tmp_path, capsys):

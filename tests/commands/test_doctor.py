@@ -1,4 +1,4 @@
-"""The doctor: whatever a package does, it becomes a sentence; what is reported follows from what was found."""
+"""The doctor: whatever a package does becomes a sentence, and the report follows from the findings."""
 
 import json
 from dataclasses import replace
@@ -19,7 +19,7 @@ ODD = Probe("Odd", "odd", "odd", "tests", ODD_CODE, "get it")
 
 @pytest.fixture
 def install(tmp_path, monkeypatch):
-    """Write a file where Python finds packages, here and in the probes' processes."""
+    """Write a module where Python finds it, in this process and in the probes' processes."""
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
@@ -34,7 +34,8 @@ def install(tmp_path, monkeypatch):
 @pytest.mark.parametrize("content, usable, said", [
     ("", True, "fine"),
     ("print('noise on stdout')", True, "fine"),
-    ("raise ImportError('undefined symbol: _ZN3c10')", False, "cannot be used: ImportError: undefined symbol: _ZN3c10"),
+    ("raise ImportError('undefined symbol: _ZN3c10')", False,
+     "cannot be used: ImportError: undefined symbol: _ZN3c10"),
     ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", False, "crashes on import (signal 11)"),
     ("import os; os._exit(0)", False, "cannot be used: no message"),
     ("import sys; sys.exit(3)", False, "cannot be used: no message"),
@@ -88,16 +89,18 @@ def test_a_machine_without_anything_is_diagnosed(monkeypatch):
     assert not any(finding.usable for finding in diagnosis.findings)
     uses = {part.name: part.uses for part in diagnosis.parts}
     assert uses["device"] == "CPU"
-    assert all(uses[name].startswith("nothing") for name in ("attention", "precision", "training", "training input"))
+    unused = ("attention", "precision", "training", "training input")
+    assert all(uses[name].startswith("nothing") for name in unused)
 
 
 def found(**changed):
-    """Findings of a machine on which everything works, but for those named."""
+    """The findings of a machine on which everything works, except those named."""
     names = ("PyTorch", "CUDA", "blip_kernels", "Precision", "Java", "DALI on the GPU",
              *(probe.name for probe in PACKAGES))
     facts = {"known": ["auto", "triton", "sdpa", "flash_attn"], "auto": "bfloat16",
              "slow": {"float16": "no products"}}
-    every = {name: Finding(name, "", True, "triton" if name == "blip_kernels" else f"{name} found", facts=facts)
+    every = {name: Finding(name, "", True, "triton" if name == "blip_kernels" else f"{name} found",
+                           facts=facts)
              for name in names}
     for name, reason in changed.items():
         every[name] = Finding(name, "", False, reason)
@@ -138,16 +141,18 @@ def test_the_command_reports_this_machine_as_json(monkeypatch, capsys):
     said = json.loads(capsys.readouterr().out)
     findings = {finding["name"]: finding for finding in said["findings"]}
     assert findings["PyTorch"]["usable"] and findings["PyTorch"]["version"]
-    assert {"CUDA", "Triton", "FlashAttention", "xFormers", "NVIDIA Apex", "DALI on the CPU", "DALI on the GPU",
+    assert {"CUDA", "Triton", "FlashAttention", "xFormers", "NVIDIA Apex", "DALI on the CPU",
+            "DALI on the GPU",
             "DeepSpeed", "torchao", "Ray", "Java", "pycocoevalcap", "PyAV"} <= set(findings)
     assert findings["Precision"]["detail"] == f"the processor multiplies {processor.instruction_set()}"
     assert findings["Precision"]["facts"]["auto"] == resolve("auto", chosen_device(None))
     attention = next(part for part in said["parts"] if part["name"] == "attention")
-    assert "'sideways' is not known" in attention["uses"]  # named and not hidden behind another backend
+    assert "'sideways' is not known" in attention["uses"]  # reported, not replaced by another backend
 
 
 def test_the_command_prints_tables(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "is_there", lambda module: False)
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
-    assert "'blip-fast[flash]'" in out and "Why not the others" in out  # square brackets are text, not mark-up
+    # square brackets are text, not mark-up
+    assert "'blip-fast[flash]'" in out and "Why not the others" in out

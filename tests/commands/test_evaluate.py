@@ -1,4 +1,4 @@
-"""`blip-fast evaluate`: figures equal those of the functions behind it, whatever the data comes in."""
+"""`blip-fast evaluate`: the figures equal those of the functions that it calls, in every form of the data."""
 
 import json
 
@@ -27,10 +27,12 @@ COUNT = 7
 
 def tiny_model():
     torch.manual_seed(0)
-    tokens = SpecialTokens(TOKENIZER.pad_id, TOKENIZER.cls_id, TOKENIZER.sep_id, TOKENIZER.bos_id, TOKENIZER.enc_id)
+    tokens = SpecialTokens(TOKENIZER.pad_id, TOKENIZER.cls_id, TOKENIZER.sep_id, TOKENIZER.bos_id,
+                           TOKENIZER.enc_id)
     model = BlipModel(BlipConfig(
         vision=VisionConfig(image_size=32, patch_size=8, width=32, layers=1, heads=2),
-        text=TextConfig(vocab_size=TOKENIZER.vocab_size, width=32, layers=2, heads=2, mlp_width=48, max_positions=64),
+        text=TextConfig(vocab_size=TOKENIZER.vocab_size, width=32, layers=2, heads=2, mlp_width=48,
+                        max_positions=64),
         tokens=tokens, embed_dim=8))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -47,7 +49,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Scenes of a split `test`, and two images of `train` with two captions each."""
+    """Scenes of split `test`, and two images of split `train` with two captions each."""
     directory = tmp_path_factory.mktemp("scenes")
     rows = write_scenes(directory, COUNT + 2, "test", seed=1, noise=0.0, image_size=32)
     for i, row in enumerate(rows):
@@ -59,7 +61,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shards(folder, tmp_path_factory):
-    """The same images packed."""
+    """The same images, packed into shards."""
     directory = tmp_path_factory.mktemp("shards")
     samples = [Sample(f"{i:05d}", (folder / image.name).read_bytes(), image.row)
                for i, image in enumerate(annotated_images(folder, None))]
@@ -92,7 +94,7 @@ def test_retrieval_figures_equal_a_full_sort_of_all_pairs(checkpoint, folder, ca
 
 
 def matched_logits(model, pixels, texts):
-    """[images, texts], one image at a time."""
+    """Matching logits [images, texts], computed one image at a time."""
     packed = TOKENIZER.pack(texts, "[ENC]")
     with torch.no_grad():
         image_kvs = [model.stack("encoder").image_kv(model.encode_images(p[None])) for p in pixels]
@@ -111,7 +113,8 @@ def test_caption_figures_and_rows(checkpoint, folder, tmp_path, capsys):
     output = tmp_path / "new" / "captions.jsonl"
     said = evaluate(capsys, "caption", "--model", checkpoint, "--data", str(folder), "--output", str(output))
     images = annotated_images(folder, "test")
-    captions = Captioner(tiny_model(), TOKENIZER)([folder / image.name for image in images], strip_prompt=True)
+    captions = Captioner(tiny_model(), TOKENIZER)([folder / image.name for image in images],
+                                                  strip_prompt=True)
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert rows == [{"image": image.name, "caption": text.caption, "references": image.captions}
                     for image, text in zip(images, captions, strict=True)]
@@ -121,42 +124,44 @@ def test_caption_figures_and_rows(checkpoint, folder, tmp_path, capsys):
 
 
 def test_captions_by_the_authors_beam_rule(folder, tmp_path, capsys):
-    """A model whose texts end at different lengths, so that the two rules choose different ones."""
+    """With a model whose texts end at different lengths, so that the two rules choose different texts."""
     model, images = tiny_model(), annotated_images(folder, "test")
     with torch.no_grad():
         model.lm_head.bias[TOKENIZER.sep_id] += 4
     save_native(model, TOKENIZER, tmp_path / "model")
     captions = {}
     for rule in ("transformers5", "authors"):
-        evaluate(capsys, "caption", "--model", str(tmp_path / "model"), "--data", str(folder), "--beam-rule", rule,
-                 "--output", str(tmp_path / rule))
+        evaluate(capsys, "caption", "--model", str(tmp_path / "model"), "--data", str(folder),
+                 "--beam-rule", rule, "--output", str(tmp_path / rule))
         captions[rule] = [json.loads(line)["caption"] for line in (tmp_path / rule).read_text().splitlines()]
         generation = GenerationConfig(beams=3, max_length=20, min_length=5, beam_rule=rule)
-        expected = Captioner(model, TOKENIZER)([folder / image.name for image in images], "a picture of", generation,
-                                               strip_prompt=True)
+        expected = Captioner(model, TOKENIZER)([folder / image.name for image in images],
+                                               "a picture of", generation, strip_prompt=True)
         assert captions[rule] == [text.caption for text in expected]
     assert captions["transformers5"] != captions["authors"]
 
 
 def test_caption_metrics_by_domain(checkpoint, folder, tmp_path, capsys):
-    """As pycocoevalcap has it of each domain alone; a row without a domain, or one domain for all, leaves them out."""
+    """Equal to pycocoevalcap on each domain alone; without domains, or with only one, they are left out."""
     pytest.importorskip("pycocoevalcap", reason="caption metrics need the extra `eval`")
     from blip_fast.metrics.captions import CaptionMetrics
 
     domains = [f"{name}-domain" for name in ("near", "in", "in", "near", "out", "in", "out")]
 
     def said(named: list[str | None]) -> tuple[dict, list[dict]]:
-        content = [{"image": str(folder / image.name), "captions": image.captions} | ({"domain": its} if its else {})
+        content = [{"image": str(folder / image.name), "captions": image.captions}
+                   | ({"domain": its} if its else {})
                    for image, its in zip(annotated_images(folder, "test"), named, strict=True)]
         (tmp_path / "annotations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
-        figures = evaluate(capsys, "caption", "--model", checkpoint, "--data", str(tmp_path), "--metrics", "java-free",
-                           "--output", str(tmp_path / "captions.jsonl"))
+        figures = evaluate(capsys, "caption", "--model", checkpoint, "--data", str(tmp_path),
+                           "--metrics", "java-free", "--output", str(tmp_path / "captions.jsonl"))
         return figures, [json.loads(line) for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
 
     figures, rows = said([*domains])
     for domain in set(domains):
         mine = [row for row, its in zip(rows, domains, strict=True) if its == domain]
-        alone = CaptionMetrics("java-free")([row["caption"] for row in mine], [row["references"] for row in mine])
+        alone = CaptionMetrics("java-free")([row["caption"] for row in mine],
+                                            [row["references"] for row in mine])
         assert {name: figures[f"{name}_{domain}"] for name in alone} == pytest.approx(alone)
     assert "cider" in figures and sum("domain" in name for name in figures) == 3 * 6
     for named in ([*domains[:-1], None], ["in-domain"] * COUNT):
@@ -176,7 +181,8 @@ def test_caption_metrics_and_the_itm_score(checkpoint, folder, tmp_path, capsys)
     figures = CaptionMetrics("java-free")(captions, [row["references"] for row in rows])
     assert {name: said[name] for name in figures} == pytest.approx(figures)
     matcher = Matcher(tiny_model(), TOKENIZER)
-    each = [matcher.score(folder / row["image"], row["caption"], first_token="[ENC]").itm.item() for row in rows]
+    each = [matcher.score(folder / row["image"], row["caption"], first_token="[ENC]").itm.item()
+            for row in rows]
     assert said["itm_score"] == pytest.approx(sum(each) / len(each), abs=1e-6)
     assert main(["evaluate", *arguments]) == 0
     assert "java-free" in capsys.readouterr().out
@@ -187,7 +193,8 @@ def test_an_empty_caption_has_no_itm_score(folder):
     captions = [image.captions[0] for image in images]
     whole = itm_score(matcher, images, captions)
     alone = matcher.score(images[2].load(), captions[2], first_token="[ENC]").itm.item()
-    assert itm_score(matcher, images, [*captions[:2], " .! ", *captions[3:]]) == pytest.approx(whole - alone / COUNT)
+    without = itm_score(matcher, images, [*captions[:2], " .! ", *captions[3:]])
+    assert without == pytest.approx(whole - alone / COUNT)
     assert itm_score(matcher, images, [""] * COUNT) == 0
     for some, texts in (([], []), (images, captions[1:])):
         with pytest.raises(ValueError, match="one caption an image"):
@@ -195,7 +202,7 @@ def test_an_empty_caption_has_no_itm_score(folder):
 
 
 def prompted_loss(folder, images):
-    """Mean cross-entropy token by token, the prompt's tokens not counted."""
+    """The mean cross-entropy per token, without the prompt's tokens."""
     model, losses = tiny_model(), []
     for image in images:
         pixels = evaluation_transform([load_image(folder / image.name)], 32)
@@ -209,7 +216,8 @@ def prompted_loss(folder, images):
     return float(torch.stack(losses).mean())
 
 
-def test_without_training_captions_and_scenes_their_figures_are_left_out(checkpoint, folder, tmp_path, capsys):
+def test_without_training_captions_and_scenes_their_figures_are_left_out(checkpoint, folder,
+                                                                         tmp_path, capsys):
     row = {"image": str(folder / "000000.png"), "caption": "a red circle"}
     (tmp_path / "annotations.jsonl").write_text(json.dumps(row))
     said = evaluate(capsys, "caption", "--model", checkpoint, "--data", str(tmp_path), "--prompt", "")
@@ -236,7 +244,8 @@ def test_slot_scores_of_the_truth_and_of_another_scene():
     (["retrieval", "--data", "{folder}", "--top-k", "-1"], "top_k is -1"),
     (["retrieval", "--data", "{folder}", "--first-token", "[DEC]"], "first_token is '[DEC]'"),
     (["retrieval", "--data", "{folder}", "--output", "x.jsonl"], "--output"),
-    (["caption", "--data", "{folder}", "--metrics", "meteor"], "java-free, coco-without-spice, coco, got 'meteor'"),
+    (["caption", "--data", "{folder}", "--metrics", "meteor"],
+     "java-free, coco-without-spice, coco, got 'meteor'"),
     (["caption", "--data", "{bare}", "--metrics", "java-free"], "000000.png has no caption with a word"),
     (["caption", "--data", "{folder}", "--beams", "0"], "beams must be at least 1"),
     (["caption", "--data", "{folder}", "--beam-rule", "best"], "beam_rule must be transformers5 or authors"),
@@ -259,9 +268,10 @@ def test_bad_input_is_one_clear_line(arguments, said, checkpoint, folder, tmp_pa
 
 
 def test_photographs(data_root, checkpoint, capsys):
-    """The rows of the real annotations are understood: 100 test photographs, five captions each."""
+    """Real annotations can be read: 100 test photographs with five captions each."""
     images = annotated_images(data_root / "flickr8k", "test")
     assert len(images) == 100 and all(len(image.captions) == 5 for image in images)
-    said = evaluate(capsys, "retrieval", "--model", checkpoint, "--data", str(data_root / "flickr8k"), "--top-k", "4")
+    said = evaluate(capsys, "retrieval", "--model", checkpoint, "--data", str(data_root / "flickr8k"),
+                    "--top-k", "4")
     assert said["texts"] == 500 and said["chance"]["t2i_r10"] == pytest.approx(0.1)
-    assert said["t2i_r10"] < 0.4  # an untrained model is near chance: nothing of the answer leaks into the scores
+    assert said["t2i_r10"] < 0.4  # an untrained model is near chance, so no answer leaks into the scores

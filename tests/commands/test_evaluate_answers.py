@@ -1,4 +1,4 @@
-"""`blip-fast evaluate vqa` and `nlvr2`: figures of the tasks run question by question and pair by pair."""
+"""`blip-fast evaluate vqa` and `nlvr2`: the same figures as question by question and pair by pair."""
 
 import json
 import subprocess
@@ -51,7 +51,7 @@ def nlvr2(tmp_path_factory) -> str:
 
 
 def data(tmp_path: Path, folder: Path, rows: list[dict]) -> str:
-    """A folder of its own, of the same pictures."""
+    """A new folder with the same pictures."""
     (tmp_path / "annotations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for picture in folder.glob("*.png"):
         (tmp_path / picture.name).write_bytes(picture.read_bytes())
@@ -66,9 +66,9 @@ def evaluate(capsys, *arguments, status=0):
 
 
 def questions(answers) -> list[dict]:
-    """Two of each of the first two images, one behind the other, and one of a third."""
-    return [{"image": f"{i // 2}.png", "question": ASKED[i % 4], "question_id": 100 + i, "answers": answers[i],
-             "answer_type": "number" if i == 1 else "other"} for i in range(5)]
+    """Two questions about each of the first two images in succession, and one about a third."""
+    return [{"image": f"{i // 2}.png", "question": ASKED[i % 4], "question_id": 100 + i,
+             "answers": answers[i], "answer_type": "number" if i == 1 else "other"} for i in range(5)]
 
 
 @pytest.mark.parametrize("ranked", [False, True])
@@ -83,14 +83,17 @@ def test_vqa(vqa, folder, tmp_path, capsys, ranked):
     votes = [[said[0]] * 2 + ["other"] * 8, [f" The {said[1]}!"] * 10, ["nothing"] * 10,
              [said[3]] * 3 + [str(i) for i in range(7)], [said[4]] * 4 + ["x"] * 6]
     (tmp_path / "choices.txt").write_text("\n".join(CHOICES))
-    options = ["--answers", tmp_path / "choices.txt", "--top-k", 4] if ranked else ["--beams", 2, "--max-length", 6]
+    ranking, writing = ["--answers", tmp_path / "choices.txt", "--top-k", 4], ["--beams", 2,
+                                                                               "--max-length", 6]
+    options = ranking if ranked else writing
     place, output = data(tmp_path, folder, questions(votes)), tmp_path / "new" / "out.json"
     found = evaluate(capsys, "vqa", "--model", vqa, "--data", place, *options, "--output", output)
     assert json.loads(output.read_text()) == [
         {"question_id": 100 + i, "answer": answer} for i, answer in enumerate(said)]
     each = [vqa_accuracy(answer, of) for answer, of in zip(said, votes, strict=True)]
     assert each == pytest.approx([0.6, 1, 0, 0.9, 1])
-    assert found == {"task": "vqa", "images": 5, "precision": "float32", "vqa_accuracy": pytest.approx(sum(each) / 5),
+    assert found == {"task": "vqa", "images": 5, "precision": "float32",
+                     "vqa_accuracy": pytest.approx(sum(each) / 5),
                      "vqa_accuracy_number": 1, "vqa_accuracy_other": pytest.approx(2.5 / 4),
                      "commonest_answer": pytest.approx(2 / 5)}
 
@@ -102,21 +105,23 @@ def test_vqa_where_the_official_accuracy_is_not_defined(vqa, folder, tmp_path, c
     answerer = Answerer.from_pretrained(vqa, dtype="float32")
     said = answerer(folder / row["image"], clean_question(row["question"]), first_token="[ENC]")
     filled = json.loads(json.dumps(answers).replace("{said}", said[0].answer))
-    found = evaluate(capsys, "vqa", "--model", vqa, "--data", data(tmp_path, folder, [row | {"answers": filled}]))
+    found = evaluate(capsys, "vqa", "--model", vqa, "--data",
+                     data(tmp_path, folder, [row | {"answers": filled}]))
     assert (found["vqa_accuracy"], found["commonest_answer"]) == (None, commonest)
     assert main(["evaluate", "vqa", "--model", vqa, "--data", str(tmp_path)]) == 0
     assert "–" in capsys.readouterr().out
 
 
 def pairs() -> list[dict]:
-    return [{"image": f"{i % 6}.png", "second_image": f"{(i * 2 + 1) % 6}.png", "caption": f"Two dogs {i // 2}.",
-             "label": i % 3 == 0} for i in range(40)]
+    return [{"image": f"{i % 6}.png", "second_image": f"{(i * 2 + 1) % 6}.png",
+             "caption": f"Two dogs {i // 2}.", "label": i % 3 == 0} for i in range(40)]
 
 
 def test_nlvr2_of_a_folder_and_of_shards(nlvr2, folder, tmp_path, capsys):
-    """More than one batch; pairs 2i and 2i + 1 have one sentence, unless rows say otherwise."""
+    """In several batches. Pairs 2i and 2i + 1 share a sentence, unless rows say otherwise."""
     rows, reasoner = pairs(), Reasoner.from_pretrained(nlvr2, dtype="float32")
-    right = [(reasoner([(folder / row["image"], folder / row["second_image"])], [row["caption"]]).item() > 0.5)
+    right = [(reasoner([(folder / row["image"], folder / row["second_image"])],
+                       [row["caption"]]).item() > 0.5)
              == row["label"] for row in rows]
     assert 0 < sum(right) < len(rows)
     expected = {"task": "nlvr2", "images": 40, "precision": "float32", "accuracy": sum(right) / 40,
@@ -133,7 +138,7 @@ def test_nlvr2_of_a_folder_and_of_shards(nlvr2, folder, tmp_path, capsys):
 
 
 def published_nlvr2(predictions: Path, labelled: list[dict]) -> tuple[float, float]:
-    """(accuracy, consistency) as NLVR2's own script reads predictions: no header, identifiers as keys, any case."""
+    """(accuracy, consistency) as in NLVR2's own script: no header, identifiers as keys, any case."""
     said = dict(line.split(",") for line in predictions.read_text().splitlines())
     assert len(said) == len(labelled)
     consistent: dict[tuple[str, ...], bool] = {}
@@ -147,7 +152,7 @@ def published_nlvr2(predictions: Path, labelled: list[dict]) -> tuple[float, flo
 
 
 def test_nlvr2_predictions_as_the_published_evaluation_reads_them(nlvr2, folder, tmp_path, capsys):
-    """From published annotations to the file of predictions, which says the same as the figures."""
+    """From published annotations to the file of predictions, which agrees with the figures."""
     labelled = [{"identifier": f"dev-{i // 4}-{i % 2}-{i // 2 % 2}", "sentence": row["caption"],
                  "label": str(row["label"])} for i, row in enumerate(pairs())]
     for entry, row in zip(labelled, pairs(), strict=True):
@@ -160,7 +165,8 @@ def test_nlvr2_predictions_as_the_published_evaluation_reads_them(nlvr2, folder,
                  str(tmp_path / "annotations.jsonl")]) == 0
     capsys.readouterr()
     output = tmp_path / "new" / "predictions.csv"
-    found = evaluate(capsys, "nlvr2", "--model", nlvr2, "--data", tmp_path, "--split", "dev", "--output", output)
+    found = evaluate(capsys, "nlvr2", "--model", nlvr2, "--data", tmp_path, "--split", "dev",
+                     "--output", output)
     assert (found["accuracy"], found["consistency"]) == pytest.approx(published_nlvr2(output, labelled))
     lines = output.read_text().splitlines()
     assert [line.partition(",")[0] for line in lines] == [entry["identifier"] for entry in labelled]
@@ -168,7 +174,7 @@ def test_nlvr2_predictions_as_the_published_evaluation_reads_them(nlvr2, folder,
 
 
 def test_ranks_share_the_work(vqa, nlvr2, folder, tmp_path):
-    """Three processes, three images with five questions and 40 pairs: what one process says, said once."""
+    """Three processes, three images with five questions, 40 pairs: the output of one process, once."""
     for name in ("vqa", "nlvr2"):
         (tmp_path / name).mkdir()
     votes = [["dog"] * 10] * 5
@@ -205,7 +211,8 @@ def test_what_is_refused(vqa, nlvr2, folder, tmp_path, capsys):
         ("nlvr2", nlvr2, {**pairs()[0], "second_image": "9.png"}, "9.png: no such file"),
     )):
         (tmp_path / str(i)).mkdir()
-        err = evaluate(capsys, task, "--model", model, "--data", data(tmp_path / str(i), folder, [row]), status=2)
+        err = evaluate(capsys, task, "--model", model, "--data",
+                       data(tmp_path / str(i), folder, [row]), status=2)
         assert said in err and err.count("\n") == 1, (said, err)
     unnamed = {"image": "0.png", "question": "what?", "answers": None}
     place = data(tmp_path, folder, [unnamed])

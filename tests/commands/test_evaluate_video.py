@@ -1,5 +1,6 @@
-"""`blip-fast evaluate video-retrieval` and `video-qa` against the textbook model, which sees every frame by itself, and
-a text with one video at a time: the frames' tokens one behind the other, the mean of their projected [CLS]."""
+"""`blip-fast evaluate video-retrieval` and `video-qa` against the textbook model. It encodes every frame
+separately and matches a text with one video at a time: the frames' tokens are concatenated, their projected
+[CLS] averaged."""
 
 import json
 import statistics
@@ -29,7 +30,7 @@ from blip_fast.tasks.model_loading import load_for_task
 
 av = pytest.importorskip("av", reason="videos need the extra `video`")
 
-# Special tokens stand where bert-base-uncased has them, for the textbook model knows no others.
+# The special tokens' ids are those of bert-base-uncased, since the textbook model knows no others.
 BERT = ["[PAD]", *(f"[unused{i}]" for i in range(99)), "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
 TOKENIZER = Tokenizer([*BERT, *(f"[unused{i}]" for i in range(99, 99 + 30_522 - len(BERT)))])
 CLIPS, FRAMES, SIZES = 5, 6, replace(SMALL, positions=40)
@@ -47,10 +48,10 @@ def folder(tmp_path_factory):
 
 
 def checkpoint(kind, directory):
-    """(textbook model, the options that load it)"""
+    """The textbook model, and the options that load it."""
     torch.manual_seed(1)
     model = roughened(kind(SIZES)).eval()
-    with torch.no_grad():  # or all frames look alike, and all answers are one
+    with torch.no_grad():  # otherwise all frames look alike, and all answers are the same
         model.visual_encoder.patch_embed.proj.weight.mul_(3)
         for name, weight in model.named_parameters():
             if name.startswith("text_decoder") and "crossattention.output.dense.weight" in name:
@@ -58,7 +59,8 @@ def checkpoint(kind, directory):
     path = directory / "model.pth"
     torch.save({"model": model.state_dict()}, path)
     path.with_suffix(".json").write_text(json.dumps({
-        "text_config": {"num_attention_heads": SIZES.text_heads}, "vit_config": {"num_heads": SIZES.vision_heads}}))
+        "text_config": {"num_attention_heads": SIZES.text_heads},
+        "vit_config": {"num_heads": SIZES.vision_heads}}))
     TOKENIZER.save(directory)
     return model, ["--model", str(path), "--tokenizer", str(directory)]
 
@@ -74,7 +76,7 @@ def answering(tmp_path_factory):
 
 
 def frames_of(path, places):
-    """[frames, 3, 32, 32]: all frames are decoded, and some taken."""
+    """Frames [frames, 3, 32, 32]: decode all, and take some."""
     with av.open(str(path)) as container:
         images = [frame.to_image() for frame in container.decode(video=0)]
     return evaluation_transform([images[place] for place in places], SIZES.image_size)
@@ -90,7 +92,7 @@ def ids_and_mask(text, first):
 
 @torch.no_grad()
 def textbook_scores(model, folder, captions):
-    """(cosines, matching logits) [videos, texts]."""
+    """Cosines and matching logits, both [videos, texts]."""
     cosines, logits = torch.zeros(CLIPS, len(captions)), torch.zeros(CLIPS, len(captions))
     for i in range(CLIPS):
         embeds = model.visual_encoder(frames_of(folder / f"{i:06d}.mp4", PLACES))
@@ -103,7 +105,7 @@ def textbook_scores(model, folder, captions):
 
 
 def reranked(cosines, logits, k):
-    """Of each row its k likeliest: cosine + logit, −100 elsewhere."""
+    """cosine + logit for the k best of each row, −100 elsewhere."""
     chosen = torch.zeros_like(cosines, dtype=torch.bool).scatter_(1, cosines.topk(k, dim=1).indices, True)
     return torch.where(chosen, cosines + logits, torch.tensor(-100.0))
 
@@ -121,20 +123,22 @@ def test_video_retrieval(matching, folder, capsys):
     torch.testing.assert_close(result.image_to_text.dense(), i2t, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(result.text_to_image.dense(), t2i, atol=1e-4, rtol=1e-4)
     scores = Matcher(model, tokenizer).score_pixels(
-        torch.stack([video.pixels(32) for video in as_videos(images, FRAMES)]), tokenizer.pack(captions, "[ENC]"))
+        torch.stack([video.pixels(32) for video in as_videos(images, FRAMES)]),
+        tokenizer.pack(captions, "[ENC]"))
     torch.testing.assert_close(scores.itc, cosines, atol=1e-4, rtol=1e-4)
 
     one_frame = evaluate_retrieval(model, tokenizer, as_videos(images, 1), top_k=CLIPS + 1)[0].image_to_text
-    assert (one_frame.dense() - cosines - logits).abs().max() > 0.01  # so all frames count
+    assert (one_frame.dense() - cosines - logits).abs().max() > 0.01  # so all frames matter
 
-    assert main(["evaluate", "video-retrieval", *options, "--dtype", "float32", "--data", str(folder), "--frames",
-                 str(FRAMES), "--top-k", "3", "--json"]) == 0
+    assert main(["evaluate", "video-retrieval", *options, "--dtype", "float32", "--data",
+                 str(folder), "--frames", str(FRAMES), "--top-k", "3", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     expected = {"task": "video-retrieval", "images": CLIPS, "frames": FRAMES, "texts": CLIPS + 1, "top_k": 3}
     assert {name: said[name] for name in expected} == expected
     right = of_text[None] == torch.arange(CLIPS)[:, None]
     for name, table, marks in (("i2t", i2t, right), ("t2i", t2i, right.T)):
-        ranks = [int(((row >= row[mark].max()) & ~mark).sum()) for row, mark in zip(table, marks, strict=True)]
+        ranks = [int(((row >= row[mark].max()) & ~mark).sum())
+                 for row, mark in zip(table, marks, strict=True)]
         assert said[f"{name}_median_rank"] == statistics.median(ranks) + 1
         for k in (1, 5, 10):
             assert said[f"{name}_r{k}"] == pytest.approx(np.mean([rank < k for rank in ranks]))
@@ -148,7 +152,7 @@ def test_video_retrieval_looks_at_eight_frames_and_64_candidates(matching, folde
 
 @torch.no_grad()
 def textbook_answers(model, folder, rows, ranked):
-    """[(answer, score)]"""
+    """A list of (answer, score)."""
     found = []
     lists = [TOKENIZER.encode(choice, "[DEC]") for choice in CHOICES]
     ids = torch.tensor([row + [0] * (max(map(len, lists)) - len(row)) for row in lists])
@@ -162,7 +166,8 @@ def textbook_answers(model, folder, rows, ranked):
             found.append((CHOICES[chosen[scores.argmax()]], float(scores.max())))
         else:
             text, score = textbook_generate.beam_search_transformers5(
-                tasks.next_token_logits(model.text_decoder, states), [tasks.DEC], beams=2, max_length=6, min_length=1)
+                tasks.next_token_logits(model.text_decoder, states), [tasks.DEC], beams=2,
+                max_length=6, min_length=1)
             found.append((TOKENIZER.decode(text), score))
     return found
 
@@ -179,21 +184,26 @@ def test_video_qa(answering, folder, tmp_path, capsys, ranked):
     for i, video in enumerate(as_videos(annotated_images(asked, "test"), FRAMES)):
         packed = answerer.pack([rows[i]["question"].lower()], "[ENC]")
         pixels = video.pixels(32)[None]
-        ours = (answerer.rank_pixels(pixels, packed, answerer.answer_list(CHOICES), top_k=4)[0][0] if ranked else
+        ours = (answerer.rank_pixels(pixels, packed, answerer.answer_list(CHOICES), top_k=4)[0][0]
+                if ranked else
                 answerer.answer_pixels(pixels, packed, generation)[0])
-        assert (ours.answer, ours.score) == (expected[i][0], pytest.approx(expected[i][1], abs=1e-4, rel=1e-4))
+        assert (ours.answer, ours.score) == (expected[i][0],
+                                             pytest.approx(expected[i][1], abs=1e-4, rel=1e-4))
 
     (tmp_path / "choices.txt").write_text("\n".join(CHOICES))
     ranking = ["--answers", str(tmp_path / "choices.txt"), "--top-k", "4"]
     how = ranking if ranked else ["--beams", "2", "--max-length", "6"]
     for i, row in enumerate(rows):  # 13 of 20 are right
-        row |= {"answers": [expected[i][0] if i % 3 else "never said"], "image": str((asked / row["image"]).resolve())}
+        row |= {"answers": [expected[i][0] if i % 3 else "never said"],
+                "image": str((asked / row["image"]).resolve())}
     (tmp_path / "annotations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(["evaluate", "video-qa", *options, "--dtype", "float32", "--data", str(tmp_path), "--frames",
                  str(FRAMES), *how, "--output", str(tmp_path / "said.json"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"task": "video-qa", "images": 4 * CLIPS, "precision": "float32",
+    assert json.loads(capsys.readouterr().out) == {"task": "video-qa", "images": 4 * CLIPS,
+                                                   "precision": "float32",
                                                    "frames": FRAMES, "accuracy": pytest.approx(13 / 20)}
-    assert [one["answer"] for one in json.loads((tmp_path / "said.json").read_text())] == [one for one, _ in expected]
+    written = json.loads((tmp_path / "said.json").read_text())
+    assert [one["answer"] for one in written] == [answer for answer, _ in expected]
 
 
 def test_what_is_refused(matching, folder, tmp_path, capsys):

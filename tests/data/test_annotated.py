@@ -1,4 +1,4 @@
-"""Annotation files: each row, and the same one found again by its place."""
+"""Annotation files: every row, and the same row read again by its place."""
 
 import csv
 import io

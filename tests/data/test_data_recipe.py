@@ -1,4 +1,4 @@
-"""What a recipe says of its data: one root, several sources, shards under a URL; what cannot be is refused at once."""
+"""The data of a recipe: one root, several sources, shards under a URL. Impossible data is refused at once."""
 
 import json
 import subprocess
@@ -17,7 +17,8 @@ from blip_fast.scenes.scenes import write_scenes
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """`clean`, a folder of scenes; `web`, shards; `web.yaml`, a recipe that mixes the two, the shards by their URL."""
+    """`clean`, a folder of scenes; `web`, shards; `web.yaml`, a recipe that mixes the two and names the
+    shards by URL."""
     folder = tmp_path_factory.mktemp("data")
     write_scenes(folder / "clean", 12, "train", seed=0, noise=0.0, image_size=32)
     write_scenes(folder / "scenes", 20, "train", seed=1, noise=0.0, image_size=32)
@@ -36,13 +37,15 @@ def load(folder, *options):
 
 def test_sources_become_shards(folder, tmp_path):
     recipe = load(folder, f"--runs={tmp_path}", "--tokenizer.source=bert-base-uncased")
-    assert recipe.data.sources == [Source("clean", str(folder / "clean"), 1), Source("web", f"file://{folder}/web", 3)]
+    assert recipe.data.sources == [Source("clean", str(folder / "clean"), 1),
+                                   Source("web", f"file://{folder}/web", 3)]
     check_sources(recipe)
     clean, web = prepare_shards(recipe)
     assert (clean.name, clean.weight, web) == ("clean", 1, recipe.data.sources[1])
     rows = [json.loads(line) for line in (folder / "clean" / "annotations.jsonl").read_text().splitlines()]
     packed = [sample.record["captions"] for sample in iterate(clean.root)]
-    assert sorted(packed) == sorted(row["captions"] for row in rows) and packed != [row["captions"] for row in rows]
+    assert (sorted(packed) == sorted(row["captions"] for row in rows)
+            and packed != [row["captions"] for row in rows])
     (tmp_path / "saved.yaml").write_text(recipe.to_yaml())
     assert load_recipe(tmp_path / "saved.yaml") == recipe
 
@@ -74,9 +77,11 @@ def test_no_vocabulary_is_trained_on_captions_far_away(folder):
 
 
 def test_a_run_mixes_sources(folder, tmp_path):
-    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghij"]))
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]",
+                                                   *"abcdefghij"]))
     command, environment = train_command(folder, tmp_path, "--tokenizer.source", str(tmp_path / "vocab.txt"))
     del command[command.index("--data.root") : command.index("--data.root") + 2]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE,
+                          check=False)
     assert done.returncode == 0, done.stderr
     assert len(losses(tmp_path)) == 8 and len(list((folder / "cache").glob("*.tar"))) == 1

@@ -25,7 +25,8 @@ def mixed_folder(tmp_path_factory) -> Path:
     files = {**odd_files.good_files(), **odd_files.grey_files(), **odd_files.bad_files()}
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    rows = [{"image": name, "captions": [f"this is {name}"], "split": "train"} for name in [*files, "missing.jpg"]]
+    rows = [{"image": name, "captions": [f"this is {name}"], "split": "train"}
+            for name in [*files, "missing.jpg"]]
     (folder / "annotations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -39,7 +40,8 @@ def folder_with(tmp_path: Path, names: list[str]) -> Path:
 
 
 def test_good_and_odd_files_are_packed_and_broken_ones_quarantined(mixed_folder: Path, tmp_path) -> None:
-    report = pack(mixed_folder, mixed_folder / "annotations.jsonl", tmp_path / "out", samples_per_shard=4, threads=2)
+    report = pack(mixed_folder, mixed_folder / "annotations.jsonl", tmp_path / "out", samples_per_shard=4,
+                  threads=2)
     samples = {sample.record["image"]: sample for sample in iterate(tmp_path / "out")}
     assert set(samples) == set(odd_files.good_files()) | set(odd_files.grey_files())
     for name, sample in samples.items():
@@ -55,11 +57,12 @@ def test_good_and_odd_files_are_packed_and_broken_ones_quarantined(mixed_folder:
     assert all(reasons.values())
     assert "30000 × 30000" in reasons["bomb.png"] and "checksum" in reasons["bad checksum.png"]
     assert "0 bytes" in reasons["empty.jpg"] and "No such file" in reasons["missing.jpg"]
-    assert (report.samples, report.quarantined, report.shards) == (len(samples), len(reasons), -(-len(samples) // 4))
+    assert ((report.samples, report.quarantined, report.shards)
+            == (len(samples), len(reasons), -(-len(samples) // 4)))
 
 
 def test_the_decoder_has_the_last_word(tmp_path) -> None:
-    """Damage that the structure does not show: the Huffman tables of a JPEG overwritten."""
+    """Damage invisible in the structure: a JPEG with overwritten Huffman tables."""
     folder = folder_with(tmp_path, ["good.jpg", "bad.jpg"])
     content = bytearray((folder / "bad.jpg").read_bytes())
     table = content.index(b"\xff\xc4") + 5
@@ -72,7 +75,8 @@ def test_the_decoder_has_the_last_word(tmp_path) -> None:
 
 def test_the_same_input_gives_the_same_bytes_on_any_number_of_threads(mixed_folder: Path, tmp_path) -> None:
     for name, threads in (("one", 1), ("two", 3)):
-        pack(mixed_folder, mixed_folder / "annotations.jsonl", tmp_path / name, threads=threads, shuffle_seed=7)
+        pack(mixed_folder, mixed_folder / "annotations.jsonl", tmp_path / name, threads=threads,
+             shuffle_seed=7)
     contents = [{p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("one", "two")]
     assert contents[0] == contents[1]
     index = read_index(tmp_path / "one")
@@ -108,10 +112,10 @@ def test_rows_of_one_image_become_one_sample(tmp_path) -> None:
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch) -> None:
-    """Four times as many dialogues of many answers, in another order than they are written in."""
+    """Four times as many dialogues with many answers, packed in another order than they are written in."""
     monkeypatch.setattr("blip_fast.data.shards.pack.READ_AHEAD", 4)
     folder, path, peaks = folder_with(tmp_path, ["a.jpg"]), tmp_path / "rows.jsonl", []
-    for count in (5, 40, 160):  # the first is there for what is imported on the way
+    for count in (5, 40, 160):  # the first run pays for imports
         with path.open("w") as stream:
             for number in range(count):
                 answers = [f"answer {i} to question {number}" for i in range(1000)]
@@ -122,7 +126,8 @@ def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch) -> None:
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         asked = [sample.record["dialog"][0]["candidates"][7] for sample in iterate(tmp_path / str(count))]
-        assert report.samples == count and sorted(asked) == sorted(f"answer 7 to question {n}" for n in range(count))
+        assert (report.samples == count
+                and sorted(asked) == sorted(f"answer 7 to question {n}" for n in range(count)))
         assert asked != sorted(asked)
     assert peaks[2] < 1.3 * peaks[1]
 
@@ -154,7 +159,7 @@ def test_equal_images_have_equal_ids_wherever_they_are_packed(tmp_path) -> None:
 
 
 def test_what_dali_and_others_read(mixed_folder: Path, tmp_path) -> None:
-    """The index points at the members' bytes, and the tar is plain webdataset."""
+    """The index points to the members' bytes, and the tar is plain webdataset."""
     pack(mixed_folder, mixed_folder / "annotations.jsonl", tmp_path / "out")
     raw = (tmp_path / "out" / "000000.tar").read_bytes()
     header, *lines = (tmp_path / "out" / "000000.idx").read_text().splitlines()
@@ -226,7 +231,8 @@ def test_a_folder_of_broken_files_says_so(tmp_path) -> None:
 
 def test_samples_that_cannot_be_stored(tmp_path) -> None:
     image = odd_files.encoded(odd_files.picture(), "PNG")
-    for number, (key, content, words) in enumerate([("a.b", image, "a dot, a slash"), ("ok", b"GIF89a", "convert it")]):
+    for number, (key, content, words) in enumerate([("a.b", image, "a dot, a slash"),
+                                                    ("ok", b"GIF89a", "convert it")]):
         with pytest.raises(ValueError, match=words):
             write_shards([Sample(key, content, {})], tmp_path / str(number))
     with pytest.raises(ValueError, match="samples_per_shard is 0"):
@@ -234,7 +240,7 @@ def test_samples_that_cannot_be_stored(tmp_path) -> None:
 
 
 def test_members_are_small_enough_for_plain_tar_names(tmp_path) -> None:
-    """GNU long names are where index files of others go wrong."""
+    """GNU long names break other programs' index files."""
     write_shards([Sample("k" * 90, odd_files.encoded(odd_files.picture(), "PNG"), {})], tmp_path)
     with tarfile.open(tmp_path / "000000.tar") as tar:
         assert [member.name for member in tar] == ["k" * 90 + ".json", "k" * 90 + ".png"]

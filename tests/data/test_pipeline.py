@@ -1,4 +1,5 @@
-"""The DALI input: against Pillow, complete and disjoint over ranks, seeded, resumable, unharmed by damaged files."""
+"""The DALI input: compared with Pillow, complete and disjoint over ranks, seeded, resumable, robust to
+damaged files."""
 
 import json
 from dataclasses import replace
@@ -24,12 +25,12 @@ from blip_fast.data.shards.shards import iterate
 from blip_fast.media.images import STD, evaluation_transform, load_image
 
 PICTURES = 23
-SIDE = 160  # of the picture that RandAugment's operations are tried on
+SIDE = 160  # of the picture to which RandAugment's operations are applied
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> str:
-    """23 pictures of three captions each in shards of 5."""
+    """23 pictures with three captions each, in shards of 5."""
     folder = tmp_path_factory.mktemp("pictures")
     rows = []
     for i in range(PICTURES):
@@ -42,11 +43,12 @@ def shards(tmp_path_factory) -> str:
 
 @pytest.fixture
 def config(shards: str) -> InputConfig:
-    return InputConfig([Source("pictures", shards)], image_size=32, batch_size=4, shuffle_buffer=8, threads=1, seed=5)
+    return InputConfig([Source("pictures", shards)], image_size=32, batch_size=4, shuffle_buffer=8, threads=1,
+                       seed=5)
 
 
 def colour_difference(ours: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """Mean absolute difference of each image, of 255."""
+    """Mean absolute difference of each image, on a scale of 0 to 255."""
     return ((ours - expected) * torch.tensor(STD).view(3, 1, 1) * 255).abs().mean((1, 2, 3))
 
 
@@ -75,7 +77,8 @@ def test_odd_files_are_decoded_as_pillow_decodes_them(tmp_path) -> None:
     (batch,) = EvaluationInput(tmp_path / "shards", image_size=40, batch_size=32, threads=1)
     expected = evaluation_transform([load_image(folder / record["image"]) for record in batch.records], 40)
     far = {
-        r["image"]: d for r, d in zip(batch.records, colour_difference(batch.images, expected).tolist(), strict=True)
+        r["image"]: d
+        for r, d in zip(batch.records, colour_difference(batch.images, expected).tolist(), strict=True)
     }
     assert len(far) == len(odd_files.good_files()) + len(odd_files.grey_files())
     assert max(far.values()) < 2, far
@@ -85,7 +88,8 @@ def test_odd_files_are_decoded_as_pillow_decodes_them(tmp_path) -> None:
 def test_evaluation_reads_everything_once_in_order(shards: str, world_size: int) -> None:
     keys, captions = [], []
     for rank in range(world_size):
-        source = EvaluationInput(shards, image_size=16, batch_size=4, threads=1, rank=rank, world_size=world_size)
+        source = EvaluationInput(shards, image_size=16, batch_size=4, threads=1, rank=rank,
+                                 world_size=world_size)
         batches = list(source)
         assert [len(batch.ids) for batch in batches[:-1]] == [4] * (len(batches) - 1)
         assert sum(len(batch.images) for batch in batches) == source.samples
@@ -97,15 +101,17 @@ def test_evaluation_reads_everything_once_in_order(shards: str, world_size: int)
 
 @pytest.mark.parametrize(("world_size", "batch_size"), [(1, 4), (2, 4), (2, 11), (3, 7)])
 def test_ranks_share_an_epoch_without_repeats(config: InputConfig, world_size: int, batch_size: int) -> None:
-    """Also where some ranks have just full batches and others one image more (2 × 11 or 3 × 7 of 23)."""
+    """Also when some ranks have exactly full batches and others one more image (2 × 11 or 3 × 7 of 23)."""
     config = replace(config, batch_size=batch_size, image_size=16)
     ranks = [TrainInput(config, rank=rank, world_size=world_size) for rank in range(world_size)]
     orders = []
     for epoch in range(3):
         batches = [batch for rank in ranks for batch in rank]
         keys = [key for batch in batches for key in batch.keys]
-        assert len(batches) == world_size * len(ranks[0]) == world_size * (PICTURES // world_size // batch_size)
-        assert len(set(keys)) == len(keys) == batch_size * len(batches)  # all but a partial batch on each rank
+        assert (len(batches) == world_size * len(ranks[0])
+                == world_size * (PICTURES // world_size // batch_size))
+        # all but a partial batch on each rank
+        assert len(set(keys)) == len(keys) == batch_size * len(batches)
         assert all(rank.epoch == epoch + 1 and rank.step == 0 for rank in ranks)
         orders.append(keys)
     assert orders[0] != orders[1] != orders[2]
@@ -122,7 +128,8 @@ def test_batches(config: InputConfig, shards: str) -> None:
     records = {sample.key: sample.record for sample in iterate(shards)}
     for batch in TrainInput(replace(config, prompt="a picture of ", max_words=3)):
         assert batch.images.shape == (4, 3, 32, 32) and batch.images.dtype == torch.float32
-        assert batch.ids.dtype == torch.int64 and batch.ids.tolist() == [records[key]["id"] for key in batch.keys]
+        assert (batch.ids.dtype == torch.int64
+                and batch.ids.tolist() == [records[key]["id"] for key in batch.keys])
         assert batch.records == [records[key] for key in batch.keys]
         assert batch.captions == [f"a picture of picture {int(key)} ," for key in batch.keys]
 
@@ -137,14 +144,15 @@ def test_each_epoch_draws_its_captions(config: InputConfig) -> None:
 
 
 def test_seed_and_rank_decide_everything(config: InputConfig) -> None:
-    one, two, other = (list(TrainInput(c)) for c in (config, replace(config, threads=2), replace(config, seed=6)))
+    one, two, other = (list(TrainInput(c)) for c in (config, replace(config, threads=2),
+                                                     replace(config, seed=6)))
     assert all(same(a, b) for a, b in zip(one, two, strict=True))
     assert not any(same(a, b) for a, b in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize("consumed", [0, 2, 5, 7])
 def test_resuming_gives_exactly_the_remaining_batches(config: InputConfig, consumed: int) -> None:
-    """In the middle of an epoch, at its last batch (5 of 5), and in the second."""
+    """In the middle of an epoch, at its last batch (5 of 5), and in the second epoch."""
 
     def batches(source: TrainInput, count: int) -> list:
         found = []
@@ -160,7 +168,7 @@ def test_resuming_gives_exactly_the_remaining_batches(config: InputConfig, consu
     state = first.state_dict()
     expected = batches(first, 7)
     second = TrainInput(config)
-    batches(second, 1)  # a used input can be set back as well
+    batches(second, 1)  # an input that was already used can be reset too
     second.load_state_dict(state)
     restored = batches(second, 7)
     assert all(same(a, b) for a, b in zip(expected, restored, strict=True))
@@ -170,18 +178,22 @@ def test_resuming_gives_exactly_the_remaining_batches(config: InputConfig, consu
 def test_state_fits_only_its_own_run(config: InputConfig, tmp_path) -> None:
     state = TrainInput(config).state_dict()
     torch.save(state, tmp_path / "state.pt")
-    TrainInput(replace(config, threads=2)).load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    TrainInput(replace(config,
+                       threads=2)).load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     for changed, words in [
         (TrainInput(config, rank=0, world_size=2), "world_size was 1, is 2"),
         (TrainInput(replace(config, shuffle_buffer=9)), "shuffle_buffer was 8, is 9"),
-        (TrainInput(replace(config, sources=[Source("others", config.sources[0].root)])), "was pictures, is others"),
+        (TrainInput(replace(config, sources=[Source("others", config.sources[0].root)])),
+         "was pictures, is others"),
     ]:
         with pytest.raises(ValueError, match=words):
             changed.load_state_dict(state)
 
 
-def test_a_damaged_image_costs_neither_the_batch_nor_the_run(config: InputConfig, shards: str, tmp_path) -> None:
-    """Bytes flipped on disk after packing. The decoder would refuse the file, and the batch with it."""
+def test_a_damaged_image_costs_neither_the_batch_nor_the_run(
+    config: InputConfig, shards: str, tmp_path
+) -> None:
+    """Bytes flipped on disk after packing. The decoder would refuse the file and fail the whole batch."""
     for path in Path(shards).iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     victim = next(sample for sample in iterate(tmp_path) if sample.key == "000000007")
@@ -198,7 +210,8 @@ def test_a_damaged_image_costs_neither_the_batch_nor_the_run(config: InputConfig
         for batch in train:
             assert len(batch.images) == len(batch.keys) == len(batch.captions) == 4
             assert "000000007" not in batch.keys
-            for i, key in enumerate(batch.keys):  # a replacement is the same sample as its source in every respect
+            # a replacement equals the sample it is taken from in every field
+            for i, key in enumerate(batch.keys):
                 j = batch.keys.index(key)
                 assert torch.equal(batch.images[i], batch.images[j]) and batch.ids[i] == batch.ids[j]
     for source in (evaluation, train):
@@ -208,7 +221,7 @@ def test_a_damaged_image_costs_neither_the_batch_nor_the_run(config: InputConfig
 
 
 def test_broken_images_do_not_change_the_order_of_the_good_ones(config: InputConfig, tmp_path) -> None:
-    """Those that are refused when they are packed, and those that are damaged on disk since."""
+    """Images refused while packing, and images damaged on disk afterwards."""
     (tmp_path / "images").mkdir()
     good = [f"{i:02d}.png" for i in range(40)]
     for i, name in enumerate(good):
@@ -228,7 +241,8 @@ def test_broken_images_do_not_change_the_order_of_the_good_ones(config: InputCon
 
     whole = packed(good, "whole")
     assert packed(sorted([*good, "03 broken.png", "30 broken.png"]), "refused") == whole
-    victims = [sample for sample in iterate(tmp_path / "whole") if sample.record["image"] in ("07.png", "21.png")]
+    victims = [sample for sample in iterate(tmp_path / "whole")
+               if sample.record["image"] in ("07.png", "21.png")]
     for tar in (tmp_path / "whole").glob("*.tar"):
         content = tar.read_bytes()
         for victim in victims:
@@ -260,7 +274,7 @@ def test_bad_input_is_refused_at_once(config: InputConfig, tmp_path) -> None:
 
 
 def test_crops_and_flips_are_what_they_say(tmp_path) -> None:
-    """A horizontal ramp: its mean tells the flip, its slope the width of the crop."""
+    """A horizontal ramp: the sign of its slope shows the flip, its size the width of the crop."""
     ramp = np.tile(np.arange(256, dtype=np.uint8)[None, :, None], (256, 1, 3))
     Image.fromarray(ramp).save(tmp_path / "ramp.png")
     (tmp_path / "rows.jsonl").write_text(json.dumps({"image": "ramp.png", "caption": "a ramp"}))
@@ -278,7 +292,7 @@ def test_crops_and_flips_are_what_they_say(tmp_path) -> None:
     flipped = slopes(replace(plain, flip=True))
     assert np.abs(np.abs(flipped) - 1).max() < 0.02 and 15 < (flipped < 0).sum() < 45
     cropped = slopes(replace(plain, crop_scale=(0.2, 0.5)))
-    # Width = √(area × aspect ratio), the ratio within 3/4 and 4/3.
+    # Width = √(area × aspect ratio), with a ratio from 3/4 to 4/3.
     assert cropped.min() > 0.95 * np.sqrt(0.2 * 3 / 4) and cropped.max() < 1.05 * np.sqrt(0.5 * 4 / 3)
     assert cropped.max() - cropped.min() > 0.2
 
@@ -289,7 +303,8 @@ def operations(request) -> tuple[np.ndarray, np.ndarray]:
     pixels = np.asarray(odd_files.picture(SIDE, SIDE, seed=3)) // 2 + 40
     if request.param == "on the CPU":
         image = np.ascontiguousarray(pixels.transpose(2, 0, 1))
-        return pixels, np.stack([apply_outcome(image, outcome).transpose(1, 2, 0) for outcome in range(OUTCOMES)])
+        return pixels, np.stack([apply_outcome(image, outcome).transpose(1, 2, 0)
+                                 for outcome in range(OUTCOMES)])
 
     @pipeline_def(batch_size=OUTCOMES, num_threads=1, device_id=None, enable_conditionals=True)
     def graph():
@@ -302,7 +317,8 @@ def operations(request) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_the_graph_for_gpus_makes_the_same_images(config: InputConfig) -> None:
-    """Run on the CPU: crops, flips and operations are those that were drawn, to DALI's own resize and warp."""
+    """The graph, run on the CPU, applies the crops, flips and operations that were drawn, up to differences
+    of DALI's own resize and warp."""
     items = TrainInput(replace(config, image_size=64)).items(0)
     ours = next(decode(iter([items]), 64, 4, True, 1, torch.device("cpu"))).images
     graph = decoded_and_finished(iter([columns(items, True)]), 64, True, "cpu", batch_size=4, num_threads=1,
@@ -320,7 +336,8 @@ def test_operations_are_what_they_say(operations) -> None:
     for outcome, matrix in enumerate(warp_matrices(SIDE)):
         backwards = np.linalg.inv(np.vstack([matrix, [0, 0, 1]]))[:2]
         expected = image.transform(
-            image.size, Image.Transform.AFFINE, backwards.ravel(), Image.Resampling.BILINEAR, fillcolor=(128,) * 3
+            image.size, Image.Transform.AFFINE, backwards.ravel(), Image.Resampling.BILINEAR,
+            fillcolor=(128,) * 3
         )
         inside = slice(30, 130)  # the edges, where the picture meets the fill, are rounded differently
         difference = np.abs(outcomes[outcome].astype(int) - np.asarray(expected))
@@ -328,13 +345,14 @@ def test_operations_are_what_they_say(operations) -> None:
     for outcome, (y, x) in enumerate(SHIFTS, start=6):
         padded = np.pad(pixels, ((5, 5), (5, 5), (0, 0)), constant_values=128)
         assert np.array_equal(outcomes[outcome], padded[5 + y :, 5 + x :][:SIDE, :SIDE])
-    for outcome, expected in [(10, np.asarray(ImageOps.autocontrast(image))), (12, equalized(pixels))]:
+    for outcome, expected in [(10, np.asarray(ImageOps.autocontrast(image))), (12, equalize(pixels))]:
         assert np.abs(outcomes[outcome].astype(int) - expected).max() <= 1
         assert np.array_equal(outcomes[outcome], outcomes[outcome + 1])
 
 
-def equalized(pixels: np.ndarray) -> np.ndarray:
-    """Each channel's value becomes the share of pixels that are darker or equal, the darkest value 0."""
+def equalize(pixels: np.ndarray) -> np.ndarray:
+    """Map each channel's value to the share of pixels that are darker or equal; the darkest value becomes
+    0."""
     channels = []
     for channel in pixels.transpose(2, 0, 1):
         below = np.cumsum(np.bincount(channel.ravel(), minlength=256))

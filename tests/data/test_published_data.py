@@ -1,4 +1,4 @@
-"""Annotation files as data sets are published with, in small, and the rows that they become."""
+"""Small versions of published annotation files, and the rows that they become."""
 
 import json
 from pathlib import Path
@@ -21,11 +21,14 @@ def rows(name, *files, **options):
 
 KARPATHY = {"dataset": "coco", "images": [
     {"filepath": "val2014", "filename": "COCO_val2014_000000391895.jpg", "sentids": [770337], "imgid": 0,
-     "cocoid": 391895, "split": "test", "sentences": [{"tokens": ["a"], "raw": "A man, riding.", "sentid": 770337},
-                                                       {"tokens": ["a"], "raw": "A moped.", "sentid": 771687}]},
-    {"filepath": "val2014", "filename": "b.jpg", "imgid": 1, "cocoid": 7, "split": "restval", "sentences": []}]}
+     "cocoid": 391895, "split": "test", "sentences": [
+         {"tokens": ["a"], "raw": "A man, riding.", "sentid": 770337},
+         {"tokens": ["a"], "raw": "A moped.", "sentid": 771687}]},
+    {"filepath": "val2014", "filename": "b.jpg", "imgid": 1, "cocoid": 7, "split": "restval",
+     "sentences": []}]}
 FLICKR = {"dataset": "flickr30k", "images": [
-    {"filename": "1000092795.jpg", "imgid": 5, "sentids": [1], "split": "val", "sentences": [{"raw": "Zwei Männer"}]}]}
+    {"filename": "1000092795.jpg", "imgid": 5, "sentids": [1], "split": "val",
+     "sentences": [{"raw": "Zwei Männer"}]}]}
 
 
 def test_karpathy(tmp_path):
@@ -38,7 +41,7 @@ def test_karpathy(tmp_path):
 
 
 def test_karpathy_as_beside_the_published_blip(tmp_path):
-    """Training captions stand one by one, in any order."""
+    """Training captions are separate entries, in any order."""
     train = [{"caption": "one", "image": "val2014/a.jpg", "image_id": "coco_1"},
              {"caption": "two", "image": "val2014/b.jpg", "image_id": "coco_2"},
              {"caption": "three", "image": "val2014/a.jpg", "image_id": "coco_1"}]
@@ -53,11 +56,12 @@ def test_karpathy_as_beside_the_published_blip(tmp_path):
 def test_nocaps(tmp_path):
     images = [{"id": 0, "open_images_id": "x", "file_name": "0013ea2087020901.jpg", "domain": "in-domain"},
               {"id": 1, "file_name": "b.jpg", "domain": "out-domain"}]
-    said = [{"image_id": 1, "id": 3, "caption": "A baby."}, {"image_id": 0, "id": 4, "caption": "One"},
-            {"image_id": 1, "id": 5, "caption": "Two"}]
+    captions = [{"image_id": 1, "id": 3, "caption": "A baby."}, {"image_id": 0, "id": 4, "caption": "One"},
+                {"image_id": 1, "id": 5, "caption": "Two"}]
     expected = [{"image": "0013ea2087020901.jpg", "captions": ["One"], "id": 0, "domain": "in-domain"},
                 {"image": "b.jpg", "captions": ["A baby.", "Two"], "id": 1, "domain": "out-domain"}]
-    assert rows("coco", written(tmp_path / "val.json", {"images": images, "annotations": said})) == expected
+    assert rows("coco", written(tmp_path / "val.json",
+                                {"images": images, "annotations": captions})) == expected
     assert rows("coco", written(tmp_path / "test.json", {"images": images})) == [
         {**row, "captions": []} for row in expected]
     of_blip = [{"image": "val/b.jpg", "img_id": 1, "domain": "near-domain"}]
@@ -70,22 +74,27 @@ QUESTIONS = {"data_type": "mscoco", "data_subtype": "val2014", "questions": [
     {"image_id": 262148, "question": "What colour?", "question_id": 262148001}]}
 ANNOTATIONS = {"data_subtype": "val2014", "annotations": [
     {"question_id": 262148000 + i, "image_id": 262148, "question_type": "what", "answer_type": "other",
-     "multiple_choice_answer": "down", "answers": [{"answer": answer, "answer_confidence": "yes", "answer_id": 1 + j}
-                                                   for j, answer in enumerate(("down", "at table")[: 2 - i])]}
+     "multiple_choice_answer": "down", "answers": [
+         {"answer": answer, "answer_confidence": "yes", "answer_id": 1 + j}
+         for j, answer in enumerate(("down", "at table")[: 2 - i])]}
     for i in (1, 0)]}
 
 
 def test_vqa(tmp_path):
     questions = written(tmp_path / "questions.json", QUESTIONS)
-    known = {"image": "val2014/COCO_val2014_000000262148.jpg", "answer_type": "other", "question_type": "what"}
+    known = {"image": "val2014/COCO_val2014_000000262148.jpg", "answer_type": "other",
+             "question_type": "what"}
     assert rows("vqa", questions, written(tmp_path / "annotations.json", ANNOTATIONS)) == [
-        {**known, "question": "Where is he looking?", "question_id": 262148000, "answers": ["down", "at table"]},
+        {**known, "question": "Where is he looking?", "question_id": 262148000,
+         "answers": ["down", "at table"]},
         {**known, "question": "What colour?", "question_id": 262148001, "answers": ["down"]}]
     test = written(tmp_path / "test.json", {**QUESTIONS, "data_subtype": "test-dev2015"})
     assert [(row["image"], row["answers"]) for row in rows("vqa", test)] == [
         ("test2015/COCO_test2015_000000262148.jpg", None)] * 2
-    with pytest.raises(ValueError, match=r"entry 2 of questions: question 262148001 has no annotation in .*less\.json"):
-        rows("vqa", questions, written(tmp_path / "less.json", {"annotations": ANNOTATIONS["annotations"][1:]}))
+    with pytest.raises(ValueError,
+                       match=r"entry 2 of questions: question 262148001 has no annotation in .*less\.json"):
+        rows("vqa", questions, written(tmp_path / "less.json",
+                                       {"annotations": ANNOTATIONS["annotations"][1:]}))
 
 
 def test_vqa_and_visual_genome_as_beside_the_published_blip(tmp_path):
@@ -111,12 +120,14 @@ def test_visual_genome(tmp_path):
 
 
 def test_nlvr2(tmp_path):
-    dev = {"sentence": "Both show a dog.", "label": "False", "identifier": "dev-850-0-1", "left_url": "", "writer": "1"}
+    dev = {"sentence": "Both show a dog.", "label": "False", "identifier": "dev-850-0-1", "left_url": "",
+           "writer": "1"}
     train = {"sentence": "One dog.", "label": "True", "identifier": "train-10171-2-0", "directory": 22}
     lines = json.dumps(dev) + "\n\n" + json.dumps(train) + "\n"
     assert rows("nlvr2", written(tmp_path / "dev.json", lines), prefix="nlvr2") == [
         {"image": "nlvr2/dev/dev-850-0-img0.png", "second_image": "nlvr2/dev/dev-850-0-img1.png",
-         "caption": "Both show a dog.", "label": False, "identifier": "dev-850-0-1", "sentence_id": "dev-850-1"},
+         "caption": "Both show a dog.", "label": False, "identifier": "dev-850-0-1",
+         "sentence_id": "dev-850-1"},
         {"image": "nlvr2/images/train/22/train-10171-2-img0.png", "label": True, "caption": "One dog.",
          "second_image": "nlvr2/images/train/22/train-10171-2-img1.png", "identifier": "train-10171-2-0",
          "sentence_id": "train-10171-0"}]
@@ -126,38 +137,44 @@ def test_nlvr2(tmp_path):
 
 
 def test_msrvtt(tmp_path):
-    """The CSV of the 1k-A test, and captions that stand one by one, in any order."""
-    lines = 'key,vid_key,video_id,sentence\nret0,msr9770,video9770,"a person, connecting"\nret1,msr1,video1,a dog\n'
+    """The CSV of the 1k-A test, and captions as separate entries in any order."""
+    lines = ('key,vid_key,video_id,sentence\nret0,msr9770,video9770,"a person, connecting"\n'
+             'ret1,msr1,video1,a dog\n')
     assert rows("msrvtt", written(tmp_path / "MSRVTT_JSFUSION_test.csv", lines), prefix="videos") == [
         {"image": "videos/video9770.mp4", "captions": ["a person, connecting"], "id": 0},
         {"image": "videos/video1.mp4", "captions": ["a dog"], "id": 1}]
-    said = [{"caption": "one", "clip_name": "video7", "retrieval_key": "ret1"},
-            {"caption": "two", "clip_name": "video8", "sen_id": 0}, {"caption": "three", "clip_name": "video7"}]
-    listed = written(tmp_path / "msrvtt_test.jsonl", "".join(json.dumps(entry) + "\n" for entry in said))
+    captions = [{"caption": "one", "clip_name": "video7", "retrieval_key": "ret1"},
+                {"caption": "two", "clip_name": "video8", "sen_id": 0},
+                {"caption": "three", "clip_name": "video7"}]
+    listed = written(tmp_path / "msrvtt_test.jsonl", "".join(json.dumps(entry) + "\n" for entry in captions))
     assert rows("msrvtt", listed) == [{"image": "video7.mp4", "captions": ["one", "three"], "id": 0},
                                       {"image": "video8.mp4", "captions": ["two"], "id": 1}]
 
 
 def test_questions_about_videos(tmp_path):
     asked = written(tmp_path / "test_qa.json", [
-        {"answer": "couch", "category_id": 14, "id": 158581, "question": "what did he lie on?", "video_id": 6513}])
+        {"answer": "couch", "category_id": 14, "id": 158581, "question": "what did he lie on?",
+         "video_id": 6513}])
     row = {"question": "what did he lie on?", "question_id": 158581, "answers": ["couch"]}
     assert rows("msrvtt-qa", asked, split="test") == [{"split": "test", "image": "video6513.mp4", **row}]
     names = written(tmp_path / "youtube_mapping.txt", "-4wsuPCjDBc_5_15 vid1\nmv89psg6zh4_33_46 vid6513\n")
     assert rows("msvd-qa", asked, names, prefix="YouTubeClips") == [
         {"image": "YouTubeClips/mv89psg6zh4_33_46.avi", **row}]
-    for content, said in (("a vid1\n", r"entry 1: vid6513 is not in .*mapping\.txt"),
-                          ("a vid1\n\n", r"mapping\.txt, line 2 is not a video's name and number")):
-        with pytest.raises(ValueError, match=said):
+    for content, message in (("a vid1\n", r"entry 1: vid6513 is not in .*mapping\.txt"),
+                             ("a vid1\n\n", r"mapping\.txt, line 2 is not a video's name and number")):
+        with pytest.raises(ValueError, match=message):
             rows("msvd-qa", asked, written(tmp_path / "mapping.txt", content))
 
 
-@pytest.mark.parametrize(("name", "content", "said"), [
+@pytest.mark.parametrize(("name", "content", "message"), [
     ("karpathy", "{", "is no JSON in UTF-8"),
     ("karpathy", {"annotations": []}, 'has no list "images": it is of another format'),
-    ("karpathy", {"images": [{"filename": "a.jpg", "sentences": []}]}, 'entry 1 of images has no "split", a text'),
-    ("karpathy", {"images": [{"filename": "a.jpg", "split": "test", "sentences": [{}]}]}, 'has no "raw", a text'),
-    ("karpathy", [{"image": "a.jpg", "caption": [3]}], 'entry 1: "caption" must be a text or a list of texts'),
+    ("karpathy", {"images": [{"filename": "a.jpg", "sentences": []}]},
+     'entry 1 of images has no "split", a text'),
+    ("karpathy", {"images": [{"filename": "a.jpg", "split": "test", "sentences": [{}]}]},
+     'has no "raw", a text'),
+    ("karpathy", [{"image": "a.jpg", "caption": [3]}],
+     'entry 1: "caption" must be a text or a list of texts'),
     ("karpathy", [3], "entry 1 is no object"),
     ("coco", {"images": [{"id": "7", "file_name": "a.jpg"}]}, 'has no "id", a whole number'),
     ("vqa", "3", 'has no list "questions"'),
@@ -172,32 +189,36 @@ def test_questions_about_videos(tmp_path):
     ("msrvtt-qa", [{"video_id": "video7"}], 'entry 1 has no "video_id", a whole number'),
     ("msrvtt-qa", [{"video_id": 7, "question": "a?", "id": 1}], 'entry 1 has no "answer", a text'),
 ])
-def test_what_is_not_understood_is_named(tmp_path, name, content, said):
+def test_what_is_not_understood_is_named(tmp_path, name, content, message):
     path = written(tmp_path / "file.json", content)
     with pytest.raises(ValueError) as error:
         rows(name, path)
-    assert said in str(error.value) and path in str(error.value)
+    assert message in str(error.value) and path in str(error.value)
 
 
 def test_formats_and_files_that_are_not_there(tmp_path):
-    with pytest.raises(ValueError, match="karpathy, coco, vqa, visual-genome, nlvr2, visdial, msrvtt, msrvtt-qa, "
-                                         "msvd-qa, got 'flickr'"):
+    with pytest.raises(ValueError,
+                       match="karpathy, coco, vqa, visual-genome, nlvr2, visdial, msrvtt, msrvtt-qa, "
+                             "msvd-qa, got 'flickr'"):
         rows("flickr", "a.json")
     for name, files in (("karpathy", ["a", "b"]), ("nlvr2", []), ("visual-genome", ["a"])):
-        with pytest.raises(ValueError, match=f"{name} takes {FORMATS[name].files[:4]}.*, got {len(files)} files"):
+        with pytest.raises(ValueError,
+                           match=f"{name} takes {FORMATS[name].files[:4]}.*, got {len(files)} files"):
             rows(name, *files)
     with pytest.raises(FileNotFoundError):
         rows("nlvr2", str(tmp_path / "lost.json"))
 
 
 def test_the_command_writes_rows_that_are_read(tmp_path, capsys):
-    """A file that is there is not written over, and one that ends in an error not left."""
+    """An existing file is not overwritten, and no file is left after an error."""
     folder = tmp_path / "data"
     questions = written(tmp_path / "q.json", QUESTIONS), written(tmp_path / "a.json", ANNOTATIONS)
     output = folder / "annotations.jsonl"
-    assert main(["data", "annotations", "vqa", *questions, "--output", str(output), "--split", "val", "--json"]) == 0
+    assert main(["data", "annotations", "vqa", *questions, "--output", str(output), "--split", "val",
+                 "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"annotations": str(output), "rows": 2}
-    assert read_annotations(output) == [{"split": "val", **row, "captions": []} for row in rows("vqa", *questions)]
+    assert read_annotations(output) == [{"split": "val", **row, "captions": []}
+                                        for row in rows("vqa", *questions)]
     assert main(["data", "annotations", "vqa", *questions, "--output", str(output)]) == 2
     assert "exists" in capsys.readouterr().err
     test = written(tmp_path / "test.json", {**QUESTIONS, "data_subtype": "test2015"})

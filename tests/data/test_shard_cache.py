@@ -1,4 +1,5 @@
-"""Shards under URLs: the batches of the directory, whole copies or none, a bounded cache that processes share."""
+"""Shards under URLs: the same batches as from the directory, complete copies or none, and a bounded cache
+shared by processes."""
 
 import http.server
 import shutil
@@ -28,7 +29,7 @@ SHARDS, SAMPLES = 5, 4
 
 
 class Faulty(MemoryFileSystem):
-    """Memory whose fetches fail as `faults` say, the next one first: "broken" or "short"."""
+    """A memory file system whose fetches fail as `faults` say, in order: "broken" or "short"."""
 
     faults: list[str]
     fetched: list[str]
@@ -54,7 +55,8 @@ def faulty_memory(monkeypatch) -> None:
 def directory(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("shards")
     images = [odd_files.encoded(odd_files.picture(30, 20, seed=i), "PNG") for i in range(SHARDS * SAMPLES)]
-    write_shards([Sample(f"{i:02d}", image, {"captions": [f"picture {i}"]}) for i, image in enumerate(images)],
+    write_shards([Sample(f"{i:02d}", image, {"captions": [f"picture {i}"]})
+                  for i, image in enumerate(images)],
                  folder / "good", samples_per_shard=SAMPLES)
     return folder / "good"
 
@@ -70,8 +72,8 @@ def url(directory: Path) -> str:
 
 
 def train_input(root: str | Path, cache: Path, gigabytes: float = 1.0) -> TrainInput:
-    return TrainInput(InputConfig([Source("pictures", str(root))], image_size=16, batch_size=4, shuffle_buffer=6,
-                                  threads=1, cache=str(cache), cache_gb=gigabytes))
+    return TrainInput(InputConfig([Source("pictures", str(root))], image_size=16, batch_size=4,
+                                  shuffle_buffer=6, threads=1, cache=str(cache), cache_gb=gigabytes))
 
 
 def epochs(source: TrainInput, count: int) -> list:
@@ -79,7 +81,8 @@ def epochs(source: TrainInput, count: int) -> list:
 
 
 def same(ours: list, theirs: list) -> bool:
-    return all(torch.equal(a.images, b.images) and a.keys == b.keys for a, b in zip(ours, theirs, strict=True))
+    return all(torch.equal(a.images, b.images) and a.keys == b.keys
+               for a, b in zip(ours, theirs, strict=True))
 
 
 def test_a_url_gives_the_batches_of_the_directory(directory, url, tmp_path) -> None:
@@ -94,7 +97,7 @@ def test_a_url_gives_the_batches_of_the_directory(directory, url, tmp_path) -> N
 
 
 def test_shards_are_fetched_when_they_are_needed(url, tmp_path) -> None:
-    """Opening fetches nothing but the first batches' shards; a share of five fetches its own alone."""
+    """Opening fetches only the first batches' shards; one share of five fetches only its own."""
     config = InputConfig([Source("a", url)], image_size=16, batch_size=2, shuffle_buffer=2, threads=1,
                          cache=str(tmp_path))
     share = TrainInput(config, rank=0, world_size=5)
@@ -115,7 +118,8 @@ def test_what_fails_for_good_is_named(directory, url, tmp_path) -> None:
     (shard, *_), tar = read_index(directory).shards, (directory / "000000.tar").read_bytes()
     where = f"{url}/000000.tar"
     for content, words in [
-        (tar[:600], rf"{where} was not fetched in 5 attempts: it has 600 of {shard.bytes:,} bytes: upload it again"),
+        (tar[:600],
+         rf"{where} was not fetched in 5 attempts: it has 600 of {shard.bytes:,} bytes: upload it again"),
         (tar[:-1] + b"x", "its SHA-256 is not the one in shards.json"),
     ]:
         files.pipe_file("/bucket/000000.tar", content)
@@ -130,12 +134,14 @@ def test_what_fails_for_good_is_named(directory, url, tmp_path) -> None:
         ShardCache(tmp_path / "other", 10**9).open(f"{url}/000001.tar", read_index(directory).shards[1])
     with pytest.raises(FileNotFoundError, match=r"memory://nowhere holds no shards.json"):
         read_index("memory://nowhere")
-    with pytest.raises(OSError, match=r"nonsense://x/shards.json cannot be read: Protocol not known: nonsense"):
+    with pytest.raises(OSError,
+                       match=r"nonsense://x/shards.json cannot be read: Protocol not known: nonsense"):
         read_index("nonsense://x")
 
 
 def test_the_cache_is_kept_to_its_limit(directory, url, tmp_path) -> None:
-    """Three of five tars have room: all is read still, what is open too, and the rest is fetched again."""
+    """There is room for three of five tars. All samples are still read, open tars included; the rest is
+    fetched again."""
     size = max(shard.bytes for shard in read_index(directory).shards)
     remote, most = train_input(url, tmp_path / "cache", 3 * size / 1e9), 0
     ours = []
@@ -145,11 +151,11 @@ def test_the_cache_is_kept_to_its_limit(directory, url, tmp_path) -> None:
             most = max(most, size_of_tars(tmp_path / "cache"))
     assert same(ours, epochs(train_input(directory, tmp_path), 3))
     assert len(Faulty.fetched) > SHARDS
-    assert most <= 4 * size  # one may just have come
+    assert most <= 4 * size  # one tar may have just arrived
 
 
 def size_of_tars(folder: Path) -> int:
-    """Of a cache whose threads fetch and remove meanwhile: a file may be gone once it is looked at."""
+    """The size of a cache's tars. Other threads fetch and remove meanwhile, so a listed file may be gone."""
     total = 0
     for path in folder.glob("*.tar"):
         with suppress(FileNotFoundError):
@@ -189,7 +195,9 @@ def test_processes_share_a_cache_and_each_tar_is_fetched_once(directory, tmp_pat
     assert len((tmp_path / "log").read_text().splitlines()) == SHARDS
 
 
-def test_a_process_killed_while_it_fetches_leaves_nothing_that_is_taken_for_whole(directory, tmp_path) -> None:
+def test_a_process_killed_while_it_fetches_leaves_nothing_that_is_taken_for_whole(
+    directory, tmp_path
+) -> None:
     process = open_all(directory, tmp_path, 60)
     until(lambda: list((tmp_path / "cache").glob("*.part")) or process.poll() is not None)
     process.send_signal(signal.SIGKILL)
@@ -199,7 +207,7 @@ def test_a_process_killed_while_it_fetches_leaves_nothing_that_is_taken_for_whol
 
 
 class CutsTheFirst(http.server.SimpleHTTPRequestHandler):
-    """Ends the first answer with a tar in its middle; the header has promised all of it."""
+    """Cuts the first response with a tar short, although its header promised the whole file."""
 
     cut = False
 

@@ -1,4 +1,4 @@
-"""Several sources in every batch: how large their shares are, how each goes round, and that a resume is exact."""
+"""Several sources in every batch: the sizes of their shares, their separate epochs, and exact resumes."""
 
 from collections import Counter
 from dataclasses import replace
@@ -38,7 +38,8 @@ def roots(tmp_path_factory) -> dict[str, Path]:
 
 def config(roots: dict[str, Path], weights: dict[str, float | None], **options) -> InputConfig:
     sources = [Source(name, str(roots[name]), weight) for name, weight in weights.items()]
-    return InputConfig(sources, **({"image_size": 16, "batch_size": 10, "shuffle_buffer": 12, "threads": 1} | options))
+    return InputConfig(sources, **({"image_size": 16, "batch_size": 10, "shuffle_buffer": 12, "threads": 1}
+                                   | options))
 
 
 def take(source: TrainInput, count: int) -> list:
@@ -58,7 +59,7 @@ def test_every_batch_holds_each_source_by_its_weight(roots) -> None:
 
 
 def test_each_source_goes_round_by_itself(roots) -> None:
-    """12 of 3 a batch are gone after 4 batches, 31 of 6 after 5; none repeats before."""
+    """12 samples at 3 per batch last 4 batches, 31 at 6 per batch last 5; none repeats before that."""
     source = TrainInput(config(roots, {"human": 3, "web": 6, "synthetic": 1}))
     assert source.steps_per_epoch == sum(COUNTS.values()) // 10
     keys = [batch.keys for batch in take(source, 20)]
@@ -93,7 +94,8 @@ def test_what_differs_is_named(roots) -> None:
     weights = {"human": 3, "web": 7}
     state = TrainInput(config(roots, weights)).state_dict()
     for changed, words in [
-        ({"human": 4, "web": 6}, "human's images of a batch was 3, is 4, web's images of a batch was 7, is 6"),
+        ({"human": 4, "web": 6},
+         "human's images of a batch was 3, is 4, web's images of a batch was 7, is 6"),
         ({"human": 3, "web": 6, "synthetic": 1}, "sources was human, web, is human, web, synthetic"),
         ({"human": 3}, "web's shards was [0-9a-f]{64}, is None"),
     ]:
@@ -106,7 +108,7 @@ def test_what_differs_is_named(roots) -> None:
 
 
 def test_a_sample_is_drawn_alike_whichever_share_reads_it(roots) -> None:
-    """So a run goes on with the same pictures on another number of ranks."""
+    """So a run continues with the same pictures on another number of ranks."""
 
     def first_epoch(ranks: int) -> dict[str, torch.Tensor]:
         alone = config(roots, {"human": None}, batch_size=1)
@@ -150,7 +152,8 @@ def test_shares_are_rounded_by_largest_remainder(weights: list[float], batch_siz
     assert not rounded_up or not rounded_down or min(rounded_up) >= max(rounded_down) - 1e-9
 
 
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.integers(1, 4), st.integers(1, 5), st.integers(1, 40))
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.integers(1, 4), st.integers(1, 5),
+       st.integers(1, 40))
 def test_an_order_is_complete_and_knows_its_shards_ahead(counts, world_size, per_batch, buffer) -> None:
     shares = [Order(counts, per_batch, buffer, (3, 1), rank, world_size) for rank in range(world_size)]
     for epoch in range(2 if shares[0].steps else 0):
@@ -161,11 +164,12 @@ def test_an_order_is_complete_and_knows_its_shards_ahead(counts, world_size, per
                 assert {shard for shard, _ in places} <= set(share.shards_ahead(step))
                 assert all(0 <= sample < counts[shard] for shard, sample in places)
                 seen += places
-        assert len(set(seen)) == len(seen) == world_size * per_batch * (sum(counts) // world_size // per_batch)
+        assert (len(set(seen)) == len(seen)
+                == world_size * per_batch * (sum(counts) // world_size // per_batch))
 
 
 def test_a_buffer_of_one_keeps_neighbours_together() -> None:
-    """Twins stand side by side in their shard, and a batch of an even size must hold both."""
+    """Twins are neighbours in their shard, and a batch of even size must hold both."""
     order = Order([10, 20, 10], 4, 1, (0, 0), 1, 2)
     for number in range(3 * order.steps):
         places = order.batch(number)

@@ -1,5 +1,5 @@
-"""What VQA, NLVR2 and VisDial are trained on: questions with answers, pairs of images and dialogues, from annotations
-to batches."""
+"""Training data of VQA, NLVR2 and VisDial, from annotations to batches: questions with answers, pairs of
+images, dialogues."""
 
 import json
 from pathlib import Path
@@ -41,16 +41,17 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def pairs(folder: Path) -> Path:
-    """A PNG with a WebP each, some sentences true."""
-    rows = [{"image": f"{i}.png", "second_image": f"{i}.webp", "caption": f"Sentence {i}.", "label": i % 3 == 0}
+    """Pairs of a PNG and a WebP; some of the sentences are true."""
+    rows = [{"image": f"{i}.png", "second_image": f"{i}.webp", "caption": f"Sentence {i}.",
+             "label": i % 3 == 0}
             for i in range(ROWS)]
     pack(folder, write(folder, rows), folder / "pairs", samples_per_shard=4)
     return folder / "pairs"
 
 
 def config(shards: Path, **options) -> InputConfig:
-    return InputConfig([Source("data", str(shards))], image_size=SIZE, batch_size=3, crop_scale=None, flip=False,
-                       rand_augment=False, shuffle_buffer=4, threads=1, **options)
+    return InputConfig([Source("data", str(shards))], image_size=SIZE, batch_size=3, crop_scale=None,
+                       flip=False, rand_augment=False, shuffle_buffer=4, threads=1, **options)
 
 
 def test_a_pair_is_read_as_two_images_in_their_order(folder, pairs):
@@ -60,13 +61,15 @@ def test_a_pair_is_read_as_two_images_in_their_order(folder, pairs):
         assert batch.images.shape == (3, 2, 3, SIZE, SIZE)
         for images, record, caption in zip(batch.images, batch.records, batch.captions, strict=True):
             number = int(Path(record["image"]).stem)
-            expected = evaluation_transform([load_image(folder / f"{number}{end}") for end in (".png", ".webp")], SIZE)
+            expected = evaluation_transform([load_image(folder / f"{number}{end}")
+                                             for end in (".png", ".webp")], SIZE)
             assert (images - expected).abs().mean() < 0.02 < (images - expected.flip(0)).abs().mean()
             assert (caption, record["label"]) == (f"sentence {number}", number % 3 == 0)
             seen.add(number)
     assert seen == set(range(ROWS))
     assert [image.load().size for image in annotated_images(pairs, None)] == [(40, 40)] * ROWS
-    assert all(sample.second == (folder / sample.record["second_image"]).read_bytes() for sample in iterate(pairs))
+    assert all(sample.second == (folder / sample.record["second_image"]).read_bytes()
+               for sample in iterate(pairs))
 
 
 def test_labels_and_sentences_become_a_batch(pairs):
@@ -111,9 +114,11 @@ def test_shards_without_second_images_are_refused(folder, tmp_path):
 
 def test_questions_of_one_picture_are_samples_of_their_own(folder, tmp_path):
     answers = [["Red", "red", "red"], {"two": 0.2}, ["a dog", "dog"]]
-    rows = [{"image": "3.png", "question": f'What is "it" #{i}?', "answers": given} for i, given in enumerate(answers)]
+    rows = [{"image": "3.png", "question": f'What is "it" #{i}?', "answers": given}
+            for i, given in enumerate(answers)]
     pack(folder, write(folder, rows), tmp_path / "shards")
-    assert (read_index(tmp_path / "shards").samples, read_index(tmp_path / "shards").without_caption) == (3, 0)
+    assert (read_index(tmp_path / "shards").samples,
+            read_index(tmp_path / "shards").without_caption) == (3, 0)
     read = next(iter(TrainInput(config(tmp_path / "shards"))))
     words = ["what", "is", "it", "0", "1", "2", "?", "red", "two", "a", "dog"]
     tokenizer = Tokenizer([*BERT_TOKENS, *words])
@@ -122,10 +127,12 @@ def test_questions_of_one_picture_are_samples_of_their_own(folder, tmp_path):
     order = [record["answers"] for record in read.records]
     for i, question in enumerate(rows_of(batch.questions)):
         number = answers.index(order[i])
-        assert question == [tokenizer.enc_id, *tokenizer.encode(f"what is it {number} ?")[1:5], tokenizer.sep_id]
+        assert question == [tokenizer.enc_id, *tokenizer.encode(f"what is it {number} ?")[1:5],
+                            tokenizer.sep_id]
     given = {(tokenizer.decode(text), round(weight, 6)) for text, weight in
              zip(rows_of(batch.answers), batch.weights.tolist(), strict=True)}
-    assert given == {("red", round(1 / 3, 6)), ("red", round(2 / 3, 6)), ("two", 0.2), ("a dog", 0.5), ("dog", 0.5)}
+    assert given == {("red", round(1 / 3, 6)), ("red", round(2 / 3, 6)), ("two", 0.2), ("a dog", 0.5),
+                     ("dog", 0.5)}
     assert batch.question_of.tolist() == [i for i, of in enumerate(order) for _ in dict.fromkeys(of)]
     np.testing.assert_allclose(torch.bincount(batch.question_of, batch.weights).numpy(),
                                [0.2 if isinstance(of, dict) else 1.0 for of in order], rtol=1e-6)
@@ -136,19 +143,21 @@ def rows_of(texts) -> list[list[int]]:
 
 
 def test_captions_are_no_questions(folder, tmp_path):
-    pack(folder, write(folder, [{"image": f"{i}.png", "caption": "a"} for i in range(3)]), tmp_path / "shards")
+    pack(folder, write(folder, [{"image": f"{i}.png", "caption": "a"} for i in range(3)]),
+         tmp_path / "shards")
     read = next(iter(TrainInput(config(tmp_path / "shards"))))
     with pytest.raises(ValueError, match=r'png has no question with answers: VQA needs rows with "question"'):
         QuestionBatch.collate(read, Tokenizer([*BERT_TOKENS]), 35, 50)
 
 
 ANSWERS = ["red", "two", "a dog", "left", "dog", "what"]
-SPEAKER = Tokenizer([*BERT_TOKENS, "what", "is", "it", "red", "two", "a", "dog", "left", "?", *map(str, range(ROWS))])
+SPEAKER = Tokenizer([*BERT_TOKENS, "what", "is", "it", "red", "two", "a", "dog", "left", "?",
+                     *map(str, range(ROWS))])
 
 
 def test_dialogues_become_texts_with_right_and_wrong_answers(folder, tmp_path):
-    """Each round's right answer first, then others of its candidates, drawn anew for another batch; a round without
-    candidates is history alone."""
+    """Each round has its right answer first, then other candidates, which are drawn again for another batch.
+    A round without candidates is only history."""
     dialog = [{"question": "what is it?", "answer": "a dog", "candidates": ANSWERS, "right": 2},
               {"question": "is it red?", "answer": "red"},
               {"question": "left?", "candidates": ANSWERS[::-1], "right": 1}]
@@ -178,7 +187,8 @@ def test_dialogues_become_texts_with_right_and_wrong_answers(folder, tmp_path):
                 drawn.append(tuple(ends))
     assert len(set(drawn)) > len(drawn) / 2
 
-    short = DialogueBatch.collate(batches[0], SPEAKER, len(starts[1]) + 1)  # the first round gives way
+    # the first round is dropped to fit
+    short = DialogueBatch.collate(batches[0], SPEAKER, len(starts[1]) + 1)
     assert int(short.texts.lengths.max()) <= len(starts[1]) + 1
     assert rows_of(short.texts)[1 + WRONG][:2] == [SPEAKER.enc_id, *SPEAKER.encode("is")[1:2]]
 
@@ -187,12 +197,15 @@ def turn(text: str, ended: bool = False) -> list[int]:
     return SPEAKER.encode(text)[1 : None if ended else -1]
 
 
-@pytest.mark.parametrize("dialog", [None, [{"question": "a", "answer": "b"}], [{"question": "a", "candidates": ["b"]}]])
+@pytest.mark.parametrize("dialog", [None, [{"question": "a", "answer": "b"}],
+                                    [{"question": "a", "candidates": ["b"]}]])
 def test_rows_without_rounds_to_rank_are_no_training_data_of_dialogues(folder, tmp_path, dialog):
-    rows = [{"image": f"{i}.png", "caption": "a", **({} if dialog is None else {"dialog": dialog})} for i in range(3)]
+    rows = [{"image": f"{i}.png", "caption": "a", **({} if dialog is None else {"dialog": dialog})}
+            for i in range(3)]
     pack(folder, write(folder, rows), tmp_path / "shards")
     read = next(iter(TrainInput(config(tmp_path / "shards"))))
-    with pytest.raises(ValueError, match=r'png has no round with "candidates" and "right": VisDial needs rows'):
+    with pytest.raises(ValueError,
+                       match=r'png has no round with "candidates" and "right": VisDial needs rows'):
         DialogueBatch.collate(read, Tokenizer([*BERT_TOKENS, "a", "b"]), 35)
 
 

@@ -1,6 +1,6 @@
 """What docs/architecture.md says of the layout, read from the source by `ast`.
 
-A room is a folder. Where a folder has rooms of its own, each module that lies beside them is a room by itself.
+A room is a folder. In a folder that contains rooms, each module next to them is a room by itself.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = {"blip_kernels": ROOT / "kernels/blip_kernels", "blip_fast": ROOT / "blip_fast",
-            "blip_train": ROOT / "train/blip_train", "blip_bench": ROOT / "benchmarks/blip_bench"}  # arrows go up
+            # arrows go up
+            "blip_train": ROOT / "train/blip_train", "blip_bench": ROOT / "benchmarks/blip_bench"}
 PRODUCT = ("blip_kernels", "blip_fast", "blip_train")
 MOST_FILES = 15
 Arrows = Mapping[str, set[str]]
@@ -35,7 +36,7 @@ WITH_ROOMS = {room.rpartition(".")[0] for room in ROOMS}
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
-    """Modules, imported at the top or within a function."""
+    """The modules that are imported, at the top or within functions."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -47,7 +48,8 @@ def imported(tree: ast.AST) -> Iterator[str]:
 
 
 def arrows_between_modules() -> Arrows:
-    return {name: {target for target in imported(ast.parse(path.read_text())) if target in MODULES and target != name}
+    return {name: {target for target in imported(ast.parse(path.read_text()))
+                   if target in MODULES and target != name}
             for name, path in MODULES.items()}
 
 
@@ -64,7 +66,7 @@ def arrows_between_rooms(arrows: Arrows) -> Arrows:
 
 
 def circle(arrows: Arrows) -> list[str]:
-    """One of them, or nothing."""
+    """A circle of arrows, or an empty list if there is none."""
     done: set[str] = set()
 
     def walk(name: str, path: list[str]) -> list[str]:
@@ -120,10 +122,11 @@ def test_a_room_is_small_and_says_what_it_is(room):
 
 
 def test_modules_have_names_of_their_own():
-    """All but commands, which are named as they are typed."""
+    """All except commands, whose modules are named as they are typed."""
     places = defaultdict(list)
     for name, path in MODULES.items():
-        if path.stem not in ("__init__", "__main__") and name.startswith(PRODUCT) and "commands" not in name.split("."):
+        is_command = "commands" in name.split(".")
+        if path.stem not in ("__init__", "__main__") and name.startswith(PRODUCT) and not is_command:
             places[path.stem].append(name)
     assert {stem: names for stem, names in places.items() if len(names) > 1} == {}
 

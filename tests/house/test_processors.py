@@ -1,7 +1,7 @@
-"""Training, captions, scores and the server in every precision, on whatever processor this is.
+"""Training, captions, scores and the server in every precision, on this processor.
 
-`make test-processors` runs these again as on processors that lack AVX-512 (then bfloat16 and 8-bit integers have no
-products in hardware) and AVX2: right results do not depend on that, only speed may.
+`make test-processors` runs these tests again as on processors without AVX-512 (and so without products of
+bfloat16 and 8-bit integers) and without AVX2. Only speed may depend on that, not results.
 """
 
 import json
@@ -45,18 +45,20 @@ def pictures(tmp_path_factory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def model(pictures, tmp_path_factory) -> Path:
-    """A small model that knows the five captions of five pictures by heart, so that none hangs on a rounding."""
+    """A small model that has memorised five pictures' captions, so that none depends on rounding."""
     tokenizer = Tokenizer.train(CAPTIONS, 300)
     config = BlipConfig(
         VisionConfig(32, 16, 64, 2, 2), TextConfig(tokenizer.vocab_size, 64, 2, 2, 128),
-        SpecialTokens(tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.bos_id, tokenizer.enc_id),
+        SpecialTokens(tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.bos_id,
+                      tokenizer.enc_id),
         embed_dim=32)
     torch.manual_seed(0)
     trained, directory = BlipModel(config), tmp_path_factory.mktemp("model")
     pixels = evaluation_transform([load_image(path) for path in pictures], 32)
     texts = tokenizer.pack(CAPTIONS, "[DEC]")
     ends = texts.offsets[1:] - 1
-    inner = torch.ones(len(texts.token_ids), dtype=torch.bool).index_fill(0, ends.long(), False)  # has a next token
+    # rows that have a next token
+    inner = torch.ones(len(texts.token_ids), dtype=torch.bool).index_fill(0, ends.long(), False)
     optimizer = torch.optim.Adam(trained.parameters(), lr=2e-3)
     for _ in range(120):
         image_kv = trained.stack("decoder").image_kv(trained.encode_images(pixels))
@@ -78,21 +80,22 @@ def in_float32(model, pictures) -> list[str]:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_twenty_steps(scenes, tmp_path, precision):
-    """The first loss is float32's up to rounding, and it falls."""
+    """The first loss equals that in float32 up to rounding, and the loss falls."""
     short = ["--schedule.max_steps", str(STEPS), "--runtime.save_every", "1000", "--evaluation.images", "0"]
     done = blip_fast_train(scenes, tmp_path, *short, "--runtime.precision", precision)
     assert done.returncode == 0, done.stderr
     found = losses(tmp_path)
     assert [step for step, *_ in found] == list(range(1, STEPS + 1))
     assert all(math.isfinite(loss) for row in found for loss in row)
-    assert found[0][3] == pytest.approx(math.log(200), rel=0.1)  # of a word among 200, before anything is learnt
+    # a uniform guess among 200 words, before training
+    assert found[0][3] == pytest.approx(math.log(200), rel=0.1)
     assert found[-1][3] < found[0][3] - 0.5
 
 
 @pytest.mark.parametrize("dtype", [*PRECISIONS, "int8"])
 @pytest.mark.parametrize("beams", [1, 3])
 def test_captions_in_every_precision(model, pictures, in_float32, capsys, dtype, beams):
-    """The demo's last stage in small: no caption changes."""
+    """The demo's last stage with a small model: no caption changes."""
     arguments = ["caption", "--model", str(model), "--json", "--dtype", dtype, "--beams", str(beams)]
     assert main([*arguments, *map(str, pictures)]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -106,13 +109,14 @@ def test_float16_runs_or_is_refused_in_one_sentence(model, pictures, in_float32,
         assert status == 0 and [json.loads(line)["caption"] for line in out.splitlines()] == in_float32
     else:
         assert status == 2 and err.count("\n") == 1 and "float16" in err
-        assert processor.has_bfloat16() or "bfloat16" not in err  # what is slow here is not advised
+        assert processor.has_bfloat16() or "bfloat16" not in err  # a slow dtype is not recommended
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "auto", "int8"])
 def test_scores_in_every_precision(model, pictures, in_float32, capsys, dtype):
     def scores(dtype: str) -> torch.Tensor:
-        assert main(["score", "--model", str(model), "--json", "--dtype", dtype, str(pictures[0]), *in_float32]) == 0
+        assert main(["score", "--model", str(model), "--json", "--dtype", dtype, str(pictures[0]),
+                     *in_float32]) == 0
         rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         return torch.tensor([[row["itm"], row["itc"]] for row in rows])
 
@@ -121,10 +125,10 @@ def test_scores_in_every_precision(model, pictures, in_float32, capsys, dtype):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "auto", "int8"])
 def test_an_index_in_every_precision(model, pictures, in_float32, tmp_path, capsys, dtype):
-    """Found are the same pictures with the same figures as in float32, and the index is not taken for another's."""
+    """The same pictures with the same scores as in float32. Indexing again is not refused."""
     def found(dtype: str) -> dict[str, list[float]]:
         index = str(tmp_path / dtype)
-        for _ in range(2):  # the second time nothing is new
+        for _ in range(2):  # the second time there is nothing new
             assert main(["search", "index", "--index", index, "--model", str(model), "--dtype", dtype,
                          *map(str, pictures)]) == 0
         capsys.readouterr()
@@ -139,14 +143,14 @@ def test_an_index_in_every_precision(model, pictures, in_float32, tmp_path, caps
 
 
 def test_a_served_request(model, pictures, in_float32):
-    """With the server's own choice of a precision."""
+    """In the precision that the server chooses itself."""
     with served("--model", model, "--decoders", 1) as server:
         told = server.caption([path.read_bytes() for path in pictures]).json()
     assert [row["captions"][0]["text"] for row in told["results"]] == in_float32
 
 
 def test_the_default_precision(model, pictures, in_float32):
-    """What has products here is chosen, and named."""
+    """A precision with products on this processor is chosen, and printed."""
     captioner = Captioner.from_pretrained(model)
     chosen = captioner.model.stack("decoder").word_embeds.weight.dtype
     assert chosen == (torch.bfloat16 if processor.has_bfloat16() else torch.float32)

@@ -1,8 +1,8 @@
-"""An installation without Triton, DALI and DeepSpeed, as macOS, Windows and many an aarch64 machine have it: all
-inference runs, and training says in one sentence what it lacks.
+"""An installation without Triton, DALI and DeepSpeed, as on macOS, Windows and many aarch64 machines: all
+inference works, and training says in one sentence what is missing.
 
-The packages are blocked in a process of its own, with what Windows' Python lacks: that shows imports and calls, no
-more.
+The packages, and the functions that Python lacks on Windows, are blocked in a separate process. This tests
+imports and calls only.
 """
 
 import json
@@ -22,8 +22,8 @@ from serving import photos, write_model
 from blip_fast.cli import main
 from blip_fast.data.shards.shards import OpenShard, Sample, write_shards
 
-BLOCKED = ["triton", "nvidia", "deepspeed", "torchao", "peft", "tensorboard", "ray", "faiss", "usearch", "pyarrow",
-           "fcntl", "resource"]
+BLOCKED = ["triton", "nvidia", "deepspeed", "torchao", "peft", "tensorboard", "ray", "faiss",
+           "usearch", "pyarrow", "fcntl", "resource"]
 BLOCK = f"""
 import os, signal, sys
 from importlib.machinery import PathFinder
@@ -52,7 +52,7 @@ print(json.dumps(done))
 
 
 def without_packages(commands: list[list[str]]) -> list[tuple[int, str, str]]:
-    """Exit status, output and errors of each command, run one after the other in a process without the packages."""
+    """Exit status, output and errors of each command, all run in one process without the packages."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", CHILD], input=json.dumps(commands),
                           capture_output=True, text=True, env=environment)
@@ -62,7 +62,7 @@ def without_packages(commands: list[list[str]]) -> list[tuple[int, str, str]]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A captioner with heads of matching, an answerer, pictures with captions, and shards of them."""
+    """A captioner with matching heads, an answerer, pictures with captions, and shards of them."""
     root = tmp_path_factory.mktemp("place")
     write_model(root / "model", "tied")
     write_model(root / "answerer", "untied")
@@ -79,8 +79,9 @@ def place(tmp_path_factory) -> Path:
 
 
 def test_inference_gives_the_same(place, capsys):
-    """Every command that runs a model ends well, and prints what it prints where all packages are."""
-    model, answerer, pictures = f"--model={place / 'model'}", f"--model={place / 'answerer'}", str(place / "pictures")
+    """Every command that runs a model succeeds, and prints the same as with all packages."""
+    model, answerer = f"--model={place / 'model'}", f"--model={place / 'answerer'}"
+    pictures = str(place / "pictures")
     picture, tar = str(place / "pictures" / "0.jpg"), str(next((place / "shards").glob("*.tar")))
     alike = [
         ["caption", model, "--json", "--dtype", "float32", "--beams", "2", pictures, tar],
@@ -107,7 +108,7 @@ def test_inference_gives_the_same(place, capsys):
 
 
 def _rows(output: str) -> list[dict]:
-    """What a command printed, less how long it took."""
+    """The rows that a command printed, without durations."""
     rows = [json.loads(line) for line in output.splitlines()]
     return [{name: value for name, value in row.items() if "second" not in name} for row in rows]
 
@@ -123,8 +124,9 @@ def test_what_is_lacking_is_one_sentence(place):
         ("data", "pack", "tests", "--output", "packed"): ("nvidia", "[dali-cuda12]"),
         ("kernels",): ("triton",),
     }
-    if not processor.has_int8():  # else nothing is lacking
-        named["caption", f"--model={place / 'model'}", "--dtype=int8", str(place / "pictures")] = ("torchao", "[int8]")
+    if not processor.has_int8():  # otherwise nothing is missing
+        command = "caption", f"--model={place / 'model'}", "--dtype=int8", str(place / "pictures")
+        named[command] = ("torchao", "[int8]")
     found = without_packages([list(command) for command in named])
     for (command, names), (status, output, error) in zip(named.items(), found, strict=True):
         assert status == 2 and not output and error.count("\n") == 1, (command, error)
@@ -142,7 +144,7 @@ def test_a_shard_is_read_alike_without_pread(place, monkeypatch):
 
 
 def test_the_server_imports():
-    """All of it, its processes' code too, without the packages."""
+    """The server and the code of its processes can be imported without the packages."""
     code = BLOCK + "import blip_fast.serve.server, blip_fast.serve.workers.decoder, blip_fast.serve.workers.worker"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

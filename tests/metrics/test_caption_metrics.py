@@ -1,4 +1,5 @@
-"""Caption metrics against the textbook formulas, against pycocoevalcap run by itself, and by hand."""
+"""Caption metrics compared with textbook formulas, with pycocoevalcap run by itself, and with values computed
+by hand."""
 
 import math
 import random
@@ -19,7 +20,7 @@ needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="needs Java
 
 SUBJECTS, VERBS, PLACES = ("a dog", "the dog", "two men", "a girl"), ("runs", "is running", "stands"), (
     "on the grass", "on a beach", "in the snow near a dog")
-SAID = {  # a text: its words as the Penn Treebank has them, punctuation left out
+SPLIT = {  # a text: its words as the Penn Treebank has them, punctuation left out
     "A man's dog doesn't run.": "a man 's dog does n't run",
     "Two-story T-shirt, e.g. 3,000 people; 2.5 dogs!": "two-story t-shirt e.g 3,000 people 2.5 dogs",
     "I can't, they cannot; we won't -- they're \"quoted\"": "i ca n't they can not we wo n't they 're quoted",
@@ -32,7 +33,8 @@ SAID = {  # a text: its words as the Penn Treebank has them, punctuation left ou
 def some_captions(count: int, seed: int) -> tuple[list[str], list[list[str]]]:
     rng = random.Random(seed)
     caption = lambda: " ".join(rng.choice(part) for part in (SUBJECTS, VERBS, PLACES)[: rng.randint(1, 3)])  # noqa: E731
-    return [caption() for _ in range(count)], [[caption() for _ in range(rng.randint(1, 4))] for _ in range(count)]
+    return [caption() for _ in range(count)], [[caption() for _ in range(rng.randint(1, 4))]
+                                               for _ in range(count)]
 
 
 def grams(text: str, n: int) -> Counter:
@@ -41,7 +43,8 @@ def grams(text: str, n: int) -> Counter:
 
 
 def bleu(captions, references, most):
-    """Papineni et al. 2002, over the corpus; the reference length is the closest one, the shorter of two."""
+    """Papineni et al. 2002, over the corpus. The reference length is the closest one, or the shorter of two
+    equally close."""
     precisions = []
     for n in range(1, most + 1):
         right = total = 0
@@ -59,7 +62,8 @@ def bleu(captions, references, most):
 
 
 def cider(captions, references):
-    """CIDEr-D, Vedantam et al. 2015: clipped cosines of tf-idf, a Gaussian of the lengths' difference (σ = 6)."""
+    """CIDEr-D, Vedantam et al. 2015: clipped cosines of tf-idf, a Gaussian of the lengths' difference (σ =
+    6)."""
     images, scores = len(captions), []
     seen = Counter(gram for texts in references
                    for gram in {gram for text in texts for n in range(1, 5) for gram in grams(text, n)})
@@ -68,14 +72,15 @@ def cider(captions, references):
         return {gram: count * math.log(images / max(1, seen[gram])) for gram, count in grams(text, n).items()}
 
     def length(text):
-        return max(0, len(text.split()) - 1)  # counted in pairs of words, as the published code does
+        return max(0, len(text.split()) - 1)  # counted in pairs of words, as in the published code
 
     for caption, texts in zip(captions, references, strict=True):
         score = 0.0
         for text in texts:
             for n in range(1, 5):
                 ours, theirs = weights(caption, n), weights(text, n)
-                dot = sum(min(value, theirs.get(gram, 0)) * theirs.get(gram, 0) for gram, value in ours.items())
+                dot = sum(min(value, theirs.get(gram, 0)) * theirs.get(gram, 0)
+                          for gram, value in ours.items())
                 norms = math.hypot(*ours.values()) * math.hypot(*theirs.values())
                 gauss = math.exp(-((length(caption) - length(text)) ** 2) / 72)
                 score += dot / (norms or 1) * gauss / 4 / len(texts)
@@ -84,7 +89,7 @@ def cider(captions, references):
 
 
 def rouge_l(caption, texts):
-    """Lin 2004, β = 1.2, precision and recall each of the best reference."""
+    """Lin 2004, β = 1.2; precision and recall are each the best over the references."""
     def common(a, b):
         row = [0] * (len(b) + 1)
         for word in a:
@@ -112,13 +117,14 @@ def test_figures_are_those_of_the_formulas(seed):
 
 
 def test_by_hand():
-    """4 of 5 words, 2 of 4 pairs, and 6 words would be the closest length; the longest common subsequence is 4."""
+    """4 of 5 words and 2 of 4 pairs match; the closest reference length is 6 words; the longest common
+    subsequence is 4."""
     found = CaptionMetrics("java-free")(["a dog sat on mats"], [["A dog lay on mats, asleep."]])
     brevity = math.exp(1 - 6 / 5)
     assert found["bleu_1"] == pytest.approx(4 / 5 * brevity)
     assert found["bleu_2"] == pytest.approx(math.sqrt(4 / 5 * 2 / 4) * brevity)
     assert found["rouge_l"] == pytest.approx((2.44 * 4 / 5 * 4 / 6) / (4 / 6 + 1.44 * 4 / 5))
-    assert found["cider"] == 0  # of one image alone
+    assert found["cider"] == 0  # always 0 for a single image
 
 
 def test_captions_of_people_score_highest_and_an_empty_one_nothing():
@@ -130,36 +136,38 @@ def test_captions_of_people_score_highest_and_an_empty_one_nothing():
     assert CaptionMetrics("java-free")(captions, references)["cider"] < best["cider"]
 
 
-@pytest.mark.parametrize("text", SAID)
+@pytest.mark.parametrize("text", SPLIT)
 def test_words(text):
-    assert words([text], [[text, "x"]]) == ({0: [SAID[text]]}, {0: [SAID[text], "x"]})
+    assert words([text], [[text, "x"]]) == ({0: [SPLIT[text]]}, {0: [SPLIT[text], "x"]})
 
 
 @needs_java
 def test_words_and_the_ptb_tokenizer_split_alike():
-    """But for the point behind an abbreviation, which PTB keeps."""
-    by_ptb = PTBTokenizer().tokenize({i: [{"caption": text}] for i, text in enumerate(SAID)})
-    assert [by_ptb[i][0].replace("e.g.", "e.g") for i in range(len(SAID))] == list(SAID.values())
+    """Except for the point after an abbreviation, which PTB keeps."""
+    by_ptb = PTBTokenizer().tokenize({i: [{"caption": text}] for i, text in enumerate(SPLIT)})
+    assert [by_ptb[i][0].replace("e.g.", "e.g") for i in range(len(SPLIT))] == list(SPLIT.values())
 
 
 @needs_java
 def test_photographs_score_as_by_pycocoevalcap_alone(photographs):
-    """Its own tokenizer and scorers, images in another order; a human caption stands for a written one."""
+    """With its own tokenizer and scorers, and images in another order. A human caption serves as the
+    generated one."""
     captions, references = ([texts[0] for texts in photographs.captions[:150]],
                             [texts[1:] for texts in photographs.captions[:150]])
     order = random.Random(0).sample(range(150), 150)
     human = PTBTokenizer().tokenize({i: [{"caption": text} for text in references[i]] for i in order})
     written = PTBTokenizer().tokenize({i: [{"caption": captions[i]}] for i in order})
-    expected = dict(zip([f"bleu_{n}" for n in range(1, 5)], Bleu(4).compute_score(human, written, verbose=0)[0],
-                        strict=True))
-    expected |= {"rouge_l": Rouge().compute_score(human, written)[0], "cider": Cider().compute_score(human, written)[0]}
+    expected = dict(zip([f"bleu_{n}" for n in range(1, 5)],
+                        Bleu(4).compute_score(human, written, verbose=0)[0], strict=True))
+    expected |= {"rouge_l": Rouge().compute_score(human, written)[0],
+                 "cider": Cider().compute_score(human, written)[0]}
     assert CaptionMetrics("java-free")(captions, references) == pytest.approx(expected, rel=1e-9)
 
 
 @needs_java
 @pytest.mark.slow
 def test_with_java():
-    """PTB takes U+2028 for a line's end; were it not replaced, all captions behind would move."""
+    """PTB takes U+2028 for a line end. If it were not replaced, all later captions would shift."""
     captions, references = some_captions(20, 7)
     captions[3], references[4] = "a dog\u2028runs on\nthe grass", ["a dog runs on the\x85beach", ""]
     found = CaptionMetrics("coco-without-spice")(captions, references)
@@ -194,7 +202,8 @@ def test_what_is_missing_is_named_before_work(monkeypatch, tmp_path):
 def test_what_cannot_be_scored():
     metrics = CaptionMetrics("java-free")
     for captions, references in ((["a", "b"], [["a"]]), (["a"], []), ([], [])):
-        with pytest.raises(ValueError, match=f"got {len(captions)} captions and the references of {len(references)} "):
+        with pytest.raises(ValueError,
+                           match=f"got {len(captions)} captions and the references of {len(references)} "):
             metrics(captions, references)
     with pytest.raises(ValueError, match="image 1 has no caption with a word"):
         metrics(["a", "b"], [["a"], ["", "?!"]])

@@ -1,4 +1,4 @@
-"""NLVR2's and VisDial's measures, by hand and by brute force."""
+"""NLVR2's and VisDial's measures, compared with values by hand and by brute force."""
 
 import math
 
@@ -14,7 +14,7 @@ from blip_fast.metrics.pairs import pair_accuracy, pair_consistency
 
 
 def test_pairs_by_hand():
-    """Sentence a: both right; b: one of two wrong; c: its only pair right."""
+    """Sentence a: both pairs right; b: one of two wrong; c: its only pair right."""
     judged, labels = [True, False, True, True, False], [True, False, True, False, False]
     assert pair_accuracy(judged, labels) == 0.8
     assert pair_consistency(judged, labels, ["a", "a", "b", "b", "c"]) == pytest.approx(2 / 3)
@@ -37,7 +37,8 @@ def test_pairs_that_cannot_be_counted():
 def test_dialog_by_hand():
     scores = torch.tensor([[0.9, 0.1, 0.5, 0.0], [0.9, 0.1, 0.5, 0.0], [0.3, 0.3, 0.3, 0.3]])
     found = dialog_figures(scores, torch.tensor([0, 1, 2]))  # ranks 1, 3 and, all tied, 4
-    assert found == pytest.approx({"mrr": (1 + 1 / 3 + 1 / 4) / 3, "r1": 1 / 3, "r5": 1, "r10": 1, "mean_rank": 8 / 3})
+    assert found == pytest.approx({"mrr": (1 + 1 / 3 + 1 / 4) / 3, "r1": 1 / 3, "r5": 1, "r10": 1,
+                                   "mean_rank": 8 / 3})
 
 
 def test_ndcg_by_hand():
@@ -45,12 +46,14 @@ def test_ndcg_by_hand():
     best = 1 + 0.5 / math.log2(3)
     relevance = torch.tensor([[0.5, 0.0, 1.0, 0.0]])
     assert ndcg(torch.tensor([[2.0, 1.0, 3.0, 0.0]]), relevance) == pytest.approx(1)
-    assert ndcg(torch.tensor([[3.0, 1.0, 2.0, 0.0]]), relevance) == pytest.approx((0.5 + 1 / math.log2(3)) / best)
+    assert ndcg(torch.tensor([[3.0, 1.0, 2.0, 0.0]]),
+                relevance) == pytest.approx((0.5 + 1 / math.log2(3)) / best)
     assert ndcg(torch.tensor([[0.0, 3.0, 2.0, 1.0]]), relevance) == pytest.approx(1 / math.log2(3) / best)
     assert ndcg(torch.tensor([[0.0, 3.0, 1.0, 2.0]]), relevance) == 0
     assert ndcg(torch.zeros(1, 4), relevance) == 0  # all tied: the irrelevant ones first
     assert ndcg(torch.ones(1, 4), torch.tensor([[0.5, 1, 1, 0.5]])) == pytest.approx(
-        (0.5 + 0.5 / math.log2(3) + 1 / 2 + 1 / math.log2(5)) / (1 + 1 / math.log2(3) + 0.5 / 2 + 0.5 / math.log2(5)))
+        (0.5 + 0.5 / math.log2(3) + 1 / 2 + 1 / math.log2(5))
+        / (1 + 1 / math.log2(3) + 0.5 / 2 + 0.5 / math.log2(5)))
 
 
 @settings(max_examples=80, deadline=None)
@@ -60,8 +63,8 @@ def test_dialog_by_sorting_with_what_is_wrong_first_among_equals(data, rounds, c
         return data.draw(st.lists(st.lists(values, min_size=candidates, max_size=candidates), min_size=rounds,
                                   max_size=rounds))
 
-    scores, right = table(st.integers(-2, 2)), data.draw(st.lists(st.integers(0, candidates - 1), min_size=rounds,
-                                                                  max_size=rounds))
+    scores, right = (table(st.integers(-2, 2)),
+                     data.draw(st.lists(st.integers(0, candidates - 1), min_size=rounds, max_size=rounds)))
     ranks = [1 + sorted(range(candidates), key=lambda j: (-row[j], j == at)).index(at)
              for row, at in zip(scores, right, strict=True)]
     found = dialog_figures(torch.tensor(scores).float(), torch.tensor(right))
@@ -73,9 +76,9 @@ def test_dialog_by_sorting_with_what_is_wrong_first_among_equals(data, rounds, c
     for row, at in zip(relevance, right, strict=True):
         row[at] = 1  # every round has a relevant candidate
     gains = []
-    for row, said in zip(relevance, scores, strict=True):
+    for row, scored in zip(relevance, scores, strict=True):
         dcg = [sum(row[j] / math.log2(place + 2) for place, j in enumerate(order[: sum(r > 0 for r in row)]))
-               for order in (sorted(range(candidates), key=lambda j: (-said[j], row[j])),
+               for order in (sorted(range(candidates), key=lambda j: (-scored[j], row[j])),
                              sorted(range(candidates), key=lambda j: -row[j]))]
         gains.append(dcg[0] / dcg[1])
     assert ndcg(torch.tensor(scores).float(), torch.tensor(relevance)) == pytest.approx(sum(gains) / rounds)
@@ -86,7 +89,8 @@ def test_a_model_that_cannot_tell_answers_apart_gains_nothing(value):
     scores, right = torch.full((3, 100), value), torch.tensor([0, 50, 99])
     relevance = torch.zeros(3, 100)
     relevance[:, 7] = 1
-    assert dialog_figures(scores, right) == {"mrr": pytest.approx(0.01), "r1": 0, "r5": 0, "r10": 0, "mean_rank": 100}
+    assert dialog_figures(scores, right) == {"mrr": pytest.approx(0.01), "r1": 0, "r5": 0, "r10": 0,
+                                             "mean_rank": 100}
     assert ndcg(scores, relevance) == 0
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from blip_fast.media.images import ImageError
 from blip_fast.report import Bars, Card, Line, Metric, Plot, Report
-from blip_fast.report.plot import MAX_POINTS, _spread, _thinned, _ticks
+from blip_fast.report.plot import MAX_POINTS, _spread, _thin, _ticks
 
 EVIL = '<script>alert("x")</script> & \' </style>'
 def picture(width=40, height=40):
@@ -25,10 +25,12 @@ def picture(width=40, height=40):
 
 def full_report(text="a small red circle on grey"):
     report = Report(text, text, {text: text})
-    report.section(text, text).metrics([Metric(text, 0.635, 0.6, 0.005), Metric(text, 1.2, 1.5, 2.6, text, True)])
+    report.section(text, text).metrics([Metric(text, 0.635, 0.6, 0.005),
+                                        Metric(text, 1.2, 1.5, 2.6, text, True)])
     report.section("Losses").plots([Plot(text, {text: [(0, 3.0), (5, 1.0)]}, text, text, {text: 2.0})])
     report.section("Rows").table([text, "n"], [[text, 3], ["b", 0.25]], text)
-    return report.section("Pictures").cards([Card(picture(), [Line(text, text, text, True), Line(text, struck=True)]),
+    return report.section("Pictures").cards([Card(picture(),
+                                                  [Line(text, text, text, True), Line(text, struck=True)]),
                                              Card(picture(900, 300), [Line(text, right=False)])])
 
 
@@ -50,11 +52,13 @@ def test_every_text_is_escaped():
 
 def test_metrics_show_value_target_chance_and_whether_it_is_met():
     html = Report("t").section("s").metrics([
-        Metric("recall", 0.635, target=0.6, chance=0.005), Metric("missed", 0.5, target=0.6), Metric("free", 0.5),
+        Metric("recall", 0.635, target=0.6, chance=0.005), Metric("missed", 0.5, target=0.6),
+        Metric("free", 0.5),
         Metric("loss", 1.2, 1.5, 2.6, "nats", lower_is_better=True), Metric("broken", math.nan, target=0.6),
     ]).html()
     rows = re.findall(r"<tr><td>.*?</tr>", html)
-    assert all(text in rows[0] for text in ("63.5 %", "60.0 %", "0.5 %", "✓", "width:63.5%", "left:60.0%", "left:0.5%"))
+    assert all(text in rows[0] for text in ("63.5 %", "60.0 %", "0.5 %", "✓", "width:63.5%", "left:60.0%",
+                                            "left:0.5%"))
     assert "✗" in rows[1] and "✓" not in rows[1]
     assert not any(sign in rows[2] for sign in "✓✗")
     assert "✓" in rows[3] and "1.2<" in rows[3] and "nats" in rows[3] and "%</td>" not in rows[3]
@@ -100,7 +104,8 @@ def test_curves_lie_where_the_axis_says():
 
 
 def test_bars_are_as_long_as_their_values_and_coloured_by_name():
-    page = Bars(EVIL, {EVIL: {"ours": 4.0, "peer": 1.0}, "second": {"peer": 2.0, "broken": math.nan}}, EVIL).html()
+    page = Bars(EVIL, {EVIL: {"ours": 4.0, "peer": 1.0}, "second": {"peer": 2.0, "broken": math.nan}},
+                EVIL).html()
     found = re.findall(r'<rect [^>]*width="([\d.]+)".*?(--series-\d)', page)
     bars = [(float(width), colour) for width, colour in found]
     assert [width / bars[0][0] for width, _ in bars] == pytest.approx([1.0, 0.25, 0.5], abs=1e-3)
@@ -112,13 +117,15 @@ def test_bars_are_as_long_as_their_values_and_coloured_by_name():
 
 def test_long_series_keep_their_mean_and_are_thinned():
     points = [(x, float(x % 7)) for x in range(10_007)]
-    thin = _thinned(points)
+    thin = _thin(points)
     assert len(thin) == MAX_POINTS
-    assert sum(y for _, y in thin) / len(thin) == pytest.approx(sum(y for _, y in points) / len(points), abs=0.01)
+    assert (sum(y for _, y in thin) / len(thin)
+            == pytest.approx(sum(y for _, y in points) / len(points), abs=0.01))
     assert [x for x, _ in thin] == sorted(x for x, _ in thin)
 
 
-@pytest.mark.parametrize("points", [[], [(0, math.nan)], [(0, 1.0)], [(0, 1.0), (1, 1.0)], [(0, 2.0), (1, math.inf)]])
+@pytest.mark.parametrize("points", [[], [(0, math.nan)], [(0, 1.0)], [(0, 1.0), (1, 1.0)],
+                                    [(0, 2.0), (1, math.inf)]])
 def test_a_run_that_diverged_still_has_a_plot(points):
     html = Plot("p", {"loss": points}, levels={"chance": math.nan}).html()
     assert "<svg" in html and not re.search(r'="[^"]*(nan|inf)', html)
@@ -134,7 +141,8 @@ def test_misuse_is_named():
         Plot("p", {str(i): [] for i in range(7)})
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed: no browser to measure in")
+@pytest.mark.skipif(shutil.which("chromium") is None,
+                    reason="chromium is not installed: no browser to measure in")
 def test_a_phone_needs_no_sideways_scrolling(tmp_path):
     report = full_report("supercalifragilisticexpialidocious" * 2)
     report.section("wide").table([f"column {i}" for i in range(12)], [list(range(12))])

@@ -1,4 +1,4 @@
-"""Clips: what is written is a real video in which the thing that is told moves the way that is told."""
+"""Clips: the written file is a real video in which the right thing moves in the right direction."""
 
 import json
 
@@ -14,11 +14,13 @@ from blip_fast.scenes.scenes import Scene, Thing, parse_caption
 
 pytest.importorskip("av", reason="videos need the extra `video`")
 RED_AND_BLUE = Thing("small", "red", "circle"), Thing("large", "blue", "square")
-AXIS = {"up": (1, -1), "down": (1, 1), "left": (0, -1), "right": (0, 1)}  # which coordinate changes, and its sign
+# Which coordinate changes, and the sign of the change.
+AXIS = {"up": (1, -1), "down": (1, 1), "left": (0, -1), "right": (0, 1)}
 
 
 def centres(frames, channel):
-    """[frames, 2] (x, y) in shares of the side: the mean place of pixels in which one channel stands out."""
+    """[frames, 2] (x, y) in shares of the side: the mean place of the pixels in which one channel
+    dominates."""
     found = []
     for frame in frames:
         pixels = np.asarray(frame).astype(int)
@@ -48,36 +50,40 @@ def test_clips_are_scenes_of_their_split_and_move_every_way():
     assert clips == sample_clips(200, "test", seed=4) != sample_clips(200, "test", seed=5)
     assert all(clip.scene.split == "test" and len(clip.scene.things) == 2 for clip in clips)
     across = {"left of": "up down", "right of": "up down", "above": "left right", "below": "left right"}
-    told = [(clip.scene.relation, clip.direction) for clip in clips]
-    assert {*told} == {(relation, way) for relation, ways in across.items() for way in ways.split()}
+    moves = [(clip.scene.relation, clip.direction) for clip in clips]
+    assert {*moves} == {(relation, way) for relation, ways in across.items() for way in ways.split()}
 
 
 def test_folders_of_clips(tmp_path, capsys):
     folder = tmp_path / "clips"
-    assert main(["data", "clips", str(folder), "--count", "3", "--image-size", "32", "--seed", "7", "--json"]) == 0
+    assert main(["data", "clips", str(folder), "--count", "3", "--image-size", "32", "--seed", "7",
+                 "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"directory": str(folder), "videos": 3,
                                                    "questions": str(folder / "questions")}
-    clips, told = sample_clips(3, "test", seed=7), annotated_images(folder, "test")
-    assert [parse_caption(caption) for image in told for caption in image.captions] == [clip.scene for clip in clips]
+    clips, captioned = sample_clips(3, "test", seed=7), annotated_images(folder, "test")
+    assert ([parse_caption(caption) for image in captioned for caption in image.captions]
+            == [clip.scene for clip in clips])
     asked = annotated_images(folder / "questions", "test")
-    true = [{(fact.question, fact.answer, fact.kind) for fact in facts(clip.scene)} for clip in clips for _ in range(4)]
+    true = [{(fact.question, fact.answer, fact.kind) for fact in facts(clip.scene)}
+            for clip in clips for _ in range(4)]
     for image, mine in zip(asked, true, strict=True):
         (answer,) = image.row["answers"]
         assert (image.row["question"], answer, image.row["answer_type"]) in mine
     assert len({(image.name, image.row["question"]) for image in asked}) == 12
-    assert [image.where.resolve() for image in asked] == [image.where for image in told for _ in range(4)]
+    assert ([image.where.resolve() for image in asked]
+            == [image.where for image in captioned for _ in range(4)])
     assert [image.row["question_id"] for image in asked] == list(range(12))
     again = write_clips(tmp_path / "again", 3, "test", 7, 32)
-    assert [row["image"] for row in again] == [image.name for image in told]
-    for image in told:
+    assert [row["image"] for row in again] == [image.name for image in captioned]
+    for image in captioned:
         assert image.read() == (tmp_path / "again" / image.name).read_bytes()
 
 
 def test_what_is_refused(tmp_path, capsys):
-    for arguments, said in ((["--image-size", "33"], "the image size is 33: videos need an even number"),
-                            (["--count", "0"], "--count and --image-size must be at least 1")):
+    for arguments, message in ((["--image-size", "33"], "the image size is 33: videos need an even number"),
+                               (["--count", "0"], "--count and --image-size must be at least 1")):
         assert main(["data", "clips", str(tmp_path / "new"), *arguments]) == 2
-        assert said in capsys.readouterr().err and not (tmp_path / "new").exists()
+        assert message in capsys.readouterr().err and not (tmp_path / "new").exists()
     (tmp_path / "a").write_text("")
     assert main(["data", "clips", str(tmp_path)]) == 2
     assert "exists already" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Scenes: what captions say is true of the picture, noise is as planted, held-out combinations stay held out."""
+"""Scenes: captions are true of the pictures, noise is as planted, held-out combinations stay held out."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,8 @@ from PIL import Image
 from blip_fast.scenes import scenes
 from blip_fast.scenes.scenes import Scene, Thing, caption, parse_caption, score_caption
 
-RED_LEFT_OF_BLUE = Scene((Thing("small", "red", "cross"), Thing("large", "blue", "circle")), "left of", "grey")
+RED_LEFT_OF_BLUE = Scene((Thing("small", "red", "cross"), Thing("large", "blue", "circle")), "left of",
+                         "grey")
 
 
 def random_scenes(count: int = 300) -> list[Scene]:
@@ -40,9 +41,9 @@ def test_samples_are_distinct_of_their_split_and_seeded(split: str):
 def test_training_never_shows_or_names_a_held_out_combination_but_shows_its_parts():
     rng = np.random.default_rng(0)
     drawn = scenes.sample_scenes(3000, "train", seed=5)
-    told = [parse_caption(scenes.corrupt(s, rng)) for s in drawn]
+    wrong = [parse_caption(scenes.corrupt(s, rng)) for s in drawn]
     held_out = scenes.sample_scenes(2000, "test", seed=6)
-    in_training = {frozenset(s.things) for s in [*drawn, *told] if s and len(s.things) == 2}
+    in_training = {frozenset(s.things) for s in [*drawn, *wrong] if s and len(s.things) == 2}
     in_test = {frozenset(s.things) for s in held_out if len(s.things) == 2}
     assert not in_training & in_test
     assert set().union(*in_training) == set().union(*in_test)
@@ -121,7 +122,8 @@ def test_twins_differ_in_one_slot_and_stay_in_training():
 def test_chance_is_far_below_right_and_agrees_with_counting():
     drawn = scenes.sample_scenes(2000, "train", seed=7, one_object_share=0)
     slots, exact = scenes.chance_levels(drawn, seed=0)
-    # One telling alone agrees in 2 × (1/2 + 1/8 + 1/5) + 1/4 + 1/8 of 8 slots; the better of two in somewhat more.
+    # One description alone agrees in 2 × (1/2 + 1/8 + 1/5) + 1/4 + 1/8 of 8 slots; the better of two in
+    # somewhat more.
     one_telling = (2 * (1 / 2 + 1 / 8 + 1 / 5) + 1 / 4 + 1 / 8) / 8
     assert one_telling < slots < one_telling + 0.12
     assert exact < 0.005
@@ -129,7 +131,8 @@ def test_chance_is_far_below_right_and_agrees_with_counting():
 
 @pytest.mark.parametrize("image_size", [32, 48, 61])
 def test_pictures_show_what_is_told(image_size: int):
-    """Where each object should be there is most of its colour: the colours' centres of mass lie as related."""
+    """Each thing's colour is concentrated in its place: the colours' centres of mass are related as the
+    caption says."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:image_size, :image_size]
     for scene in (s for s in random_scenes(60) if len(s.things) == 2):
@@ -144,14 +147,16 @@ def test_pictures_show_what_is_told(image_size: int):
             centres.append((np.median(x[near]), np.median(y[near])))
         (x0, y0), (x1, y1) = centres
         far = image_size / 5
-        ahead = {"left of": x1 - x0, "right of": x0 - x1, "above": y1 - y0, "below": y0 - y1}[str(scene.relation)]
+        ahead = {"left of": x1 - x0, "right of": x0 - x1, "above": y1 - y0,
+                 "below": y0 - y1}[str(scene.relation)]
         aside = y1 - y0 if scene.relation in ("left of", "right of") else x1 - x0
         assert ahead > far > abs(aside)
 
 
 def test_large_covers_more_than_small_and_shapes_differ():
     for shape in scenes.SHAPES:
-        covered = {size: np.asarray(scenes._shape_mask(shape, r * 48)).sum() for size, r in scenes.SIZES.items()}
+        covered = {size: np.asarray(scenes._shape_mask(shape, r * 48)).sum()
+                   for size, r in scenes.SIZES.items()}
         assert covered["large"] > 1.8 * covered["small"]
     masks = [np.asarray(scenes._shape_mask(shape, 8), float) for shape in scenes.SHAPES]
     for i, a in enumerate(masks):
@@ -167,7 +172,8 @@ def test_the_same_scene_is_drawn_differently_each_time_and_alike_from_one_seed()
 
 def test_written_folder_keeps_the_truth(tmp_path: Path):
     rows = scenes.write_scenes(tmp_path / "a", 40, "train", seed=0, noise=0.3, image_size=32)
-    assert [json.loads(line) for line in (tmp_path / "a" / "annotations.jsonl").read_text().splitlines()] == rows
+    assert rows == [
+        json.loads(line) for line in (tmp_path / "a" / "annotations.jsonl").read_text().splitlines()]
     assert sum(not row["caption_is_right"] for row in rows) == 12
     for row in rows:
         truth = scenes.scene_from_slots(row["scene"])

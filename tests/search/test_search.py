@@ -1,4 +1,5 @@
-"""Search with a model: scores of the published re-ranking, incremental indexing, kills, odd images, the command."""
+"""Search with a model: scores as in the published re-ranking, incremental indexing, kills, odd images, the
+command."""
 
 import json
 import os
@@ -39,7 +40,7 @@ def write_picture(path: Path, seed: int) -> Path:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Twelve pictures; another is broken."""
+    """Twelve pictures, and one that is broken."""
     (tmp_path / "photos").mkdir()
     for i in range(12):
         write_picture(tmp_path / "photos" / f"{i:02}.png", i)
@@ -67,13 +68,14 @@ def command(capsys, *arguments) -> tuple[int, list[str], str]:
 
 
 def test_scores_are_transformers(checkpoint, index, folder):
-    """All images by cosine, the best five by 'matched' logit + cosine with [ENC] first, pair by pair."""
+    """All images by cosine; the best five by 'matched' logit + cosine, pair by pair, with [ENC] first."""
     _, theirs = checkpoint
     paths = sorted(folder.glob("[0-9]*.png"))
     pixels = evaluation_transform([load_image(path) for path in paths], IMAGE_SIZE)
     tokenizer = index.matcher.tokenizer
     with torch.no_grad():
-        cosines = theirs(torch.tensor([tokenizer.encode(TEXT)] * 12), pixels, use_itm_head=False).itm_score[:, 0]
+        cosines = theirs(torch.tensor([tokenizer.encode(TEXT)] * 12), pixels,
+                         use_itm_head=False).itm_score[:, 0]
         logits = theirs(torch.tensor([tokenizer.encode(TEXT, "[ENC]")] * 12), pixels).itm_score
     best = cosines.argsort(descending=True)
     scores = logits[:, 1] + cosines
@@ -88,12 +90,13 @@ def test_scores_are_transformers(checkpoint, index, folder):
             assert hit.score == pytest.approx(float(scores[i]), abs=1e-4)
             assert hit.itm == pytest.approx(float(logits[i].softmax(0)[1]), abs=1e-5)
     assert sum(hit.itm is not None for hit in hits) == 5
-    assert [hit.image for hit in index.query(TEXT, rerank=0)] == [hit.image for hit in index.query(TEXT, rerank=1)]
+    assert ([hit.image for hit in index.query(TEXT, rerank=0)]
+            == [hit.image for hit in index.query(TEXT, rerank=1)])
     assert len(index.query(TEXT, top=3, rerank=8)) == 3
 
 
 def test_an_image_finds_itself_and_its_copies_first(index, folder):
-    """Copies tie, so they stand in the order in which they were added; none of them is re-ranked."""
+    """Copies tie, so they come in the order in which they were added. None of them is re-ranked."""
     for name in ("z.png", "y.png"):
         shutil.copy(folder / "05.png", folder / name)
         index.add([folder / name])
@@ -108,7 +111,7 @@ def test_an_image_finds_itself_and_its_copies_first(index, folder):
 
 
 def test_only_new_and_changed_images_are_encoded(checkpoint, index, folder, tmp_path):
-    """Features are those of a new index, to the bit; what could not be read is tried again."""
+    """Features equal those of a new index bit for bit. Images that could not be read are tried again."""
     before = features(index)
     report = index.add([folder])
     assert (report.added, report.changed, report.unchanged, report.broken) == (0, 0, 12, 1)
@@ -141,7 +144,8 @@ def test_removed_files_are_reported_and_pruned(index, folder):
 
 
 def test_shards_and_odd_names(checkpoint, folder, tmp_path):
-    """Members of a tar have the features of their files; names may hold anything that a file system allows."""
+    """Members of a tar have the same features as their files. Names may contain anything that a file system
+    allows."""
     names = ["Füße 犬.png", "two\nlines.png", os.fsdecode(b"latin \xe9.png")]
     for i, name in enumerate(names):
         write_picture(folder / name, 50 + i)
@@ -197,10 +201,11 @@ for name, fault in faults:
 
 
 def test_a_killed_run_goes_on_where_it_was(checkpoint, index, folder, tmp_path):
-    """Killed within a row, before and after a commit: afterwards every image is there once, bit for bit the same."""
+    """Killed within a row, before and after a commit. Afterwards every image is indexed once, bit for bit the
+    same."""
     Index.create(tmp_path / "killed", checkpoint[0], dtype="float32").close()
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "killed"), str(folder)], capture_output=True,
-                          text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "killed"), str(folder)],
+                          capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["0", "0", "4", "4"]
     resumed = Index.open(tmp_path / "killed")
     report = resumed.add([folder])
@@ -223,7 +228,8 @@ def test_an_interruption_keeps_what_is_encoded(checkpoint, folder, tmp_path):
 
 
 def test_another_model_is_refused(index, tmp_path):
-    """The same weights elsewhere are the same model; other weights are not, nor are they in another dtype."""
+    """The same weights in another place are the same model. Other weights are not, nor the same weights in
+    another dtype."""
     shutil.copytree(index.model_name, tmp_path / "copy")
     assert Index.open(tmp_path / "index", model=tmp_path / "copy").query(TEXT, top=1, rerank=0)
     save_model("BlipForImageTextRetrieval", small_tokenizer(), tmp_path / "other", seed=1)
@@ -260,7 +266,9 @@ def test_approximate_search_gives_exact_scores(index, backend):
 
 
 @pytest.mark.parametrize(("backend", "package"), [("faiss", "faiss-cpu"), ("usearch", "usearch")])
-def test_a_backend_that_is_not_installed_names_its_package(index, folder, capsys, monkeypatch, backend, package):
+def test_a_backend_that_is_not_installed_names_its_package(
+    index, folder, capsys, monkeypatch, backend, package
+):
     for name in ("faiss", "usearch", "usearch.index"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ModuleNotFoundError, match=f"pip install {package}"):
@@ -271,22 +279,23 @@ def test_a_backend_that_is_not_installed_names_its_package(index, folder, capsys
 
 
 def test_wrong_queries(index, folder):
-    for arguments, named in (({}, "either a text or an image"), ({"text": "a", "image": folder}, "either a text"),
-                             ({"text": " "}, "has no token"), ({"text": "a", "top": 0}, "top must be"),
-                             ({"text": "a", "rerank": -1}, "rerank at least 0"),
-                             ({"text": "a", "backend": "x"}, "exact, faiss"),
-                             ({"text": "a", "first_token": "[DOG]"}, "DOG")):
-        with pytest.raises(ValueError, match=re.escape(named)):
+    for arguments, message in (({}, "either a text or an image"),
+                               ({"text": "a", "image": folder}, "either a text"),
+                               ({"text": " "}, "has no token"), ({"text": "a", "top": 0}, "top must be"),
+                               ({"text": "a", "rerank": -1}, "rerank at least 0"),
+                               ({"text": "a", "backend": "x"}, "exact, faiss"),
+                               ({"text": "a", "first_token": "[DOG]"}, "DOG")):
+        with pytest.raises(ValueError, match=re.escape(message)):
             index.query(**arguments)
 
 
 def test_command(checkpoint, folder, tmp_path, capsys):
-    """Index, bring up to date, prune, ask in three forms."""
+    """Index, update, prune, and query with output in three forms."""
     where = ("--index", tmp_path / "index")
     status, lines, err = command(capsys, "index", *where, "--model", checkpoint[0], folder, "--json")
     assert status == 1 and f"1 images could not be read: {tmp_path}/index/broken.jsonl" in err
-    assert json.loads(lines[0]) == {"images": 12, "added": 12, "changed": 0, "unchanged": 0, "broken": 1, "missing": 0,
-                                    "pruned": 0}
+    assert json.loads(lines[0]) == {"images": 12, "added": 12, "changed": 0, "unchanged": 0, "broken": 1,
+                                    "missing": 0, "pruned": 0}
     (folder / "cut.png").unlink()
     (folder / "11.png").unlink()
     status, _, err = command(capsys, "index", *where, folder)
@@ -294,7 +303,8 @@ def test_command(checkpoint, folder, tmp_path, capsys):
     status, lines, err = command(capsys, "index", *where, "--prune")
     assert (status, err) == (0, "") and "11 images, 0 of them new" in lines[0]
     status, lines, _ = command(capsys, "query", *where, "--text", TEXT, "--json", "--top", 5, "--rerank", 3)
-    rows, hits = [json.loads(line) for line in lines], Index.open(tmp_path / "index").query(TEXT, top=5, rerank=3)
+    rows, hits = ([json.loads(line) for line in lines],
+                  Index.open(tmp_path / "index").query(TEXT, top=5, rerank=3))
     assert status == 0
     assert rows == [{"image": h.image.name, "score": h.score, "itc": h.itc, "itm": h.itm} for h in hits]
     page = tmp_path / "pages" / "found.html"
@@ -307,7 +317,7 @@ def test_command_refuses(checkpoint, folder, tmp_path, capsys):
     where, model = ("--index", tmp_path / "index"), ("--model", checkpoint[0])
     (tmp_path / "empty").mkdir()
     assert command(capsys, "index", *where, *model, "--dtype", "float32")[0] == 0
-    for named, arguments in {
+    for message, arguments in {
         "no such image": ("index", *where, "nowhere.jpg"),
         "holds no images": ("index", *where, tmp_path / "empty"),
         "dtype float32, not bfloat16": ("index", *where, *model, "--dtype", "bfloat16"),
@@ -318,7 +328,7 @@ def test_command_refuses(checkpoint, folder, tmp_path, capsys):
         "either a text or an image": ("query", *where),
     }.items():
         status, lines, err = command(capsys, *arguments)
-        assert (status, lines) == (2, []) and named in err and err.count("\n") == 1, f"{named}: {err}"
+        assert (status, lines) == (2, []) and message in err and err.count("\n") == 1, f"{message}: {err}"
     assert not (tmp_path / "new" / "index.sqlite").exists()
 
 
@@ -329,7 +339,8 @@ def test_contact_sheet_is_escaped_self_contained_and_linked(checkpoint, folder, 
     index.add([folder])
     hits = index.query('<script>alert("x")</script> a', top=20, rerank=4)
     evil.rename(folder / "moved.png")
-    html = contact_sheet(index, hits, '<script>alert("x")</script> a').write(tmp_path / "sheet.html").read_text()
+    sheet = contact_sheet(index, hits, '<script>alert("x")</script> a')
+    html = sheet.write(tmp_path / "sheet.html").read_text()
     page = Page(html)
     assert "<script" not in html and "<b>\"" not in html and '<b>"&\\n.png: no such file' in page.text
     sources = [value for name, value in page.attributes if name == "src"]

@@ -1,4 +1,5 @@
-"""The index on the disk: exact blockwise search, what a killed writer leaves, changes, compaction, bounded memory."""
+"""The index on disk: exact blockwise search, leftovers of a killed writer, changes, compaction, bounded
+memory."""
 
 import os
 import sqlite3
@@ -36,7 +37,7 @@ def entry(name: str, result, mtime_ns: int = 1) -> Entry:
     return Entry(StoredImage(name, Path(name)), Version(0, 10, mtime_ns), result)
 
 
-def filled(directory: Path, rows: np.ndarray, storage: str = "float32") -> Store:
+def store_of(directory: Path, rows: np.ndarray, storage: str = "float32") -> Store:
     store = Store.create(directory, rows.shape[1], storage, {})
     with store.writing():
         store.write([entry(f"/photos/{i}.jpg", row) for i, row in enumerate(rows)])
@@ -44,9 +45,10 @@ def filled(directory: Path, rows: np.ndarray, storage: str = "float32") -> Store
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.integers(0, 60), st.integers(1, 20), st.integers(1, 25), st.sets(st.integers(0, 59)), st.integers(0, 99))
+@given(st.integers(0, 60), st.integers(1, 20), st.integers(1, 25), st.sets(st.integers(0, 59)),
+       st.integers(0, 99))
 def test_top_rows_are_a_full_sort_s(count, block, wanted, holes, seed):
-    """float64 brute force, whatever the blocks; rows of which there are several stand in their order."""
+    """Equal to float64 brute force for any block size; duplicate rows keep their order."""
     rows = unit_rows(7, 5, seed)[np.random.default_rng(seed).integers(0, 7, count)]
     query = unit_rows(1, 5, seed + 1)[0]
     numbers, scores = top_rows(blocks_of(rows, block), query, wanted, np.array(sorted(holes), np.int64))
@@ -59,7 +61,7 @@ def test_top_rows_are_a_full_sort_s(count, block, wanted, holes, seed):
 def test_a_store_gives_back_what_it_was_given(tmp_path, storage, monkeypatch):
     monkeypatch.setattr(store_module, "BLOCK", 4)
     rows = unit_rows(10, 6)
-    filled(tmp_path / "new", rows, storage).close()
+    store_of(tmp_path / "new", rows, storage).close()
     store = Store(tmp_path / "new")
     assert len(store) == store.row_count == 10
     assert np.array_equal(np.concatenate([block for _, block in store.blocks()]), rows.astype(storage))
@@ -71,9 +73,10 @@ def test_a_store_gives_back_what_it_was_given(tmp_path, storage, monkeypatch):
 
 def test_changed_and_broken_images_leave_holes_that_compaction_fills(tmp_path):
     rows, new = unit_rows(6, 4), unit_rows(1, 4, 9)[0]
-    store = filled(tmp_path, rows)
+    store = store_of(tmp_path, rows)
     with store.writing():
-        store.write([entry("/photos/1.jpg", new, 2), entry("/photos/4.jpg", "cut short", 2), entry("/x.jpg", "empty")])
+        store.write([entry("/photos/1.jpg", new, 2), entry("/photos/4.jpg", "cut short", 2),
+                     entry("/x.jpg", "empty")])
         assert (len(store), store.holes().tolist(), store.report_broken()) == (5, [1, 4], 2)
         assert "cut short" in (tmp_path / BROKEN).read_text() and store.version("/photos/4.jpg") is None
         store.compact()
@@ -88,9 +91,9 @@ def test_changed_and_broken_images_leave_holes_that_compaction_fills(tmp_path):
 
 
 def test_what_a_killed_writer_left_is_overwritten(tmp_path):
-    """Features behind the committed rows do not count, be they whole rows or half of one."""
+    """Features after the committed rows do not count, whether they are whole rows or half a row."""
     rows = unit_rows(4, 4)
-    store = filled(tmp_path, rows[:2])
+    store = store_of(tmp_path, rows[:2])
     with (tmp_path / "features.0.float32").open("ab") as stream:
         stream.write(b"\xff" * 23)
     store = Store(tmp_path)
@@ -103,14 +106,15 @@ def test_what_a_killed_writer_left_is_overwritten(tmp_path):
 
 def test_a_write_that_fails_changes_nothing(tmp_path):
     rows = unit_rows(3, 4)
-    store = filled(tmp_path, rows)
+    store = store_of(tmp_path, rows)
     with store.writing(), pytest.raises(sqlite3.IntegrityError):
         store.write([entry("/photos/1.jpg", rows[0], 2), entry("/bad.jpg", rows[0], mtime_ns=None)])
     assert (len(store), store.row_count, store.holes().tolist()) == (3, 3, [])
     assert store.version("/photos/1.jpg") == Version(0, 10, 1)
 
 
-@pytest.mark.parametrize("name", ["a\nb.jpg", "Füße 犬 🐕.jpg", os.fsdecode(b"no utf-8 \xff.jpg"), "a'; DROP--.jpg"])
+@pytest.mark.parametrize("name", ["a\nb.jpg", "Füße 犬 🐕.jpg", os.fsdecode(b"no utf-8 \xff.jpg"),
+                                  "a'; DROP--.jpg"])
 def test_odd_names(tmp_path, name):
     (tmp_path / name).write_bytes(b"x")
     (image,) = expand([str(tmp_path / name)], shard_cache(str(tmp_path), 1))
@@ -152,7 +156,7 @@ def test_missing_files_and_members_of_a_rewritten_shard(tmp_path):
 
 
 def test_one_writer_and_readers_beside_it(tmp_path):
-    store = filled(tmp_path, unit_rows(3, 4))
+    store = store_of(tmp_path, unit_rows(3, 4))
     other = Store(tmp_path)
     with store.writing():
         with pytest.raises(ValueError, match="another process"), other.writing():
@@ -166,7 +170,7 @@ def test_one_writer_and_readers_beside_it(tmp_path):
 def test_what_is_no_index_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no index"):
         Store(tmp_path)
-    filled(tmp_path / "a", unit_rows(3, 4)).close()
+    store_of(tmp_path / "a", unit_rows(3, 4)).close()
     with pytest.raises(FileExistsError, match="already"):
         Store.create(tmp_path / "a", 4, "float32", {})
     with pytest.raises(ValueError, match="storage must be one of"):
@@ -181,11 +185,11 @@ def test_what_is_no_index_is_named(tmp_path):
 
 @pytest.mark.parametrize("backend", ["faiss", "usearch"])
 def test_a_graph_finds_most_of_the_exact_rows(tmp_path, backend):
-    """Clustered rows, as features are; rows added later enter the graph, holes never come out."""
+    """Rows are clustered like features. Rows added later enter the graph; holes are never found."""
     pytest.importorskip(backend, reason=f"approximate search needs the extra `{backend}`")
     centres = unit_rows(50, 32, 1)
     rows = centres[np.arange(2000) % 50] + 0.3 * unit_rows(2000, 32, 2)
-    store = filled(tmp_path, rows[:1500])
+    store = store_of(tmp_path, rows[:1500])
     assert len(graph_of(store, backend)) == 1500
     with store.writing():
         store.write([entry(f"/later/{i}.jpg", row) for i, row in enumerate(rows[1500:])])
@@ -217,13 +221,15 @@ print(peak() - before, *rows)
 
 
 def test_memory_does_not_grow_with_the_index(tmp_path):
-    """200,000 × 256 float32 are 205 MB; a query needs less than 25 MB more than one block does."""
+    """200,000 × 256 float32 are 205 MB. A query on them needs less than 25 MB more than a query on one
+    block."""
     rows = np.random.default_rng(0).normal(size=(200_000, 256)).astype(np.float32)
     store = Store.create(tmp_path, 256, "float32", {})
     with store.writing():
         for first in range(0, len(rows), 20_000):
             store.write([entry(f"/{i}.jpg", rows[i]) for i in range(first, first + 20_000)])
-    done = subprocess.run([sys.executable, "-c", QUERY, str(tmp_path)], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", QUERY, str(tmp_path)], capture_output=True, text=True,
+                          check=True)
     grown, *found = done.stdout.split()
     exact = rows.astype(np.float64) @ np.random.default_rng(1).normal(size=256)
     assert [int(row) for row in found] == np.argsort(-exact)[:20].tolist()

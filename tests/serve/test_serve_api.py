@@ -1,4 +1,4 @@
-"""The API with real workers: results are those of the offline commands, and every refusal is a clear 4xx."""
+"""The API with real workers: results equal the offline commands', and every refusal is a clear 4xx."""
 
 import asyncio
 import io
@@ -37,7 +37,7 @@ TEXTS = ["a red ball on a table", "two dogs run over the green grass", "a man"]
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Two models, an index of twelve pictures in two folders, the last of them in a tar."""
+    """Two models, and an index of twelve pictures in two folders, of which the last is in a tar."""
     root = tmp_path_factory.mktemp("serving")
     write_model(root / "model", "tied")
     write_model(root / "answerer", "untied")
@@ -52,9 +52,10 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(root):
-    settings = settings_of("--model", root / "model", "--answerer", root / "answerer", "--index", root / "index",
-                           "--explain", "--batch-size", 4, "--max-images", 8, "--max-upload-mb", 1, "--max-pixels",
-                           1_000_000, "--url-hosts", "pictures.example", "--decoders", 1)
+    settings = settings_of("--model", root / "model", "--answerer", root / "answerer",
+                           "--index", root / "index", "--explain", "--batch-size", 4, "--max-images", 8,
+                           "--max-upload-mb", 1,
+                           "--max-pixels", 1_000_000, "--url-hosts", "pictures.example", "--decoders", 1)
     fetch = Fetcher(settings.url_hosts, 1_000_000, 5.0, resolve=lambda host, port: ["127.0.0.1"])
     with running(settings, fetch=fetch) as server:
         yield server
@@ -78,7 +79,7 @@ def offline(captioner, pictures, prompt="a picture of") -> list[list[str]]:
 
 
 def test_captions_are_the_offline_ones(server, captioner):
-    """In order, whatever the form of the request, with their scores."""
+    """In order and with their scores, for every form of request."""
     pictures = [*photos(6), *photos(2, "WEBP")]
     expected = offline(captioner, pictures)
     assert len({captions[0] for captions in expected}) > 2
@@ -103,7 +104,7 @@ def test_prompts(server, captioner):
 
 
 def test_many_at_once_are_as_each_alone(server, captioner):
-    """Requests of 40 clients enter and leave one batch."""
+    """The requests of 40 clients share one batch."""
     pictures = photos(40)
 
     async def all_at_once():
@@ -126,7 +127,8 @@ def test_rows_are_streamed(server, captioner):
 
 
 def test_one_bad_picture_among_good_ones(server):
-    rows = server.post("/v1/caption", files=files([photos(1)[0], bomb(), photos(1)[0] + as_zip()])).json()["results"]
+    rows = server.post("/v1/caption",
+                       files=files([photos(1)[0], bomb(), photos(1)[0] + as_zip()])).json()["results"]
     assert "captions" in rows[0]
     assert [row["error"]["code"] for row in rows[1:]] == ["too_many_pixels", "not_an_image"]
 
@@ -134,7 +136,8 @@ def test_one_bad_picture_among_good_ones(server):
 def test_scores_are_the_offline_ones(server, root):
     (content,) = photos(1)
     expected = Matcher.from_pretrained(root / "model", dtype="float32").score(load_image(content), TEXTS)
-    for options in ({"files": files([content]), "data": {"texts": TEXTS}}, {"json": in_json([content], texts=TEXTS)}):
+    for options in ({"files": files([content]), "data": {"texts": TEXTS}},
+                    {"json": in_json([content], texts=TEXTS)}):
         scores = server.post("/v1/score", **options).json()["scores"]
         assert [row["text"] for row in scores] == TEXTS
         np.testing.assert_allclose([row["itm"] for row in scores], expected.itm[0], atol=1e-6)
@@ -150,7 +153,7 @@ def test_answers_are_the_offline_ones(server, root):
 
 
 def test_questions_and_scores_of_many_are_computed_together(server, root):
-    """Each is as alone, and one that does not fit is refused alone."""
+    """Each result is the same as alone, and only the request that does not fit is refused."""
     pictures, answerer = photos(12), Answerer.from_pretrained(root / "answerer", dtype="float32")
     matcher = Matcher.from_pretrained(root / "model", dtype="float32")
     texts = [TEXTS[: 1 + i % 3] for i in range(11)] + [[TEXTS[0], "\u200b"]]
@@ -177,14 +180,14 @@ def test_questions_and_scores_of_many_are_computed_together(server, root):
 
 
 def together(server) -> dict[str, float]:
-    """How many questions, and pictures to be scored, were not alone."""
+    """How many questions and score requests were computed together with others."""
     lines, name = metrics(server.get("/metrics")), 'blip_fast_batch_images_{}{{{}task="{}"}}'
     return {task: float(lines.get(name.format("count", "", task), 0))
             - float(lines.get(name.format("bucket", 'le="1.0",', task), 0)) for task in ("ask", "score")}
 
 
 def metrics(response) -> dict[str, str]:
-    """Values by their names and labels."""
+    """The metrics' values by name and labels."""
     return dict(line.rsplit(" ", 1) for line in response.text.splitlines() if not line.startswith("#"))
 
 
@@ -232,6 +235,7 @@ def test_info_says_what_there_is(server):
     assert told["model"] == "model" and told["auth"] is False
 
 
+FORM = {"Content-Type": "multipart/form-data; boundary=b"}
 REFUSED = {
     "no picture": ({"data": {"num": "1"}, "files": {"x": b""}}, 400, "broken_body"),
     "nothing": ({"json": {}}, 422, "bad_value"),
@@ -239,7 +243,8 @@ REFUSED = {
     "svg": ({"files": files([b"<svg xmlns='http://www.w3.org/2000/svg'/>"])}, 415, "not_an_image"),
     "html": ({"files": files([b"<!doctype html><script>alert(1)</script>"])}, 415, "not_an_image"),
     "pdf": ({"files": files([b"%PDF-1.7\n%%EOF"])}, 415, "not_an_image"),
-    "a named picture": ({"files": {"image": ("../../etc/x.png", b"GIF89a<script>", "image/png")}}, 415, "not_an_image"),
+    "a named picture": ({"files": {"image": ("../../etc/x.png", b"GIF89a<script>", "image/png")}}, 415,
+                        "not_an_image"),
     "a polyglot": ({"files": files([encoded(picture(), "JPEG") + as_zip()])}, 415, "not_an_image"),
     "a bomb": ({"files": files([bomb()])}, 422, "too_many_pixels"),
     "too many pixels": ({"files": files([encoded(picture(1100, 1000), "JPEG")])}, 422, "too_many_pixels"),
@@ -256,26 +261,33 @@ REFUSED = {
     "a long text": ({"json": in_json(photos(1), prompt="a" * 501)}, 422, "bad_value"),
     "no base64": ({"json": {"images": [{"base64": "%%%"}]}}, 400, "broken_body"),
     "no picture object": ({"json": {"images": ["x"]}}, 400, "broken_body"),
-    "two sources": ({"json": {"images": [{"base64": "", "url": "http://pictures.example"}]}}, 400, "broken_body"),
-    "a private address": ({"json": {"images": [{"url": "http://pictures.example/a.jpg"}]}}, 422, "url_refused"),
+    "two sources": ({"json": {"images": [{"base64": "", "url": "http://pictures.example"}]}}, 400,
+                    "broken_body"),
+    "a private address": ({"json": {"images": [{"url": "http://pictures.example/a.jpg"}]}}, 422,
+                          "url_refused"),
     "an unlisted host": ({"json": {"images": [{"url": "http://evil.example/a.jpg"}]}}, 422, "url_refused"),
     "a file URL": ({"json": {"images": [{"url": "file:///etc/passwd"}]}}, 422, "url_refused"),
     "no JSON": ({"content": b"{", "headers": {"Content-Type": "application/json"}}, 400, "broken_body"),
-    "deep JSON": ({"content": b"[" * 100_000, "headers": {"Content-Type": "application/json"}}, 400, "broken_body"),
+    "deep JSON": ({"content": b"[" * 100_000, "headers": {"Content-Type": "application/json"}}, 400,
+                  "broken_body"),
     "a JSON list": ({"json": []}, 400, "broken_body"),
     "another type": ({"content": b"x", "headers": {"Content-Type": "image/jpeg"}}, 415, "unknown_type"),
     "no type": ({"content": b"x"}, 415, "unknown_type"),
-    "no boundary": ({"content": b"x", "headers": {"Content-Type": "multipart/form-data"}}, 400, "broken_body"),
-    "a broken form": ({"content": b"--b\r\nbroken", "headers": {"Content-Type": "multipart/form-data; boundary=b"}},
-                      400, "broken_body"),
-    "a form that is cut off": ({"content": b'--b\r\nContent-Disposition: form-data; name="num"\r\n\r\n1\r\n--b\r\n',
-                                "headers": {"Content-Type": "multipart/form-data; boundary=b"}}, 400, "broken_body"),
+    "no boundary": ({"content": b"x", "headers": {"Content-Type": "multipart/form-data"}}, 400,
+                    "broken_body"),
+    "a broken form": ({"content": b"--b\r\nbroken", "headers": FORM}, 400, "broken_body"),
+    "a form that is cut off": (
+        {"content": b'--b\r\nContent-Disposition: form-data; name="num"\r\n\r\n1\r\n--b\r\n',
+         "headers": FORM},
+        400, "broken_body"),
     "an unknown field that is no text": ({"content": b'{"\\ud800\\n": 1}',
                                           "headers": {"Content-Type": "application/json"}}, 422, "bad_value"),
-    "a nameless part": ({"content": b'--b\r\nContent-Disposition: form-data; filename="x"\r\n\r\nx\r\n--b--\r\n',
-                         "headers": {"Content-Type": "multipart/form-data; boundary=b"}}, 400, "broken_body"),
+    "a nameless part": (
+        {"content": b'--b\r\nContent-Disposition: form-data; filename="x"\r\n\r\nx\r\n--b--\r\n',
+         "headers": FORM}, 400, "broken_body"),
     "an odd charset": ({"content": b"--b\r\n", "headers": {
-        "Content-Type": "multipart/form-data; boundary=b; charset=\xff\xfe".encode("latin-1")}}, 400, "broken_body"),
+        "Content-Type": "multipart/form-data; boundary=b; charset=\xff\xfe".encode("latin-1")}}, 400,
+                       "broken_body"),
 }
 
 
@@ -301,14 +313,15 @@ def test_fields_that_do_not_fit(server, path, fields):
 
 
 def test_texts_are_not_markup(server):
-    """What is sent comes back in JSON alone, whatever it says."""
+    """Whatever is sent comes back only as JSON."""
     evil = "<script>alert(1)</script>"
     response = server.post("/v1/score", json=in_json(photos(1), texts=[evil]))
     assert response.json()["scores"][0]["text"] == evil
     assert response.headers["content-type"] == "application/json"
 
 
-@pytest.mark.parametrize("path", ["/nothing", "/static/..%2fapp.py", "/static/../app.py", "/static/page.css%00.js",
+@pytest.mark.parametrize("path", ["/nothing", "/static/..%2fapp.py", "/static/../app.py",
+                                  "/static/page.css%00.js",
                                   "/static/%2e%2e/app.py", "/static/app.py", "/v1/nothing", "/static/"])
 def test_no_other_files(server, path):
     assert code(server.get(path), 404) == "not_found"
@@ -320,10 +333,10 @@ def test_methods(server):
 
 
 def test_reference(server):
-    """/docs loads nothing from outside, and the description names every route."""
+    """/docs loads nothing external, and the description contains every route."""
     described = server.get("/openapi.json").json()
-    assert {"/v1/caption", "/v1/score", "/v1/ask", "/v1/search", "/v1/explain", "/v1/info", "/health", "/ready",
-            "/metrics"} <= set(described["paths"])
+    assert {"/v1/caption", "/v1/score", "/v1/ask", "/v1/search", "/v1/explain", "/v1/info",
+            "/health", "/ready", "/metrics"} <= set(described["paths"])
     content = described["paths"]["/v1/caption"]["post"]["requestBody"]["content"]
     assert {"num", "prompt", "image"} == set(content["multipart/form-data"]["schema"]["properties"])
     page = server.get("/docs").text
@@ -334,12 +347,13 @@ def test_reference(server):
 
 
 def test_the_pages_files_need_nothing_from_outside():
-    """No address but the server's own, nothing that turns text into markup, no inline script or style."""
+    """Only the server's own addresses, nothing that turns text into markup, no inline script or style."""
     sources = {path.name: path.read_text(encoding="utf-8") for path in PAGE.iterdir()}
     assert {"index.html", "page.css", "page.js"} <= set(sources)
     for name, text in sources.items():
         text = text.replace('xmlns="http://www.w3.org/2000/svg"', "")
-        assert not re.search(r"(?i)https?:|//\w+\.|innerHTML|outerHTML|insertAdjacent|document\.write|eval\(", text), (
+        assert not re.search(r"(?i)https?:|//\w+\.|innerHTML|outerHTML|insertAdjacent|document\.write|eval\(",
+                             text), (
             name)
     assert not re.search(r"(?i)<style|\sstyle=|\son\w+=|<script(?![^>]*\ssrc=)", sources["index.html"])
 
@@ -360,7 +374,7 @@ def test_health_and_metrics(server):
 
 
 def test_images_of_all_sizes(server, captioner):
-    """From one pixel on, and grey, transparent and animated ones, as offline."""
+    """From one pixel up, and grey, transparent and animated ones: the same results as offline."""
     pictures = [encoded(Image.new("RGB", (1, 1)), "PNG"), encoded(Image.new("RGB", (999, 1)), "BMP"),
                 encoded(picture().convert("L"), "PNG"), encoded(picture().convert("RGBA"), "WEBP"),
                 encoded(picture(), "GIF", save_all=True, append_images=[picture(seed=1)]),
@@ -370,7 +384,7 @@ def test_images_of_all_sizes(server, captioner):
 
 
 def test_captions_that_nobody_waits_for_are_dropped(server):
-    """Those in the queue, those in the worker, and those in its batch; the next caption comes at once."""
+    """In the queue, in the worker and in its batch; the next caption is written at once."""
     crew, pixels = server.service.workers, bytes(3 * IMAGE_SIZE**2)
     head = {"kind": "caption", "size": IMAGE_SIZE, "prompt": None}
 
@@ -396,10 +410,11 @@ def test_a_decoder_that_dies_costs_one_picture(server):
 
 
 def test_tasks_that_are_not_served(root):
-    """A key is asked for, and what has no model is said so."""
+    """The key is required first; a task without a model says so."""
     settings = settings_of("--answerer", root / "answerer", "--api-key", "a long secret", "--decoders", 1)
     with running(settings) as server:
-        assert code(server.post("/v1/ask", files=files(photos(1)), data={"question": "red?"}), 401) == "unauthorized"
+        assert code(server.post("/v1/ask", files=files(photos(1)), data={"question": "red?"}),
+                    401) == "unauthorized"
         key = {"Authorization": "Bearer a long secret"}
         told = server.get("/v1/info").json()
         assert told["auth"] is True and [name for name, there in told["features"].items() if there] == ["ask"]

@@ -1,4 +1,4 @@
-"""`blip-fast serve`: what it refuses before it listens, and a server of its own: drain, kill, time, load."""
+"""`blip-fast serve`: options that it refuses, and a real server that is drained and loses processes."""
 
 import http.client
 import json
@@ -37,7 +37,8 @@ def model(tmp_path_factory) -> Path:
     (["--model", "m", "--host", "0.0.0.0"], "lets the network in"),
     (["--model", "m", "--api-key", "short"], "8 characters"),
     (["--model", "m", "--api-key", "schlüssel-lang"], "ASCII"),
-    (["--model", "m", "--workers", "0"], "at least 1"), (["--model", "m", "--seconds", "0"], "greater than 0"),
+    (["--model", "m", "--workers", "0"], "at least 1"),
+    (["--model", "m", "--seconds", "0"], "greater than 0"),
     (["--model", "m", "--max-pixels", "900000000"], "at most"), (["--model", "m", "--beams", "0"], "beams"),
     (["--model", "m", "--max-length", "1"], "max_length"), (["--model", "m", "--queue", "15"], "no room")])
 def test_what_does_not_fit_is_refused_before_anything_is_loaded(arguments, says, monkeypatch):
@@ -47,7 +48,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(arguments, says,
 
 
 def test_who_may_ask(monkeypatch):
-    """Without a key only this machine, by its own names; with one, or where anyone is allowed, by any name."""
+    """Without a key, only this machine by its own names; with a key or --allow-anyone, under any name."""
     monkeypatch.delenv("BLIP_FAST_API_KEY", raising=False)
     assert settings_of("--model", "m").host_names == LOOPBACK
     assert settings_of("--model", "m", "--host", "0.0.0.0", "--allow-anyone").host_names == ()
@@ -68,13 +69,14 @@ def test_devices_and_workers():
 
 
 def test_containers_and_units_start_it_as_it_is_started(monkeypatch):
-    """Dockerfile, compose.yaml and the systemd unit name options that there are."""
+    """Dockerfile, compose.yaml and the systemd unit use existing options."""
     monkeypatch.setenv("BLIP_FAST_API_KEY", "of the environment")
     root = Path(__file__).parents[2]
     docker = (root / "Dockerfile").read_text(encoding="utf-8")
     begin, usual = (json.loads(*re.findall(rf"^{name} (.*)", docker, re.M)) for name in ("ENTRYPOINT", "CMD"))
     services = yaml.safe_load((root / "compose.yaml").read_text(encoding="utf-8"))["services"]
-    unit = shlex.split(*re.findall("^ExecStart=(.*)", (root / "deploy/blip-fast.service").read_text("utf-8"), re.M))
+    unit = shlex.split(*re.findall("^ExecStart=(.*)", (root / "deploy/blip-fast.service").read_text("utf-8"),
+                                   re.M))
     for command in (begin + usual, *(begin + service["command"] for service in services.values()), unit):
         assert Path(command[0]).name == "blip-fast" and command[1] == "serve"
         assert settings_of(*command[2:]).worker["model"]
@@ -96,13 +98,13 @@ def test_a_taken_address_is_said(model):
 
 
 def test_a_server_of_its_own(model):
-    """Captions, a log without what was sent, a lost worker, and the end in order: one server, for it takes seconds to
-    start."""
+    """Captions, a log without clients' input, a lost worker, and an orderly end, all with one server, since
+    it takes seconds to start."""
     with served("--model", model, "--batch-size", 2, "--decoders", 1, "--seconds", PATIENCE) as server:
         assert server.caption(photos(1)).status_code == 200
         assert server.get("/secret-path?secret=1", headers={"User-Agent": "secret"}).status_code == 404
         assert server.get("/", headers={"Host": "evil.example"}).json()["error"]["code"] == "wrong_host"
-        for path in ("/", "/ready"):  # balancers ask so
+        for path in ("/", "/ready"):  # as load balancers do
             head, whole = httpx.head(f"{server.url}{path}"), server.get(path)
             assert (head.status_code, head.content) == (200, b"")
             assert head.headers["content-length"] == str(len(whole.content))
@@ -113,14 +115,14 @@ def test_a_server_of_its_own(model):
 
 
 def check_broken_requests(server: Served) -> None:
-    """What is no HTTP gets a 400, and an upload whose client goes away leaves nothing behind."""
+    """Anything but HTTP gets a 400, and an upload whose client disconnects leaves nothing behind."""
     address = httpx.URL(server.url)
     with socket.create_connection((address.host, address.port)) as broken:
         broken.sendall(b"NOT HTTP AT ALL\r\n\r\n")
         assert broken.recv(1000).startswith(b"HTTP/1.1 400")
     whole = httpx.Request("POST", address.join("/v1/caption"), files=files(photos(16)))
-    head = "\r\n".join(["POST /v1/caption HTTP/1.1", *(f"{name}: {value}" for name, value in whole.headers.items()), "",
-                        ""]).encode()
+    head = "\r\n".join(["POST /v1/caption HTTP/1.1",
+                        *(f"{name}: {value}" for name, value in whole.headers.items()), "", ""]).encode()
     for sent in (head, head + whole.read()[:1000], head + whole.read()) * 5:
         with socket.create_connection((address.host, address.port)) as gone:
             gone.sendall(sent)
@@ -133,7 +135,7 @@ def check_broken_requests(server: Served) -> None:
 
 
 def check_lost_processes(server: Served) -> None:
-    """Killed under load: what they held is refused, none waits forever, and others caption."""
+    """Killed under load: their jobs are refused, no request waits forever, and other processes take over."""
     told, stop = [], threading.Event()
 
     def ask() -> None:
@@ -154,17 +156,17 @@ def check_lost_processes(server: Served) -> None:
         stop.set()
         for asked in asking:
             asked.result(PATIENCE)
-    # A decoder was killed too, and this is said of the picture that it held.
+    # A decoder was killed too; this is the refusal of the picture that it held.
     assert set(told) <= {"captioned", "worker_lost", "not_ready", "not_an_image"}
     until(server.ready)
 
 
 def check_drain(server: Served) -> None:
-    """On SIGTERM what has begun is finished, and nothing new begins."""
+    """On SIGTERM, running requests are finished and new ones refused."""
     def refused() -> bool:
         try:
             return server.caption(photos(1)).status_code == 503
-        except httpx.TransportError:  # it does not listen any more
+        except httpx.TransportError:  # it no longer listens
             return True
 
     with httpx.stream("POST", f"{server.url}/v1/caption", files=files(photos(16)), timeout=PATIENCE,

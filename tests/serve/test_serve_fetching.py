@@ -1,4 +1,4 @@
-"""Pictures by URL: listed hosts alone, no private address by any spelling, the checked address and no other."""
+"""Pictures by URL: only listed hosts, no private address in any spelling, only the checked address."""
 
 import asyncio
 import http.server
@@ -17,21 +17,24 @@ from blip_fast.serve.refusals import Refused
 
 PUBLIC = "93.184.215.14"
 PRIVATE = [
-    "127.0.0.1", "127.1.2.3", "10.0.0.1", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0",
-    "224.0.0.1", "255.255.255.255", "240.0.0.1", "192.0.2.1", "198.18.0.1", "::1", "::", "fe80::1%eth0", "fc00::1",
+    "127.0.0.1", "127.1.2.3", "10.0.0.1", "172.16.0.1", "192.168.1.1", "169.254.169.254",
+    "100.64.0.1", "0.0.0.0",
+    "224.0.0.1", "255.255.255.255", "240.0.0.1", "192.0.2.1", "198.18.0.1", "::1", "::",
+    "fe80::1%eth0", "fc00::1",
     "fd12:3456::1", "ff02::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "2002:7f00:1::1", "64:ff9b::7f00:1",
     "64:ff9b::a00:1", "2001::1", "2001:db8::1"]
 
 
 @contextmanager
 def site(answer):
-    """A server on this machine; yields how to connect to it whatever the address, and what was asked of it."""
+    """A server on this machine. Yields a function that connects to it for every address, the requests that
+    the server got, and the addresses of the connections."""
     asked, connections = [], []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             asked.append((self.path, self.headers["Host"]))
-            with suppress(ConnectionError):  # the client has heard enough
+            with suppress(ConnectionError):  # the client has closed the connection
                 answer(self)
 
         def log_message(self, *arguments):
@@ -82,7 +85,7 @@ def test_the_checked_address_is_the_one_that_is_asked():
 
 @pytest.mark.parametrize("address", PRIVATE)
 def test_private_addresses(address):
-    """One of several is enough to refuse the name."""
+    """One private address among several is enough to refuse the name."""
     assert not is_public(address)
     for addresses in ([address], [PUBLIC, address]):
         refused = refusal("https://pictures.example/a.jpg", addresses=addresses)
@@ -94,7 +97,8 @@ def test_public_addresses():
 
 
 @pytest.mark.parametrize("url", [
-    "http://other.example/a.jpg", "http://pictures.example.evil.example/", "http://evil.example/pictures.example",
+    "http://other.example/a.jpg", "http://pictures.example.evil.example/",
+    "http://evil.example/pictures.example",
     "http://user@pictures.example/", "http://pictures.example:8080/", "http://pictures.example@evil.example/",
     "http://127.0.0.1/", "http://[::1]/", "http://2130706433/", "http://0x7f.1/", "file:///etc/passwd",
     "ftp://pictures.example/", "gopher://pictures.example/", "//pictures.example/a", "pictures.example/a",
@@ -141,6 +145,6 @@ def test_too_much_too_slow_and_broken():
 
 
 def test_a_certificate_of_another_name_is_refused():
-    """TLS is spoken with the name of the URL, and a server that cannot prove it gets no request."""
-    with site(send(b"picture")) as (connect, asked, _):  # speaks no TLS at all
+    """TLS uses the name in the URL, and a server without a certificate for it gets no request."""
+    with site(send(b"picture")) as (connect, asked, _):  # a server without TLS
         assert refusal("https://pictures.example/", connect).code == "url_failed" and asked == []

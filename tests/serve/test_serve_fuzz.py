@@ -1,4 +1,4 @@
-"""Bodies that no client of ours sends: never a 5xx, never a crash, memory flat."""
+"""Bodies that no proper client sends: never a 5xx, never a crash, constant memory."""
 
 import asyncio
 import base64
@@ -25,9 +25,11 @@ from blip_fast.serve.http.fetching import Fetcher
 PATHS = ("/v1/caption", "/v1/score", "/v1/ask", "/v1/search", "/v1/explain")
 BOUNDARY = "boundary"
 MULTIPART, JSON = f"multipart/form-data; boundary={BOUNDARY}", "application/json"
-TYPES = (MULTIPART, JSON, "application/x-www-form-urlencoded", "multipart/form-data", "multipart/form-data; boundary=",
-         "multipart/form-data; boundary=\"", "image/png", "", "application/json; charset=utf-16", "multipart/mixed")
-PICTURES = [encoded(picture(), "JPEG"), encoded(picture(), "JPEG", progressive=True), encoded(picture(), "PNG"),
+TYPES = (MULTIPART, JSON, "application/x-www-form-urlencoded", "multipart/form-data",
+         "multipart/form-data; boundary=", "multipart/form-data; boundary=\"", "image/png", "",
+         "application/json; charset=utf-16", "multipart/mixed")
+PICTURES = [encoded(picture(), "JPEG"), encoded(picture(), "JPEG", progressive=True),
+            encoded(picture(), "PNG"),
             encoded(picture(), "WEBP"), encoded(picture(), "WEBP", lossless=True), encoded(picture(), "GIF"),
             encoded(picture(), "BMP"), good_files()["16 bit.png"], good_files()["animated.webp"]]
 
@@ -36,14 +38,15 @@ PICTURES = [encoded(picture(), "JPEG"), encoded(picture(), "JPEG", progressive=T
 def server(tmp_path_factory):
     root = tmp_path_factory.mktemp("fuzzed")
     write_model(root / "model", "tied")
-    settings = settings_of("--model", root / "model", "--explain", "--max-upload-mb", 0.2, "--max-pixels", 100_000)
+    settings = settings_of("--model", root / "model", "--explain", "--max-upload-mb", 0.2,
+                           "--max-pixels", 100_000)
     fetch = Fetcher(["pictures.example"], 1000, 1.0, resolve=lambda *name: ["10.0.0.1"])
     with running(settings, fetch=fetch) as server:
         yield server
 
 
 def form(*parts: tuple[bytes, bytes]) -> bytes:
-    """Of heads and contents."""
+    """A multipart form of parts' headers and contents."""
     return b"".join(b"--boundary\r\n" + head + b"\r\n\r\n" + content + b"\r\n" for head, content in parts) + (
         b"--boundary--\r\n")
 
@@ -53,7 +56,7 @@ def file_part(content: bytes, name: bytes = b"image", filename: bytes = b"a.jpg"
 
 
 def mutated(random: Random, content: bytes) -> bytes:
-    """Bytes changed, cut off, doubled, added behind or in between."""
+    """Change, cut off, double, append or insert bytes."""
     body = bytearray(content)
     for _ in range(random.randint(1, 4)):
         place = random.randrange(len(body) + 1)
@@ -70,26 +73,30 @@ def mutated(random: Random, content: bytes) -> bytes:
             case 4:
                 body[place:place] = body[place : place + 100]
             case 5:
-                body[place : place + 4] = random.choice((b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff\xff\xff"))
+                body[place : place + 4] = random.choice((b"\xff\xff\xff\xff", b"\0\0\0\0",
+                                                         b"\x7f\xff\xff\xff"))
     return bytes(body)
 
 
 def odd_requests(random: Random) -> Iterator[tuple[str, str, bytes]]:
-    """Path, type and body, without an end."""
+    """An endless sequence of (path, type, body)."""
     while True:
         path, content = random.choice(PATHS), random.choice(PICTURES)
         whole = form(file_part(content), (b'Content-Disposition: form-data; name="text"', b"a dog"))
         match random.randrange(7):
-            case 0 | 1 | 2:  # a form as it should be around a picture that was changed
+            case 0 | 1 | 2:  # a valid form around a changed picture
                 yield "/v1/caption", MULTIPART, form(file_part(mutated(random, content)))
             case 3:
                 yield path, MULTIPART, mutated(random, whole)
             case 4:
-                yield path, JSON, mutated(random, json.dumps(in_json([content[:500]], text="a dog", num=2)).encode())
+                yield path, JSON, mutated(random,
+                                          json.dumps(in_json([content[:500]], text="a dog", num=2)).encode())
             case 5:
-                yield path, random.choice(TYPES), random.choice((whole, random.randbytes(200), b"", b"{}", b"null"))
+                yield path, random.choice(TYPES), random.choice((whole, random.randbytes(200), b"",
+                                                                 b"{}", b"null"))
             case 6:
-                odd = random.choice((b"../../etc/passwd", b"\0", b'"', b"\xff\xfe", b"a" * 5000, b"image\r\nX: y", b""))
+                odd = random.choice((b"../../etc/passwd", b"\0", b'"', b"\xff\xfe", b"a" * 5000,
+                                     b"image\r\nX: y", b""))
                 yield path, MULTIPART, form(file_part(content, *random.sample((odd, b"image"), 2)))
 
 
@@ -117,7 +124,7 @@ async def ask_all(server, count: int, seed: int, at_once: int = 16) -> Counter[i
 
 
 def memory(server) -> dict[str, float]:
-    """MB of the worker, of each decoder, and of this process."""
+    """Memory in MB of the worker, of each decoder, and of this process."""
     pids = ["self", *server.service.workers.pids, *server.service.decoders.pids]
     lines = (Path(f"/proc/{pid}/status").read_text().split("VmRSS:")[1] for pid in pids)
     return {str(pid): int(line.split()[0]) / 1e3 for pid, line in zip(pids, lines, strict=True)}
@@ -137,7 +144,7 @@ def test_hundreds_of_odd_bodies(server):
 
 @pytest.mark.slow
 def test_ten_thousand_odd_bodies(server):
-    """Memory of every process stays where it was after the first thousand."""
+    """After the first thousand, the memory of no process grows."""
 
     async def check() -> tuple[dict[str, float], dict[str, float]]:
         await ask_all(server, 1000, seed=1)
@@ -152,16 +159,19 @@ def test_ten_thousand_odd_bodies(server):
 
 
 def thoroughly(examples: int):
-    """The same examples every time."""
+    """Settings for many examples, the same every time."""
     return hypothesis_settings(max_examples=examples, deadline=None, derandomize=True,
                                suppress_health_check=list(HealthCheck))
 
 
 VALUES = strategies.recursive(
-    strategies.none() | strategies.booleans() | strategies.integers() | strategies.floats() | strategies.text(),
-    lambda inner: strategies.lists(inner, max_size=4) | strategies.dictionaries(strategies.text(), inner, max_size=4),
+    strategies.none() | strategies.booleans() | strategies.integers() | strategies.floats()
+    | strategies.text(),
+    lambda inner: (strategies.lists(inner, max_size=4)
+                   | strategies.dictionaries(strategies.text(), inner, max_size=4)),
     max_leaves=8)
-NAMES = strategies.sampled_from(["images", "image", "num", "prompt", "texts", "question", "text", "word", "k"])
+NAMES = strategies.sampled_from(["images", "image", "num", "prompt", "texts", "question",
+                                 "text", "word", "k"])
 IMAGES = strategies.lists(strategies.fixed_dictionaries(
     {}, optional={"base64": strategies.text() | strategies.just(base64.b64encode(PICTURES[0]).decode()),
                   "url": strategies.text() | strategies.just("http://pictures.example/")}), max_size=3)
@@ -181,7 +191,8 @@ def test_any_bytes(server, path, kind, body):
     assert 400 <= server.run(ask(server, path, kind, body)) < 500
 
 
-@given(strategies.lists(strategies.tuples(strategies.binary(max_size=60), strategies.binary(max_size=60)), max_size=4))
+@given(strategies.lists(strategies.tuples(strategies.binary(max_size=60), strategies.binary(max_size=60)),
+                        max_size=4))
 @thoroughly(100)
 def test_any_form(server, parts):
     assert 400 <= server.run(ask(server, "/v1/caption", MULTIPART, form(*parts))) < 500

@@ -1,4 +1,4 @@
-"""The guard before the routes: who may ask, how much may come in, how long it may take, and what every answer has."""
+"""The guard around the routes: access, limits of size and time, and the headers of every response."""
 
 import asyncio
 import json
@@ -31,13 +31,14 @@ def short_lingering(monkeypatch):
 
 
 class Client:
-    """Sends a body part by part and keeps what comes back; what it sends last may be that it goes away."""
+    """An ASGI client that sends a body in parts, perhaps disconnects, and records the response."""
 
     def __init__(self, parts=(b"",), leaves=False):
-        self.messages = [{"type": "http.request", "body": part, "more_body": i < len(parts) - 1 or leaves == "early"}
+        self.messages = [{"type": "http.request", "body": part,
+                          "more_body": i < len(parts) - 1 or leaves == "early"}
                          for i, part in enumerate(parts)]
         self.leaves, self.taken, self.started, self.body = leaves, 0, None, b""
-        self.taken_before = 0  # the answer began
+        self.taken_before = 0  # when the response began
         self.done = asyncio.Event()
 
     async def receive(self):
@@ -71,7 +72,7 @@ class Client:
 
 
 class App:
-    """Reads the body, waits, answers; keeps what became of it."""
+    """An application that reads the body, waits and answers; it records what happened."""
 
     def __init__(self, wait=0.0):
         self.wait, self.sizes, self.ends = wait, [], []
@@ -117,7 +118,8 @@ def test_every_answer_has_the_headers_of_safety():
         over, _ = guarded(App())
         for client in (await ask(over, Client()), await ask(over, Client([b"x" * 2000])),
                        await ask(over, Client(), method="GET", path="/")):
-            assert client.headers["content-security-policy"].startswith("default-src 'none'; script-src 'self';")
+            policy = client.headers["content-security-policy"]
+            assert policy.startswith("default-src 'none'; script-src 'self';")
             assert "unsafe" not in client.headers["content-security-policy"]
             assert client.headers["x-content-type-options"] == "nosniff"
             assert client.headers["referrer-policy"] == "no-referrer"
@@ -126,8 +128,9 @@ def test_every_answer_has_the_headers_of_safety():
 
 
 def test_the_limit_holds_while_the_body_comes_in():
-    """Exactly the limit passes; a byte more does not, whether its length was announced or not. What comes behind the
-    answer is taken in, so that its client hears it, but no more than a few times the limit."""
+    """Exactly the limit passes; one byte more does not, whether the length was announced or not. After an
+    early response the rest is read, so that the client receives the response, but no more than a few times
+    the limit."""
     async def check():
         app = App()
         over, house = guarded(app)
@@ -158,8 +161,8 @@ def test_a_full_queue_sends_away():
 
 
 def test_who_is_sent_away_hears_it():
-    """Through sockets: a client that sends all of a large upload before it reads is answered, not cut off. A slow one
-    is waited for a little while."""
+    """With sockets: a client that sends a whole large upload before it reads gets the response and is not cut
+    off. The server waits a little while for a slow one."""
     limits = Limits(upload_bytes=20_000_000, queue=1)
 
     async def check():
@@ -167,7 +170,8 @@ def test_who_is_sent_away_hears_it():
         over, house = guarded(app, limits)
         async with listening(over) as port:
             with house.seat():
-                answers = await asyncio.gather(*(asyncio.to_thread(sends_all, port, 15_000_000) for _ in range(4)))
+                answers = await asyncio.gather(*(asyncio.to_thread(sends_all, port, 15_000_000)
+                                                 for _ in range(4)))
             assert all(answer.startswith(b"HTTP/1.1 429 ") and b'"busy"' in answer for answer in answers)
             assert (await asyncio.to_thread(sends_all, port, 1_000)).startswith(b"HTTP/1.1 200 ")
             assert (await asyncio.to_thread(sends_all, port, 30_000_000)).startswith(b"HTTP/1.1 413 ")
@@ -181,7 +185,7 @@ def test_who_is_sent_away_hears_it():
 
 @asynccontextmanager
 async def listening(app):
-    """The port of an HTTP server."""
+    """Run an HTTP server. Yields its port."""
     server = uvicorn.Server(uvicorn.Config(app, port=0, lifespan="off", log_config=None))
     serving = asyncio.create_task(server.serve())
     while not server.started:
@@ -194,7 +198,7 @@ async def listening(app):
 
 
 def sends_all(port: int, size: int) -> bytes:
-    """What a client reads that first sends its whole body."""
+    """The response that a client reads after it has sent its whole body."""
     with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:
         connection.sendall(b"POST /v1/caption HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
                            b"Content-Length: %d\r\n\r\n" % size)
@@ -216,7 +220,7 @@ def test_a_request_of_several_pictures_takes_several_seats():
 
 
 def test_time_is_over():
-    """Work is cancelled and the client told; a body that does not end is no way to stay."""
+    """The work is cancelled and the client is told; an endless body does not prolong it."""
     async def check():
         app = App(wait=300)
         over, house = guarded(app, SHORT)
@@ -247,8 +251,8 @@ def test_a_client_that_goes_away_ends_its_work():
 def test_keys():
     async def check():
         over, _ = guarded(App(), api_key="secret-key", host_names=())
-        for header in (b"", b"Bearer", b"Bearer wrong-key", b"Basic secret-key", b"Bearer secret-key2", b"secret-key",
-                       b"Bearer \xff\xfe"):
+        for header in (b"", b"Bearer", b"Bearer wrong-key", b"Basic secret-key", b"Bearer secret-key2",
+                       b"secret-key", b"Bearer \xff\xfe"):
             client = await ask(over, Client(), headers=[(b"authorization", header)])
             assert client.status == 401 and client.code == "unauthorized" and client.taken_before == 0
             assert client.headers["www-authenticate"] == "Bearer"
@@ -264,20 +268,22 @@ def test_keys():
 
 
 def test_other_sites_and_names_are_kept_out():
-    """A page of another site, or a name that was bent to this machine, reaches nothing."""
+    """A page of another site, or a foreign name that resolves to this machine, gets nothing."""
     async def check():
         over, _ = guarded(App())
-        for host in (b"evil.example", b"evil.example:8000", b"localhost.evil.example", b"", b"127.0.0.1.evil.example"):
+        for host in (b"evil.example", b"evil.example:8000", b"localhost.evil.example", b"",
+                     b"127.0.0.1.evil.example"):
             client = Client()
-            await over({"type": "http", "method": "GET", "path": "/", "headers": [(b"host", host)]}, client.receive,
-                       client.send)
+            await over({"type": "http", "method": "GET", "path": "/", "headers": [(b"host", host)]},
+                       client.receive, client.send)
             assert client.status == 403 and client.code == "wrong_host"
         for host in (b"localhost", b"LOCALHOST:80", b"127.0.0.1:8000", b"[::1]:8000"):
             client = Client()
-            await over({"type": "http", "method": "GET", "path": "/", "headers": [(b"host", host)]}, client.receive,
-                       client.send)
+            await over({"type": "http", "method": "GET", "path": "/", "headers": [(b"host", host)]},
+                       client.receive, client.send)
             assert client.status == 200
-        for site, status in ((b"cross-site", 403), (b"same-site", 403), (b"same-origin", 200), (b"none", 200)):
+        for site, status in ((b"cross-site", 403), (b"same-site", 403), (b"same-origin", 200),
+                             (b"none", 200)):
             assert (await ask(over, Client(), headers=[(b"sec-fetch-site", site)])).status == status
 
     run(check())
@@ -298,7 +304,7 @@ def test_draining_takes_nothing_new():
 
 
 def test_failures_tell_the_log_no_input(caplog):
-    """Neither an exception's message nor a path nor a method stands in the log as it was sent."""
+    """The log contains no exception message, path or method as the client sent it."""
     async def fail(scope, receive, send):
         raise RuntimeError("secret\nforged line")
 

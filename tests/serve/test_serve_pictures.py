@@ -1,4 +1,4 @@
-"""Uploads by their bytes alone: every kind of picture is found and ends where it ends; everything else is refused."""
+"""Uploads checked by their bytes: every format is recognised with its end; everything else is refused."""
 
 import io
 
@@ -33,10 +33,10 @@ def test_pictures_are_read_as_offline(name):
 
 
 @pytest.mark.parametrize("options", [
-    {"progressive": True}, {"restart_marker_blocks": 1}, {"comment": b"\xff\xd9 no end"}, {"exif": Image.Exif()},
-    {"icc_profile": b"\xff\xd9" * 40_000}])
+    {"progressive": True}, {"restart_marker_blocks": 1}, {"comment": b"\xff\xd9 no end"},
+    {"exif": Image.Exif()}, {"icc_profile": b"\xff\xd9" * 40_000}])
 def test_jpegs_end_at_their_own_end(options):
-    """Markers within comments, profiles and scans are none."""
+    """Bytes like markers within comments, profiles and scans are not markers."""
     body = encoded(picture(200, 150), "JPEG", **options)
     assert format_of(body) == "JPEG"
     assert format_of(body + b"\0" * 7) == "JPEG"  # padding
@@ -50,11 +50,12 @@ def test_all_lossy_webps_and_many_frames():
         assert format_of(encoded(frames[0], "WEBP", **options)) == "WEBP"
     assert format_of(encoded(picture().convert("RGBA"), "WEBP")) == "WEBP"
     assert format_of(encoded(frames[0], "PNG", save_all=True, append_images=frames)) == "PNG"
-    assert format_of(encoded(frames[0], "GIF", save_all=True, append_images=frames, comment=b"; not the end")) == "GIF"
+    assert format_of(encoded(frames[0], "GIF", save_all=True, append_images=frames,
+                             comment=b"; not the end")) == "GIF"
 
 
 def test_a_phones_second_picture_belongs_to_the_first():
-    """Gain maps and depth maps stand behind the JPEG, as JPEGs; anything else behind them does not belong there."""
+    """Gain and depth maps may follow the JPEG, as JPEGs; nothing else may."""
     stream = io.BytesIO()
     picture().save(stream, "MPO", save_all=True, append_images=[picture(30, 20, seed=1)])
     several = stream.getvalue()
@@ -63,7 +64,8 @@ def test_a_phones_second_picture_belongs_to_the_first():
     assert "behind the end" in refusal(several + as_zip()).message
 
 
-@pytest.mark.parametrize("behind", [as_zip(), HTML, b"%PDF-1.7\n", b"\x01", b"\r\n", encoded(picture(), "PNG")],
+@pytest.mark.parametrize("behind", [as_zip(), HTML, b"%PDF-1.7\n", b"\x01", b"\r\n",
+                                    encoded(picture(), "PNG")],
                          ids=["zip", "html", "pdf", "a byte", "line end", "png"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_polyglots_are_refused(kind, behind):
@@ -85,15 +87,17 @@ def test_what_is_no_picture(name):
     assert refused.message.endswith(".") and len(refused.message) < 300
 
 
-@pytest.mark.parametrize("body", [b"<svg xmlns='http://www.w3.org/2000/svg'/>", HTML, b"%PDF-1.7 ", as_zip(), b"GIF89a",
+@pytest.mark.parametrize("body", [b"<svg xmlns='http://www.w3.org/2000/svg'/>", HTML, b"%PDF-1.7 ",
+                                  as_zip(), b"GIF89a",
                                   b"BM", b"RIFF\xff\xff\xff\xffWEBP", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n",
-                                  b"GIF89a/*" + HTML + b"*/=1;", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"])
+                                  b"GIF89a/*" + HTML + b"*/=1;",
+                                  b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"])
 def test_disguises(body):
     assert refusal(body).code == "not_an_image"
 
 
 def test_bombs_are_refused_by_their_header(monkeypatch):
-    """Nothing is decoded: not 900 million pixels, not one more than the limit."""
+    """Without decoding: neither 900 million pixels nor one more than the limit."""
     huge = encoded(picture(), "GIF")
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     assert refusal(bomb()).code == "too_many_pixels"
@@ -103,7 +107,7 @@ def test_bombs_are_refused_by_their_header(monkeypatch):
 
 
 def test_mutations_end_in_a_refusal_or_a_picture():
-    """A thousand changed files: no other exception, and none that takes long."""
+    """A thousand changed files: no other exception, and none takes long."""
     random = np.random.default_rng(0)
     for kind, options in KINDS.items():
         whole = encoded(picture(), kind, **options)

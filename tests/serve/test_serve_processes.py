@@ -1,4 +1,4 @@
-"""Crews of processes: jobs and answers, and processes that die, hang, cannot begin, or outlive their server."""
+"""Crews of processes: jobs and answers, and processes that die, hang, cannot start, or lose their server."""
 
 import asyncio
 import os
@@ -62,7 +62,7 @@ def test_jobs_are_shared_out_and_answered(tmp_path):
             answers = await asyncio.gather(*(made.do({"order": "sleep"}, bytes([i, 255])) for i in range(4)))
             assert [blob for _, blob in answers] == [bytes([255, i]) for i in range(4)]
             assert len({head["pid"] for head, _ in answers}) == 2 and made.waiting == 0
-            large = bytes(range(256)) * 80_000  # more than a socket holds
+            large = bytes(range(256)) * 80_000  # larger than a socket's buffer
             assert (await made.do({}, large))[1] == large[::-1]
             with pytest.raises(Refused, match="bad_value"):
                 await made.do({"order": "refuse"})
@@ -72,7 +72,7 @@ def test_jobs_are_shared_out_and_answered(tmp_path):
 
 @pytest.mark.parametrize("order", ["die", "crash", "babble"])
 def test_a_process_that_dies_is_replaced(tmp_path, order):
-    """Its own jobs are lost, those that wait are done by the next, and nobody waits forever."""
+    """Its own jobs are lost, waiting jobs are done by the next process, and nobody waits forever."""
     async def check():
         async with crew(tmp_path, depth=2) as made:
             (first,) = made.pids
@@ -110,14 +110,14 @@ def test_a_process_that_hangs_is_replaced_and_one_that_works_is_not(tmp_path):
             with pytest.raises(Refused, match="worker_lost"):
                 await made.do({})
             await until(lambda: made.ready == 1)
-            await asyncio.sleep(6.0)  # with nothing to do, silence is no sign of anything
+            await asyncio.sleep(6.0)  # a process without jobs may be silent
             assert made.restarts == 2
 
     run(check())
 
 
 def test_a_cancelled_job_is_dropped(tmp_path):
-    """While it waits it never begins; in a process, the process is told."""
+    """A waiting job never starts; for a running job, its process is told."""
     async def check():
         async with crew(tmp_path, depth=1) as made:
             first, second = (asyncio.ensure_future(made.do({"order": "sleep"})) for _ in range(2))
@@ -147,7 +147,7 @@ def test_waits_grow_between_deaths(tmp_path, monkeypatch):
 
 
 def test_one_that_cannot_begin_says_why(tmp_path):
-    """At the first start the server is told; later it is one more that has to be replaced."""
+    """At the first start the server is told; later the process is replaced like any other."""
     async def check():
         async with crew(tmp_path, main=serving_crew.failing, begun=False) as made:
             await until(lambda: made.failures)
@@ -171,13 +171,13 @@ def test_signals_of_a_terminal_end_no_process(tmp_path):
             for number in (signal.SIGINT, signal.SIGTERM):
                 os.kill(pid, number)
             assert (await made.do({}))[0]["pid"] == pid
-        await until(lambda: not alive(pid))  # stopping the crew does
+        await until(lambda: not alive(pid))  # stopping the crew ends it
 
     run(check())
 
 
 def test_no_process_outlives_its_server(tmp_path):
-    """Not even one that hangs, when the server is killed."""
+    """Not even a hanging one, when the server is killed."""
     server = subprocess.Popen(
         [sys.executable, "-c", f"""if True:
             import asyncio, sys
@@ -201,5 +201,5 @@ def test_no_process_outlives_its_server(tmp_path):
 
 
 def test_messages_are_no_pickles():
-    """What a process that was taken over can send is JSON and bytes."""
+    """A process that has been taken over can send only JSON and bytes."""
     assert packed({"a": "é"}, b"\x00\xff") == b"\0\0\0\x0f\0\0\0\x02" + b'{"a": "\\u00e9"}' + b"\x00\xff"

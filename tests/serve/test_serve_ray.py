@@ -1,4 +1,4 @@
-"""The server on Ray Serve: its replicas answer as the server does."""
+"""The server on Ray Serve: replicas answer as the server does."""
 
 import socket
 from pathlib import Path
@@ -24,7 +24,7 @@ KEY = "a key for tests"
 
 
 def test_the_file_fits(monkeypatch):
-    """What deploy/ray_serve.yaml says is understood, and refused without a key."""
+    """deploy/ray_serve.yaml is valid, and refused without a key."""
     path = Path(__file__).parents[2] / "deploy" / "ray_serve.yaml"
     (application,) = yaml.safe_load(path.read_text(encoding="utf-8"))["applications"]
     assert application["import_path"] == f"{build.__module__}:{build.__name__}"
@@ -48,8 +48,9 @@ def test_a_replica_is_the_server(tmp_path, monkeypatch):
         until(lambda: httpx.get(f"{url}/ready", timeout=PATIENCE).status_code == 200)
         assert httpx.post(f"{url}/v1/caption", files=files(pictures), timeout=PATIENCE).status_code == 401
         told = httpx.post(f"{url}/v1/caption", files=files(pictures), headers=key, timeout=PATIENCE).json()
-        expected = Captioner.from_pretrained(model, dtype="float32")([load_image(content) for content in pictures])
-        assert [row["captions"][0]["text"] for row in told["results"]] == [caption.caption for caption in expected]
+        captioner = Captioner.from_pretrained(model, dtype="float32")
+        expected = [caption.caption for caption in captioner([load_image(content) for content in pictures])]
+        assert [row["captions"][0]["text"] for row in told["results"]] == expected
     finally:
         serve.shutdown()
         ray.shutdown()

@@ -13,8 +13,9 @@ from blip_fast.model.bert_cnn import BertCnn
 TOKENIZER = small_tokenizer()
 
 
-def save_bert(directory: Path, *, task: str = "BertModel", seed: int = 0, **changes) -> transformers.PreTrainedModel:
-    """transformers' BERT with weights far from their start, as it saves them, and a tokenizer."""
+def save_bert(directory: Path, *, task: str = "BertModel", seed: int = 0,
+              **changes) -> transformers.PreTrainedModel:
+    """Save transformers' BERT with weights far from their initialisation, and a tokenizer."""
     sizes = {"vocab_size": TOKENIZER.vocab_size - 2, "hidden_size": 48, "num_hidden_layers": 3,
              "num_attention_heads": 4, "intermediate_size": 96, "max_position_embeddings": 64}
     torch.manual_seed(seed)
@@ -37,7 +38,7 @@ def bert_cnn(directory: Path, seed: int = 0) -> BertCnn:
 
 def independent(bert: torch.nn.Module, convolution: torch.nn.Conv1d, output: torch.nn.Module, caption: str,
                 label: str) -> torch.Tensor:
-    """One pair's logit by transformers' BERT, and by torch's convolution over that pair alone."""
+    """One pair's logit by transformers' BERT and torch's convolution, on that pair alone."""
     first, second = TOKENIZER.encode(caption, max_tokens=40), TOKENIZER.encode(label, max_tokens=25)[1:]
     types = torch.tensor([[0] * len(first) + [1] * len(second)])
     states = bert(torch.tensor([first + second]), token_type_ids=types).last_hidden_state

@@ -1,4 +1,4 @@
-"""What tests of `blip-fast capfilt` share: two small models, shards of pictures, and what a run's folder holds."""
+"""Helpers for tests of `blip-fast capfilt`: two small models, shards of pictures, a run folder's content."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from blip_fast.data.shards.shards import Sample, iterate, write_shards
 pq = pytest.importorskip("pyarrow.parquet", reason="capfilt needs the extra `capfilt`")
 pytest.importorskip("nvidia.nvimgcodec", reason="packing needs the extra `train`")
 
-CAPTIONS = [["two dogs run over the green grass"], [], ["a man rides a horse", "a red ball"], ["people eat!"], ["..."]]
-SHARDS, IMAGES = 3, 5  # of each shard
+CAPTIONS = [["two dogs run over the green grass"], [], ["a man rides a horse", "a red ball"],
+            ["people eat!"], ["..."]]
+SHARDS, IMAGES = 3, 5  # images per shard
 
 
 def picture(number: int) -> bytes:
@@ -22,13 +23,15 @@ def picture(number: int) -> bytes:
 
 
 def save_models(directory: Path, filter_seed: int = 3) -> Path:
-    save_model("BlipForConditionalGeneration", small_tokenizer(), directory / "captioner", sep_bias=4.0, seed=2)
+    save_model("BlipForConditionalGeneration", small_tokenizer(), directory / "captioner",
+               sep_bias=4.0, seed=2)
     save_model("BlipForImageTextRetrieval", small_tokenizer(), directory / "filter", seed=filter_seed)
     return directory
 
 
 def save_shards(directory: Path) -> Path:
-    samples = (Sample(f"{i:03d}", picture(i), {"image": f"images/{i}.jpg", "captions": CAPTIONS[i % IMAGES], "note": i})
+    samples = (Sample(f"{i:03d}", picture(i),
+                      {"image": f"images/{i}.jpg", "captions": CAPTIONS[i % IMAGES], "note": i})
                for i in range(SHARDS * IMAGES))
     write_shards(samples, directory, samples_per_shard=IMAGES)
     return directory
@@ -40,7 +43,7 @@ def arguments(models: Path, *more: object) -> list[str]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files but locks and what names the run's own folder."""
+    """All files except locks and those that contain the folder's own name."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
             if path.is_file() and path.suffix != ".lock"}
 

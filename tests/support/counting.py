@@ -1,4 +1,4 @@
-"""What a rank really allocates and sends: every tensor's storage, every collective, and the bytes of its sockets."""
+"""Counts what a rank really allocates and sends: tensors' storages, collectives, and bytes of its sockets."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 
 class Counting(TorchDispatchMode):
-    """Within, remembers the storages that operations return, and counts in `sent` what collectives send from this rank:
-    bytes by operation, as if each went round a ring."""
+    """A context that records the storages which operations return, and counts in `sent` the bytes that this
+    rank sends in collectives, by operation, as if each were a ring."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Counting(TorchDispatchMode):
         return out
 
     def alive(self) -> int:
-        """Bytes of the storages that are not freed."""
+        """Bytes of the storages that are still allocated."""
         self._storages = {key: ref for key, ref in self._storages.items() if not ref.expired()}
         return sum(nbytes for _, nbytes in self._storages)
 
@@ -63,16 +63,17 @@ def ring_bytes(name: str, args: tuple) -> float:
 
 
 def socket_bytes() -> int:
-    """Bytes that this process's TCP connections have sent so far, as the kernel counts them (Linux's tcp_info)."""
+    """Bytes that this process's TCP connections have sent, by the kernel's count (Linux's tcp_info)."""
     total = 0
     for entry in Path("/proc/self/fd").iterdir():
         try:
             if not str(entry.readlink()).startswith("socket:"):
                 continue
             with socket.socket(fileno=socket.dup(int(entry.name))) as connection:
-                if connection.type == socket.SOCK_STREAM and connection.family in (socket.AF_INET, socket.AF_INET6):
+                if connection.type == socket.SOCK_STREAM and connection.family in (socket.AF_INET,
+                                                                                   socket.AF_INET6):
                     info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
                     total += struct.unpack_from("Q", info, 120)[0]  # tcpi_bytes_acked
-        except OSError:  # closed meanwhile
+        except OSError:  # closed in the meantime
             continue
     return total

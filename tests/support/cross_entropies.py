@@ -1,4 +1,4 @@
-"""What tests of linear_cross_entropy share: the formula in float64, inputs, and a comparison of loss and gradients."""
+"""Helpers for tests of linear_cross_entropy: formula in float64, inputs, comparison of loss and gradients."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from blip_kernels.linear_cross_entropy import linear_cross_entropy
 module = importlib.import_module("blip_kernels.linear_cross_entropy")
 BACKENDS = ("reference", "triton")
 NAMES = ("hidden", "weight", "bias")
-# float32 sums of up to 300 products of size 1 err by a few 1e-6; TF32 in three passes (the kernels) likewise. float16
-# rounds d logits, each of the twin's partial products and the gradients, of size 10, to 2⁻¹¹ of themselves; the
-# yardstick is the float64 formula of the rounded inputs.
+# Errors against the float64 formula of the rounded inputs. float32 sums of up to 300 products of size 1 are
+# off by a few 1e-6, and so is TF32 in three passes (the kernels). float16 rounds d logits, each of the twin's
+# partial products and the gradients (of size 10) to 2⁻¹¹ of themselves.
 TOLERANCE = {torch.float32: {"atol": 5e-6, "rtol": 2e-5}, torch.float16: {"atol": 1e-2, "rtol": 4e-3},
              torch.float64: {"atol": 1e-12, "rtol": 1e-12}}
 
 
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sizes at which small tests meet every loop: chunks with a tail, blocks of rows, columns kept and not."""
+    """Tile sizes with which small tests reach every loop: chunks with a remainder, blocks of rows, columns
+    kept and not."""
     monkeypatch.setattr(module, "ROWS", 8)
     monkeypatch.setattr(module, "TILE", 8 * 16)
     monkeypatch.setattr(module, "WIDTHS", (16, 40))
@@ -29,7 +30,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def textbook(hidden, weight, bias, targets, smoothing, ignore_index, reduction):
-    """Row by row: −Σ target distribution · log softmax."""
+    """The formula, row by row: −Σ target distribution · log softmax."""
     losses = []
     for h, t in zip(hidden, targets.tolist(), strict=True):
         logits = weight @ h + (0 if bias is None else bias)
@@ -42,7 +43,8 @@ def textbook(hidden, weight, bias, targets, smoothing, ignore_index, reduction):
         losses.append(-(distribution * log_p).sum())
     losses = torch.stack(losses) if losses else hidden.new_zeros(0)
     counted = int((targets != ignore_index).sum())
-    return {"none": losses, "sum": losses.sum(), "mean": losses.sum() / counted if counted else losses.sum() / 0.0}[
+    return {"none": losses, "sum": losses.sum(), "mean": losses.sum() / counted if counted
+            else losses.sum() / 0.0}[
         reduction]
 
 
@@ -56,8 +58,9 @@ def inputs(rows, width, vocabulary, dtype=torch.float32, seed=0, ignored=0.25, b
     return [None if x is None else x.requires_grad_() for x in (hidden, weight, bias)], targets
 
 
-def check(backend, tensors, targets, smoothing=0.1, ignore_index=-100, reduction="mean", tolerance=None, seed=1):
-    """Loss and every gradient, with a random gradient of the loss."""
+def check(backend, tensors, targets, smoothing=0.1, ignore_index=-100, reduction="mean",
+          tolerance=None, seed=1):
+    """Compare the loss and all gradients, given a random gradient of the loss."""
     exact = [None if x is None else x.detach().double().requires_grad_() for x in tensors]
     loss = linear_cross_entropy(*tensors, targets, label_smoothing=smoothing, ignore_index=ignore_index,
                                 reduction=reduction, backend=backend)
@@ -71,4 +74,5 @@ def check(backend, tensors, targets, smoothing=0.1, ignore_index=-100, reduction
     for name, x, e in zip(NAMES, tensors, exact, strict=True):
         if x is not None:
             assert x.grad.dtype == x.dtype and x.grad.shape == x.shape
-            torch.testing.assert_close(x.grad.double(), e.grad, msg=lambda m, n=name: f"d {n}: {m}", **tolerance)
+            torch.testing.assert_close(x.grad.double(), e.grad, msg=lambda m, n=name: f"d {n}: {m}",
+                                       **tolerance)

@@ -1,4 +1,4 @@
-"""What tests of generation share: a small model that transformers has too, images of noise, prompts."""
+"""Helpers for tests of generation: a small model that transformers loads too, images of noise, prompts."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from blip_fast.checkpoint import load_model
 from blip_fast.model.blip import BlipModel
-from blip_fast.model.text import ImageKV, ImageStates, image_states
+from blip_fast.model.image_kv import ImageKV, ImageStates, image_states
 
 
 def small_models(directory: Path) -> tuple[Any, BlipModel]:
-    """transformers' captioner and ours, of the same weights."""
+    """transformers' captioner and ours, with the same weights."""
     theirs = save_model("BlipForConditionalGeneration", small_tokenizer(), directory, sep_bias=4.0, seed=2)
     return theirs, load_model(directory)[0]
 

@@ -1,4 +1,4 @@
-"""A page of HTML, read."""
+"""Parses an HTML page."""
 
 from html.parser import HTMLParser
 
@@ -6,7 +6,7 @@ VOID = {"meta", "img", "line", "circle", "polyline", "rect"}
 
 
 class Page(HTMLParser):
-    """Tags in order, attributes and text of a page; fails on a tag closed that is not open."""
+    """The tags in order, attributes and text of a page. Fails on a closing tag that was not opened."""
 
     def __init__(self, html):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Files that a folder of "images" really holds: odd but readable ones, and broken ones, made on the fly from a seed."""
+"""Files as in real folders of images: odd but readable ones, and broken ones, made from a seed."""
 
 import functools
 import io
@@ -32,17 +32,18 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
 
 
 def png(width: int, height: int, bits: int, colour_type: int, rows: bytes) -> bytes:
-    """A PNG written by hand: Pillow writes neither 16-bit colour nor headers that promise more than the file holds."""
+    """A handmade PNG: Pillow writes neither 16-bit colour nor headers that promise more than there is."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
     header = struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows, 9)) + chunk(b"IEND", b"")
+    chunks = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows, 9)), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 def rgb_png_16_bit(image: Image.Image) -> bytes:
-    """Each 8-bit sample v as the 16-bit sample 257 v."""
+    """A PNG with each 8-bit sample v as the 16-bit sample 257 v."""
     samples = (np.asarray(image).astype(np.uint16) * 257).astype(">u2")
     return png(image.width, image.height, 16, 2, b"".join(b"\0" + row.tobytes() for row in samples))
 
@@ -60,7 +61,7 @@ def bomb() -> bytes:
 
 @functools.cache
 def good_files() -> dict[str, bytes]:
-    """Every one shows `picture()`."""
+    """Files that all show `picture()`."""
     image = picture()
     frames = [picture(seed=seed) for seed in (1, 2)]
     return {
@@ -86,7 +87,7 @@ def good_files() -> dict[str, bytes]:
 
 @functools.cache
 def grey_files() -> dict[str, bytes]:
-    """Every one shows `picture()` in grey."""
+    """Files that all show `picture()` in grey."""
     grey = picture().convert("L")
     return {
         "grey.jpg": encoded(grey, "JPEG", quality=95),
@@ -98,7 +99,7 @@ def grey_files() -> dict[str, bytes]:
 
 @functools.cache
 def bad_files() -> dict[str, bytes]:
-    """None of them holds a whole image of a reasonable size."""
+    """Files that contain no whole image of a reasonable size."""
     jpeg, png_bytes = encoded(picture(), "JPEG"), encoded(picture(), "PNG")
     return {
         "empty.jpg": b"",

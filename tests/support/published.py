@@ -1,4 +1,4 @@
-"""Synthetic checkpoints of every published kind: textbook models with noise on every tensor, saved as `.pth`."""
+"""Synthetic checkpoints of every published kind: noisy textbook models, saved as `.pth`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from blip_fast.checkpoint import load_model, load_training_state, save_hugging_f
 
 SIZES = Sizes(image_size=24, patch_size=8, vision_width=24, vision_layers=2, vision_heads=3, vocabulary=40,
               positions=12, text_width=16, text_layers=2, text_heads=2, text_feed_forward=20, projection=6)
-DEEP = Sizes(image_size=16, patch_size=8, vision_width=16, vision_layers=1, vision_heads=2, vocabulary=40, positions=9,
-             text_width=16, text_layers=8, text_heads=2, text_feed_forward=20)
+DEEP = Sizes(image_size=16, patch_size=8, vision_width=16, vision_layers=1, vision_heads=2,
+             vocabulary=40, positions=9, text_width=16, text_layers=8, text_heads=2, text_feed_forward=20)
 SPECIAL_TOKENS = {"pad": 0, "cls": 1, "sep": 2, "bos": 38, "enc": 39}
 
 KINDS = {
@@ -42,11 +42,11 @@ def make(kind: str, seed: int = 0) -> nn.Module:
 
 
 def save(state: dict[str, Tensor], path: Path, sizes: Sizes = SIZES) -> Path:
-    """Write a `.pth` as published, and the JSON beside it that says what shapes do not."""
+    """Write a `.pth` as published, and the JSON next to it with what the shapes do not tell."""
     torch.save({"model": state}, path)
     path.with_suffix(".json").write_text(json.dumps({
-        "text_config": {"num_attention_heads": sizes.text_heads}, "vit_config": {"num_heads": sizes.vision_heads},
-        "special_tokens": SPECIAL_TOKENS}))
+        "text_config": {"num_attention_heads": sizes.text_heads},
+        "vit_config": {"num_heads": sizes.vision_heads}, "special_tokens": SPECIAL_TOKENS}))
     return path
 
 
@@ -63,7 +63,7 @@ def weights(directory: Path) -> dict[str, Tensor]:
 
 
 def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    """Bit for bit, in names, dtypes and values."""
+    """Assert that names, dtypes and values are equal, bit for bit."""
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert ours[name].dtype == tensor.dtype and torch.equal(ours[name], tensor), name

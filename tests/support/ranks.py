@@ -1,4 +1,4 @@
-"""Processes that form a gloo group, for tests of what ranks do together."""
+"""Processes that form a gloo group, for tests with several ranks."""
 
 import os
 import socket
@@ -19,8 +19,8 @@ def spawn(target: Callable[..., None], ranks: int, *args: object) -> None:
 
 
 def join(rank: int, ranks: int, port: int, kept_whole: int = 40) -> torch.device:
-    """Within a spawned process: a rank of a run, with one thread, as `engine.start_rank` has it. ZeRO 3 keeps so few
-    elements whole that nearly everything of a small model is sharded."""
+    """In a spawned process: become a rank of a run, with one thread, as `engine.start_rank` does. ZeRO 3's
+    threshold is so low that nearly everything of a small model is sharded."""
     os.environ.update(rank_environment())
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(ranks),
                       LOCAL_RANK=str(rank))

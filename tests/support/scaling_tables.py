@@ -1,6 +1,6 @@
 """The tables of docs/scaling.md, from `blip_train.forecast.estimate`.
 
-`python tests/support/scaling_tables.py` writes them anew.
+`python tests/support/scaling_tables.py` rewrites them.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ SIZES, RANKS, STAGES = ("base", "large"), (8, 64, 512, 4096), (0, 1, 2, 3)
 
 
 def plans(size: str) -> dict[tuple[int, int], Plan]:
-    """By ranks and stage."""
+    """Plans by number of ranks and stage."""
     recipe = load_recipe(f"train/blip_train/recipes/pretrain_{size}.yaml")
     pretraining = meta_pretraining(recipe)
     return {(ranks, stage): Plan(recipe, pretraining, ranks, stage) for ranks in RANKS for stage in STAGES}
 
 
 def tables() -> dict[str, str]:
-    """Markdown by the name that the document's markers give it."""
+    """The tables as Markdown, by their names in the document's markers."""
     found = {}
     for size in SIZES:
         every = plans(size)
@@ -32,9 +32,11 @@ def tables() -> dict[str, str]:
         found[f"memory {size}"] = _table(
             ["ZeRO", *parts, "sum at 64", *[f"at {ranks:,}" for ranks in RANKS if ranks != 64]],
             [[str(stage), *[_gb(memory(every[64, stage]).get(part, 0.0)) for part in parts],
-              *[_gb(sum(memory(every[ranks, stage]).values())) for ranks in (64, 8, 512, 4096)]] for stage in STAGES])
+              *[_gb(sum(memory(every[ranks, stage]).values())) for ranks in (64, 8, 512, 4096)]]
+             for stage in STAGES])
         found[f"traffic {size}"] = _table(
-            ["ZeRO", *[f"{ranks:,} GPUs" for ranks in RANKS], "gradients at 64", "weights at 64", "features at 4,096"],
+            ["ZeRO", *[f"{ranks:,} GPUs" for ranks in RANKS], "gradients at 64", "weights at 64",
+             "features at 4,096"],
             [[str(stage), *[_gb(sum(traffic(every[ranks, stage]).values())) for ranks in RANKS],
               *[_gb(traffic(every[64, stage])[part]) for part in ("gradients", "weights")],
               _gb(traffic(every[4096, stage])["features"])] for stage in STAGES])
@@ -47,7 +49,7 @@ def tables() -> dict[str, str]:
 
 
 def written() -> dict[str, str]:
-    """What stands in the document between the markers."""
+    """The document's text between the markers."""
     return dict(re.findall(r"<!-- (.+?) -->\n(.*?)<!-- end -->", DOC.read_text(), re.DOTALL))
 
 

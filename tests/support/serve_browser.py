@@ -1,4 +1,4 @@
-"""What tests of the page share: a server, a page of Chromium that is watched, and scripts that run in it."""
+"""Helpers for tests of the page: a server, a Chromium page watched for errors, and scripts for it."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from serving import write_model
 from blip_fast.search import Index
 
 SCREENSHOTS = Path(__file__).parents[2] / "runs" / "screenshots"
-PATIENCE = 300_000  # milliseconds until a page that does not become what is expected is a failure
+PATIENCE = 300_000  # milliseconds to wait for an expected state of the page
 
-# Puts a PNG, a list of bytes, on the clipboard.
+# Puts a PNG (a list of bytes) on the clipboard.
 PASTE = """bytes => navigator.clipboard.write([
   new ClipboardItem({"image/png": new Blob([new Uint8Array(bytes)], {type: "image/png"})})])"""
 
-# What a browser hands over when these files are dropped.
+# The DataTransfer of a browser when these files are dropped.
 DROP = """files => {
   const transfer = new DataTransfer();
   for (const {name, mimeType, buffer} of files)
@@ -35,7 +35,8 @@ DROP = """files => {
   return transfer;
 }"""
 
-# Whether what has the focus is outlined (a control that is not drawn, by its label), and is what was looked for.
+# Whether the focused element has an outline (a hidden control: its label has), and whether it is the one
+# looked for.
 FOCUS = """selector => {
   const focused = document.activeElement;
   const drawn = focused.classList.contains("unseen") ? document.querySelector(`label[for=${focused.id}]`) : focused;
@@ -44,7 +45,8 @@ FOCUS = """selector => {
           visible: focused === document.body || (outlineStyle !== "none" && parseFloat(outlineWidth) >= 2)};
 }"""
 
-# [ratio, text] of every text that is seen, placeholders included (WCAG 2.2, relative luminance and contrast ratio).
+# [contrast ratio, text] of all visible text, placeholders included (WCAG 2.2, relative luminance and contrast
+# ratio).
 CONTRAST = """() => {
   const rgba = colour => (colour.match(/[\\d.]+/g) ?? [0, 0, 0, 0]).map(Number);
   const luminance = colour => {
@@ -76,19 +78,19 @@ CONTRAST = """() => {
 }"""
 
 # Roles of the accessibility tree that must have names.
-NAMED_ROLES = {"button", "link", "textbox", "searchbox", "combobox", "image", "img", "article", "group", "region",
-               "heading"}
+NAMED_ROLES = {"button", "link", "textbox", "searchbox", "combobox", "image", "img", "article",
+               "group", "region", "heading"}
 
 
 @dataclass
 class Watched:
-    """A page, what it asked the server for, and what must not happen in it."""
+    """A page, its requests, and the errors that must not happen in it."""
 
     page: Page
     origin: str
     requests: list[Request] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
-    expected: set[int] = field(default_factory=set)  # statuses that the test provokes
+    expected: set[int] = field(default_factory=set)  # error statuses that the test provokes
 
     def watch(self) -> None:
         self.page.on("request", lambda request: self.requests.append(request))
@@ -97,11 +99,11 @@ class Watched:
         self.page.on("console", lambda message: self._hear(message.type, message.text))
 
     def sent(self, path: str) -> int:
-        """Requests to a path so far."""
+        """The requests to a path so far."""
         return sum(urlsplit(request.url).path == path for request in self.requests)
 
     def change_info(self, **parts: dict) -> None:
-        """Load the page anew, as it is with other features or limits in /v1/info than the server's."""
+        """Reload the page with other features or limits in /v1/info than the server's."""
         def change(route) -> None:
             info = route.fetch().json()
             route.fulfill(json={**info, **{name: {**info[name], **part} for name, part in parts.items()}})
@@ -111,7 +113,7 @@ class Watched:
         open_page(self.page)
 
     def assert_clean(self) -> None:
-        """No error in the console, nothing thrown, no answer of 4xx or 5xx but the expected, no other host asked."""
+        """No errors in the console, no exceptions, no unexpected 4xx or 5xx, no requests to other hosts."""
         assert self.errors == []
         own = (self.origin + "/", "blob:", "data:")
         assert [request.url for request in self.requests if not request.url.startswith(own)] == []
@@ -121,14 +123,14 @@ class Watched:
             self.errors.append(f"{response.status} for {response.url}")
 
     def _hear(self, kind: str, text: str) -> None:
-        if kind in ("error", "warning") and not text.startswith("Failed to load resource"):  # those are seen above
+        # counted by `_see`
+        if kind in ("error", "warning") and not text.startswith("Failed to load resource"):
             self.errors.append(text)
 
 
 @contextmanager
 def watched_page(browser: Browser, origin: str, name: str) -> Iterator[Watched]:
-    """The page of the server at `origin`; in the end it must have been clean, and its screenshot is left under
-    `name`."""
+    """A page of the server at `origin`. At the end it must be clean; a screenshot is saved as `name`."""
     context = browser.new_context(base_url=origin, viewport={"width": 1200, "height": 900})
     context.set_default_timeout(PATIENCE)
     expect.set_options(timeout=PATIENCE)
@@ -143,13 +145,13 @@ def watched_page(browser: Browser, origin: str, name: str) -> Iterator[Watched]:
 
 
 def open_page(page: Page) -> None:
-    """Load it, and wait until it knows what the server can do."""
+    """Load the page, and wait until it knows the server's features."""
     page.goto("/")
     page.get_by_text("blip_fast 0").wait_for()
 
 
 def everything(directory: Path) -> tuple[object, ...]:
-    """Arguments of a server that can do everything: models of random weights, and an index of twelve pictures."""
+    """The arguments of a server with all features: random models, and an index of twelve pictures."""
     model = write_model(directory / "model", "tied")
     (directory / "photos").mkdir()
     index = Index.create(directory / "index", model, dtype="float32")
@@ -160,7 +162,7 @@ def everything(directory: Path) -> tuple[object, ...]:
 
 
 def post(origin: str, path: str, *files: dict, **fields: Any) -> Any:
-    """What the API says, asked by another client and another form than the page's."""
+    """The API's answer to another client, in another form than the page's."""
     images = [{"base64": base64.b64encode(file["buffer"]).decode()} for file in files]
     answer = httpx.post(origin + path, json={"images": images, **fields}, timeout=PATIENCE / 1000)
     assert answer.status_code == 200, answer.text
@@ -168,7 +170,7 @@ def post(origin: str, path: str, *files: dict, **fields: Any) -> Any:
 
 
 def chromium() -> str:
-    """The browser of the system. Skips the test where there is none."""
+    """The system's browser. Skips the test if there is none."""
     path = shutil.which("chromium")
     if path is None:
         pytest.skip("there is no chromium on the PATH (Debian: apt install chromium)")
@@ -195,7 +197,7 @@ def captioned(page: Page, *names: str) -> None:
 
 
 def tab_to(page: Page, selector: str) -> None:
-    """Press Tab until it is there; whatever has the focus on the way is seen to have it."""
+    """Press Tab until the element is focused. Every focused element on the way must be visibly focused."""
     for _ in range(60):
         page.keyboard.press("Tab")
         focus = page.evaluate(FOCUS, selector)
@@ -206,7 +208,7 @@ def tab_to(page: Page, selector: str) -> None:
 
 
 def filled(page: Page) -> None:
-    """A page with everything on it: a captioned card with answer, ranking and heat map, a refused one, hits."""
+    """Fill a page: a captioned card with answer, ranking and heat map, a refused one, and search hits."""
     choose(page, upload("a very long name of a picture " + 60 * "x" + ".png"),
            {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"a dog"})
     here = page.get_by_role("article").first

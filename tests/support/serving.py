@@ -1,5 +1,5 @@
-"""What tests of the server share: small models, odd uploads, and servers with real processes around them: `running` has
-its HTTP side in this process, `served` is `blip-fast serve` in one of its own."""
+"""Helpers for tests of the server: small models, odd uploads, and servers with real processes. `running` has
+its HTTP side in this process; `served` is `blip-fast serve` in its own process."""
 
 from __future__ import annotations
 
@@ -39,12 +39,13 @@ HOST = "http://localhost"
 
 
 def write_model(directory: Path, stacks: TextStacks) -> Path:
-    """A small model, weights drawn from seed 0, that writes texts of several lengths."""
+    """Save a small model with random weights (seed 0) that writes texts of several lengths."""
     tokenizer = Tokenizer.train(CAPTIONS, 120)
     heads = stacks == "tied"
     config = BlipConfig(
         VisionConfig(IMAGE_SIZE, 16, 64, 2, 4), TextConfig(tokenizer.vocab_size, 64, 3, 4, 128),
-        SpecialTokens(tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.bos_id, tokenizer.enc_id),
+        SpecialTokens(tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.bos_id,
+                      tokenizer.enc_id),
         stacks, contrastive=heads, matching=heads, embed_dim=32)
     torch.manual_seed(0)
     model = BlipModel(config)
@@ -58,7 +59,7 @@ def write_model(directory: Path, stacks: TextStacks) -> Path:
 
 
 def settings_of(*arguments: object) -> Settings:
-    """As the command line has them."""
+    """The settings of a command line."""
     return settings_from([*map(str, arguments), "--dtype", "float32"])
 
 
@@ -67,7 +68,7 @@ def photos(count: int, kind: str = "JPEG") -> list[bytes]:
 
 
 def files(pictures: Sequence[bytes]) -> list[tuple[str, tuple[str, bytes]]]:
-    """A form's pictures as httpx takes them."""
+    """A form's pictures for httpx."""
     return [("image", (f"{i}.jpg", content)) for i, content in enumerate(pictures)]
 
 
@@ -76,7 +77,7 @@ def in_json(pictures: Sequence[bytes], **fields: Any) -> dict[str, Any]:
 
 
 class Running:
-    """A service on an event loop of its own, and a client that asks its application directly."""
+    """A service on its own event loop, and a client that calls its application directly."""
 
     def __init__(self, service: Service) -> None:
         self.service, self.loop = service, asyncio.new_event_loop()
@@ -105,7 +106,7 @@ class Running:
 
 @contextmanager
 def running(settings: Settings, **options: Any) -> Iterator[Running]:
-    """A server whose workers have their models."""
+    """A server whose workers have loaded their models."""
     service = Service(settings, **options)
     server = Running(service)
 
@@ -128,11 +129,12 @@ def running(settings: Settings, **options: Any) -> Iterator[Running]:
 
 
 class Served:
-    """`blip-fast serve` on a port that is free."""
+    """`blip-fast serve` on a free port."""
 
     def __init__(self, *arguments: object) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "blip_fast", "serve", "--port", "0", "--dtype", "float32", *map(str, arguments)],
+            [sys.executable, "-m", "blip_fast", "serve", "--port", "0", "--dtype", "float32",
+             *map(str, arguments)],
             stderr=subprocess.PIPE, text=True)
         self.log: list[str] = []
         self.url: str | None = None
@@ -153,14 +155,14 @@ class Served:
         return self.get("/ready").status_code == 200
 
     def wait(self) -> str:
-        """Where it listens, once it is ready."""
+        """Wait until the server is ready. Returns its address."""
         self._heard.wait(PATIENCE)
         assert self.url is not None, self.log
         until(self.ready)
         return self.url
 
     def ended(self) -> int:
-        """Its status, once it has ended and all of its log is there."""
+        """Wait until the server has ended and its log is complete. Returns its exit status."""
         status = self.process.wait(PATIENCE)
         self._listener.join()
         return status
@@ -172,13 +174,15 @@ class Served:
         return httpx.post(f"{self.url}/v1/caption", files=files(pictures), timeout=PATIENCE)
 
     def crews(self) -> list[int]:
-        """Process numbers of its workers and decoders."""
-        children = " ".join(path.read_text() for path in Path(f"/proc/{self.process.pid}/task").glob("*/children"))
-        return [int(pid) for pid in children.split() if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        """The process ids of its workers and decoders."""
+        children = " ".join(path.read_text()
+                            for path in Path(f"/proc/{self.process.pid}/task").glob("*/children"))
+        return [int(pid) for pid in children.split()
+                if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 def until(holds: Callable[[], bool]) -> None:
-    """Wait; a server that does not answer yet is waited for as well."""
+    """Wait until a condition holds; a server that does not answer yet counts as not holding."""
     def answers() -> bool:
         with suppress(httpx.TransportError):
             return holds()
@@ -189,7 +193,7 @@ def until(holds: Callable[[], bool]) -> None:
 
 @contextmanager
 def served(*arguments: object) -> Iterator[Served]:
-    """A server of its own that is ready."""
+    """A server in its own process that is ready."""
     server = Served(*arguments)
     try:
         server.wait()

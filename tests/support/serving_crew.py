@@ -1,4 +1,4 @@
-"""What the processes of test crews run; processes are spawned, so it has to be importable."""
+"""The functions that processes of test crews run. They must be importable, since processes are spawned."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from blip_fast.serve.workers.processes import ends_with_the_server
 
 
 def obedient(sock: socket.socket, folder: str) -> None:
-    """Does what its jobs say."""
+    """A process that does what its jobs say."""
     ends_with_the_server()
     Path(folder, f"{time.monotonic_ns()}.start").touch()
     send(sock, {"ready": {"pid": os.getpid()}})
@@ -30,14 +30,15 @@ def obedient(sock: socket.socket, folder: str) -> None:
                 os.abort()
             case "hang":
                 threading.Event().wait(600)
-            case "work":  # for long, with signs of life
+            case "work":  # long work, with signs of life
                 for _ in range(10):
                     time.sleep(0.3)
                     send(sock, {"beat": 1})
             case "babble":
                 sock.sendall(b"\0\0\0\x02\0\0\0\0]]")
             case "refuse":
-                send(sock, {"id": head["id"], "error": {"status": 422, "code": "bad_value", "message": "No."}})
+                send(sock, {"id": head["id"], "error": {"status": 422, "code": "bad_value",
+                                                        "message": "No."}})
                 continue
             case "sleep":
                 time.sleep(0.3)
@@ -45,7 +46,7 @@ def obedient(sock: socket.socket, folder: str) -> None:
 
 
 def failing(sock: socket.socket, folder: str) -> None:
-    """Cannot begin, unless the folder says so."""
+    """A process that cannot start, unless the folder allows it."""
     ends_with_the_server()
     Path(folder, f"{time.monotonic_ns()}.start").touch()
     if not Path(folder, "may begin").exists():

@@ -1,4 +1,4 @@
-"""A small model and its batches, for the product and the textbook, and how their gradients are compared."""
+"""A small model and its batches, for the product and the textbook, and the comparison of their gradients."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from blip_fast.model.blip import BlipModel
 from blip_fast.model.config import BlipConfig, TextConfig, VisionConfig
 from blip_fast.model.packed_texts import PackedTexts
 
-PAIRS = 5  # of a batch
+PAIRS = 5  # pairs per batch
 CONFIG = BlipConfig(
     vision=VisionConfig(image_size=32, patch_size=16, width=32, layers=2, heads=2),
     text=TextConfig(width=32, layers=2, heads=2, mlp_width=64, max_positions=32, dropout=0.0),
@@ -32,7 +32,7 @@ def make_batch(step: int, rank: int) -> Batch:
 
 
 def make_model(config: BlipConfig = CONFIG) -> BlipModel:
-    """Weights large enough that attention is not uniform and every loss has a gradient worth comparing."""
+    """A model with weights so large that attention is not uniform and every loss has a notable gradient."""
     torch.manual_seed(0)
     model = BlipModel(config)
     with torch.no_grad():
@@ -59,8 +59,8 @@ def padded(batch: Batch) -> textbook.Batch:
 
 
 def check_gradients(ours: dict[str, torch.Tensor], reference: dict[str, torch.nn.Parameter]) -> None:
-    """Each parameter's gradient within 1e-4 of its norm. Key biases have a true gradient of 0: there both sides hold
-    rounding noise, far below 1e-6 of the whole gradient."""
+    """Each parameter's gradient must agree within 1e-4 of its norm. Key biases have a true gradient of 0:
+    there both sides have rounding noise, far below 1e-6 of the whole gradient."""
     trained = {key: p.grad for key, p in reference.items() if p.grad is not None}
     whole = torch.stack([grad.norm() for grad in trained.values()]).norm()
     assert len(trained) > 60

@@ -1,4 +1,4 @@
-"""Runs of `blip-fast train` on a few drawn scenes, each a process."""
+"""Runs of `blip-fast train` on a few drawn scenes, each in its own process."""
 
 import json
 import os
@@ -32,15 +32,16 @@ def drawn_scenes(folder, count=20):
 
 
 def train_command(folder, runs, *options):
-    """The command and its environment."""
-    command = [sys.executable, "-m", "blip_fast", "train", "--config", str(folder / "recipe.yaml"), "--data.root",
-               str(folder), "--runs", str(runs), *options]
+    """The command of a run and its environment."""
+    command = [sys.executable, "-m", "blip_fast", "train", "--config", str(folder / "recipe.yaml"),
+               "--data.root", str(folder), "--runs", str(runs), *options]
     return command, os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def blip_fast_train(folder, runs, *options):
     command, environment = train_command(folder, runs, *options)
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=environment,
+                          timeout=PATIENCE, check=False)
 
 
 def losses(runs):

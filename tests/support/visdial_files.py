@@ -1,4 +1,4 @@
-"""VisDial's files as they are published, in small."""
+"""Small versions of VisDial's published files."""
 
 from __future__ import annotations
 

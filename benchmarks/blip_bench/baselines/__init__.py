@@ -1,1 +1,1 @@
-"""Published code, written anew, that ours is measured against."""
+"""Rewritten published code, as a baseline for ours."""

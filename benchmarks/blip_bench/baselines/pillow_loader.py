@@ -1,5 +1,6 @@
-"""The usual input: a `torch.utils.data.DataLoader` whose workers read the shards' images and do with Pillow what the
-published code does: random resized crop (bicubic), flip, RandAugment(2, 5), to a tensor, normalise."""
+"""The usual input pipeline: a `torch.utils.data.DataLoader` whose workers read the shards' images and augment
+them with Pillow as the published code does: random resized crop (bicubic), flip, RandAugment(2, 5), to
+tensor, normalise."""
 
 from __future__ import annotations
 
@@ -19,13 +20,13 @@ from torch.utils.data import DataLoader, Dataset
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
-NAMES = ("identity", "auto contrast", "brightness", "sharpness", "equalize", "shear x", "shear y", "translate x",
-         "translate y", "rotate")
+NAMES = ("identity", "auto contrast", "brightness", "sharpness", "equalize", "shear x", "shear y",
+         "translate x", "translate y", "rotate")
 
 
 @dataclass(frozen=True)
 class Choices:
-    """box: left, upper, right, lower. operations: name and sign, in order."""
+    """Random choices for an image. box: left, upper, right, lower. operations: name and sign, in order."""
 
     box: tuple[int, int, int, int]
     flip: bool
@@ -33,7 +34,7 @@ class Choices:
 
 
 def choose(width: int, height: int, augment: bool) -> Choices:
-    """As torchvision's RandomResizedCrop((0.2, 1)), RandomHorizontalFlip and the published RandomAugment draw."""
+    """As torchvision's RandomResizedCrop((0.2, 1)), RandomHorizontalFlip and the published RandomAugment."""
     operations = [(random.choice(NAMES), random.choice((-1, 1))) for _ in range(2) if random.random() < 0.5]
     return Choices(_box(width, height), random.random() < 0.5, operations if augment else [])
 
@@ -51,7 +52,7 @@ def _box(width: int, height: int) -> tuple[int, int, int, int]:
 
 
 def transform(image: Image.Image, choices: Choices, image_size: int) -> Tensor:
-    """→ float32 [3, image_size, image_size]."""
+    """The image as float32 [3, image_size, image_size]."""
     image = image.crop(choices.box).resize((image_size, image_size), Image.Resampling.BICUBIC)
     if choices.flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -62,7 +63,7 @@ def transform(image: Image.Image, choices: Choices, image_size: int) -> Tensor:
 
 
 def apply(image: Image.Image, name: str, sign: int) -> Image.Image:
-    """At magnitude 5 of 10, where brightness and sharpness change nothing and cost nothing here."""
+    """Apply an operation at magnitude 5 of 10, where brightness and sharpness do nothing (and are free)."""
     if name == "auto contrast":
         return ImageOps.autocontrast(image)
     if name == "equalize":
@@ -81,7 +82,7 @@ def apply(image: Image.Image, name: str, sign: int) -> Image.Image:
 
 
 class Photographs(Dataset[Tensor]):
-    """The images of all tars in a directory, in any order."""
+    """The images of all tars in a directory, with random access."""
 
     def __init__(self, shards: Path, image_size: int, augment: bool) -> None:
         self._size, self._augment, self._places = image_size, augment, []
@@ -95,15 +96,15 @@ class Photographs(Dataset[Tensor]):
 
     def __getitem__(self, index: int) -> Tensor:
         path, start, size = self._places[index]
-        with path.open("rb") as stream:
-            stream.seek(start)
-            image = Image.open(io.BytesIO(stream.read(size))).convert("RGB")
+        with path.open("rb") as file:
+            file.seek(start)
+            image = Image.open(io.BytesIO(file.read(size))).convert("RGB")
         return transform(image, choose(*image.size, self._augment), self._size)
 
 
 def batches(shards: Path, image_size: int, batch_size: int, workers: int, augment: bool) -> Iterator[Tensor]:
-    """Shuffled batches [batch, 3, image_size, image_size], epoch after epoch without end."""
-    loader = DataLoader(Photographs(shards, image_size, augment), batch_size, shuffle=True, num_workers=workers,
-                        drop_last=True, persistent_workers=True)
+    """Shuffled batches [batch, 3, image_size, image_size], over endless epochs."""
+    loader = DataLoader(Photographs(shards, image_size, augment), batch_size, shuffle=True,
+                        num_workers=workers, drop_last=True, persistent_workers=True)
     while True:
         yield from loader

@@ -1,1 +1,1 @@
-"""What is measured: one file for each task."""
+"""The benchmark cases: one file per task."""

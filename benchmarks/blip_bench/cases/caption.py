@@ -1,5 +1,5 @@
-"""Captions of 20 tokens, with three beams and greedy, next to transformers' `generate` and the peers of
-`peers/`: the same weights, pictures and prompt. From transformed pictures to texts."""
+"""Captions of 20 tokens, with three beams and greedy, compared with transformers' `generate` and the peers in
+`peers/`. All have the same weights, pictures and prompt. Timed from transformed pictures to texts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TARGETS: dict[int, Targets] = {  # by beams
 
 
 def cases(directory: Path, images: int, dtypes: Sequence[str], peers: Collection[str]) -> Iterator[Case]:
-    """Three beams, then greedy, of `images` random pictures, by the captioner in `directory` and by `peers`."""
+    """Three beams, then greedy, on `images` random pictures: the captioner in `directory`, and `peers`."""
     ours = {dtype: Captioner.from_pretrained(directory, dtype=dtype, device="cpu") for dtype in dtypes}
     captioner = ours[dtypes[0]]
     pixels = pictures(images, captioner.model.config.vision.image_size)
@@ -40,7 +40,8 @@ def cases(directory: Path, images: int, dtypes: Sequence[str], peers: Collection
         config = full_length(beams)
         calls = {f"ours {dtype}": partial(captions, model, config) for dtype, model in ours.items()}
         calls |= {name: partial(search.captions, peer, prompt, end, beams) for name, peer in others.items()}
-        calls |= {name: partial(their_captions, model, torch.tensor([[*prompt, end]]), config)  # they drop [SEP]
+        # transformers drops the prompt's last token, [SEP].
+        calls |= {name: partial(their_captions, model, torch.tensor([[*prompt, end]]), config)
                   for name, model in theirs.items()}
         yield Case(f"{beams} beams" if beams > 1 else "greedy",
                    {name: partial(call, pixels) for name, call in calls.items()},
@@ -49,7 +50,7 @@ def cases(directory: Path, images: int, dtypes: Sequence[str], peers: Collection
 
 
 def full_length(beams: int) -> GenerationConfig:
-    """No caption may end early: random weights would end at random."""
+    """Captions of full length: with random weights they would otherwise end at random."""
     return GenerationConfig(beams=beams, max_length=TOKENS, min_length=TOKENS)
 
 
@@ -64,13 +65,13 @@ def their_captions(model: Any, prompt: Tensor, config: GenerationConfig, pixels:
 
 
 def warm_up(calls: Mapping[str, Callable[[Tensor], Any]], pixels: Tensor) -> None:
-    """A picture each; all for those who compile for their number."""
+    """Call each with one picture; with all pictures if it compiles for their number."""
     for name, call in calls.items():
         call(pixels if name.startswith("compiled") else pixels[:1])
 
 
 def check(results: Mapping[str, list[list[int]]]) -> dict[str, float]:
-    """In float32 every caption is the same; with fewer bits two beams may change places."""
+    """In float32 all captions must be equal; with fewer bits two beams may swap places."""
     reference = reference_of(results)
     found = {}
     for name in results.keys() - {reference}:

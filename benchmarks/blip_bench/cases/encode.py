@@ -1,5 +1,5 @@
-"""The vision encoder next to transformers', the peers of `peers/` and this machine's matrix products, in FLOPs a
-second."""
+"""The vision encoder compared with transformers', the peers in `peers/` and this machine's matrix products,
+in FLOPs per second."""
 
 from __future__ import annotations
 
@@ -28,17 +28,19 @@ TARGETS: Targets = {
     ("ours bfloat16", "matrix products bfloat16"): 0.75,
 }
 PRODUCTS = ("float32", "bfloat16")  # dtypes of the matrix products
-SHAPES = [(4096, 4096, 4096), (2308, 768, 3072), (2308, 3072, 768), (2308, 768, 2304)]  # rows, in, out; four images'
-PEAK_SECONDS = 0.5  # of one call
-TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2, "int8": 0.2}  # of the relative error
+# (rows, in, out) of the products; 2308 rows are the tokens of four images.
+SHAPES = [(4096, 4096, 4096), (2308, 768, 3072), (2308, 3072, 768), (2308, 768, 2304)]
+PEAK_SECONDS = 0.5  # duration of one call
+TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2, "int8": 0.2}  # relative error
 
 
 def cases(directory: Path, images: int, dtypes: Sequence[str], peers: Collection[str]) -> Iterator[Case]:
-    """`images` random pictures, by the model in `directory` and by `peers`."""
+    """`images` random pictures, with the model in `directory` and with `peers`."""
     ours = {dtype: load_for_task(directory, dtype=dtype, device="cpu")[0] for dtype in dtypes}
     config = ours[dtypes[0]].config.vision
     pixels = pictures(images, config.image_size)
-    calls: dict[str, Call] = {f"ours {dtype}": partial(encode, model, pixels) for dtype, model in ours.items()}
+    calls: dict[str, Call] = {f"ours {dtype}": partial(encode, model, pixels)
+                              for dtype, model in ours.items()}
     others = build(directory, peers, dtypes, pixels, captions=False)
     calls |= {name: partial(peer.encode, pixels) for name, peer in others.items()}
     calls |= {name: partial(their_encode, model.vision_model, pixels)
@@ -48,7 +50,8 @@ def cases(directory: Path, images: int, dtypes: Sequence[str], peers: Collection
         if dtype in PRODUCTS:
             name = f"matrix products {dtype}"
             calls[name], flops[name] = fastest_product(getattr(torch, dtype))
-    yield Case("encode", calls, comparisons(calls, TARGETS), images, "images", flops, check, groups=groups(calls))
+    yield Case("encode", calls, comparisons(calls, TARGETS), images, "images", flops, check,
+               groups=groups(calls))
 
 
 def encode(model: BlipModel, pixels: Tensor) -> Tensor:
@@ -62,14 +65,15 @@ def their_encode(model: Any, pixels: Tensor) -> Tensor:
 
 
 def flops_of_image(config: VisionConfig) -> float:
-    """Matrix products alone, a multiply-add as two: patches, then per block qkv, out, mlp and attention's two."""
+    """FLOPs of the matrix products only, a multiply-add as two: patches, then per block qkv, out, MLP and
+    attention's two."""
     patches, width, tokens = config.tokens - 1, config.width, config.tokens
     block = tokens * width * width * (4 + 2 * config.mlp_ratio) + 2 * tokens * tokens * width
     return 2 * (patches * 3 * config.patch_size**2 * width + config.layers * block)
 
 
 def fastest_product(dtype: torch.dtype) -> tuple[Call, float]:
-    """The matrix product that runs fastest here, as often as fills half a second, and its FLOPs."""
+    """The matrix product that runs fastest here, repeated for about half a second, and its FLOPs."""
     best = (float("inf"), 0.0, lambda: None)
     for (rows, width, out), product_of in product(SHAPES, (torch.nn.functional.linear, torch.matmul)):
         weight_shape = (out, width) if product_of is torch.nn.functional.linear else (width, out)
@@ -82,7 +86,7 @@ def fastest_product(dtype: torch.dtype) -> tuple[Call, float]:
 
 
 def _seconds(call: Callable[[], Any]) -> float:
-    """The least of three, after one more."""
+    """The least of three times, after a warm-up call."""
     taken = []
     for _ in range(4):
         start = perf_counter()
@@ -97,12 +101,13 @@ def _repeat(call: Callable[[], Any], times: int) -> None:
 
 
 def check(results: Mapping[str, Tensor]) -> dict[str, float]:
-    """Relative errors of image_embeds beside those of the reference."""
+    """Relative errors of image_embeds against the reference's."""
     encoded = {name: embeds.float() for name, embeds in results.items() if embeds is not None}
     reference = reference_of(encoded)
     theirs, found = encoded.pop(reference), {}
     for name, embeds in encoded.items():
         error = float((embeds - theirs).norm() / theirs.norm())
         found[f"relative error, {name}"] = error
-        require(error < TOLERANCES[dtype_of(name)], f"image_embeds of {name} are {error:.1e} off those of {reference}")
+        require(error < TOLERANCES[dtype_of(name)],
+                f"image_embeds of {name} are {error:.1e} off those of {reference}")
     return found

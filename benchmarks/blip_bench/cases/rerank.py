@@ -1,8 +1,8 @@
-"""Re-ranking 64 images and 320 captions in both directions beside the published loop in the same dtype.
+"""Re-ranking 64 images and 320 captions in both directions, compared with the published loop (same dtype).
 
-The images' states and the cosines are random, for neither changes what is computed. In short both sides do a kth of
-their work: ours scores every kth image's candidates of both directions, the published loop walks every kth image and
-every kth text.
+The images' states and the cosines are random, since their values do not change what is computed. In the short
+form both sides do 1/k of their work: ours scores the candidates (of both directions) of every kth image, the
+published loop processes every kth image and every kth text.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from blip_fast.model.packed_texts import PackedTexts
 from blip_fast.tasks.matcher import MAX_TOKENS, Matcher, match_pairs
 
 IMAGES, TEXTS = 64, 320
-TARGETS = {16: 5.0, 64: 6.5}  # k: beside the published loop in the same dtype
+TARGETS = {16: 5.0, 64: 6.5}  # k: times as fast as the published loop in the same dtype
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.1}  # of a score
 
 
 @dataclass(frozen=True)
 class Work:
-    """image_embeds float32 [64, tokens, width], captions that start with [ENC], cosines float32 [64, 320], candidates
-    of each image and text, and every how many of them have their turn."""
+    """The input: image_embeds float32 [64, tokens, width]; captions that start with [ENC]; cosines float32
+    [64, 320]; k candidates of each image and text; only every `share`-th image and text is processed."""
 
     image_embeds: Tensor
     texts: PackedTexts
@@ -42,13 +42,15 @@ class Work:
     share: int
 
     def candidates(self) -> tuple[Tensor, Tensor]:
-        """bool [64, 320]: among the best texts of the image; among the best images of the text."""
+        """Masks, bool [64, 320]: the text is among the image's best; the image is among the text's best."""
         nothing = torch.zeros_like(self.cosines, dtype=torch.bool)
-        return tuple(nothing.scatter(dim, self.cosines.topk(self.k, dim).indices, True) for dim in (1, 0))  # type: ignore
+        of_images, of_texts = (nothing.scatter(dim, self.cosines.topk(self.k, dim).indices, True)
+                               for dim in (1, 0))
+        return of_images, of_texts
 
 
 def cases(directory: Path, dtype: str, full: bool) -> Iterator[Case]:
-    """k = 16 and 64, by the matcher in `directory`, in short or in `full`."""
+    """k = 16 and 64, with the matcher in `directory`, in the short form or in `full`."""
     matcher = Matcher.from_pretrained(directory, dtype=dtype, device="cpu")
     theirs = load_transformers(directory, dtype) if missing("transformers") is None else None
     for k, target in TARGETS.items():
@@ -65,16 +67,17 @@ def cases(directory: Path, dtype: str, full: bool) -> Iterator[Case]:
 def make_work(matcher: Matcher, k: int, share: int) -> Work:
     vision, draw = matcher.model.config.vision, torch.Generator().manual_seed(SEED)
     return Work(torch.randn(IMAGES, vision.tokens, vision.width, generator=draw),
-                matcher.pack(words.captions(TEXTS, SEED), "[ENC]"), torch.rand(IMAGES, TEXTS, generator=draw), k, share)
+                matcher.pack(words.captions(TEXTS, SEED), "[ENC]"), torch.rand(IMAGES, TEXTS, generator=draw),
+                k, share)
 
 
 def pairs_of(work: Work) -> int:
-    """Candidates of both directions in the work's share, one of both directions counted twice: the published loop's."""
+    """Candidates in the work's share. A pair of both directions counts twice, as in the published loop."""
     return (IMAGES + TEXTS) // work.share * work.k
 
 
 def rerank(matcher: Matcher, work: Work) -> tuple[Tensor, Tensor]:
-    """Scores float32 [64, 320] of images' candidates and of texts' candidates, −100 elsewhere."""
+    """Scores float32 [64, 320] of the images' candidates and of the texts' candidates; −100 elsewhere."""
     of_images, of_texts = work.candidates()
     ours = torch.zeros_like(of_images)
     ours[:: work.share] = (of_images | of_texts)[:: work.share]
@@ -83,11 +86,13 @@ def rerank(matcher: Matcher, work: Work) -> tuple[Tensor, Tensor]:
     with evaluating(model):
         logits = match_pairs(model, lambda images: embeds[images], work.texts, pairs)[:, 1]
     scores = work.cosines.index_put(tuple(pairs.T), logits, accumulate=True)
-    return tuple(scores.masked_fill(~(ours & of), published.NOT_CANDIDATE) for of in (of_images, of_texts))  # type: ignore
+    of_images, of_texts = (scores.masked_fill(~(ours & of), published.NOT_CANDIDATE)
+                           for of in (of_images, of_texts))
+    return of_images, of_texts
 
 
 def published_loop(model: Any, work: Work) -> tuple[Tensor, Tensor]:
-    """The same by the published loop."""
+    """The same scores by the published loop."""
     ids, mask = work.texts.to_padded(0)
     padding = (0, MAX_TOKENS - ids.shape[1])
     ids, mask = torch.nn.functional.pad(ids, padding), torch.nn.functional.pad(mask.long(), padding)
@@ -96,7 +101,7 @@ def published_loop(model: Any, work: Work) -> tuple[Tensor, Tensor]:
 
 
 def warm_up(matcher: Matcher, theirs: Any, work: Work) -> None:
-    """An image and its candidates."""
+    """Process one image and its candidates."""
     least = Work(work.image_embeds, work.texts, work.cosines, 4, IMAGES)
     rerank(matcher, least)
     if theirs is not None:
@@ -104,13 +109,14 @@ def warm_up(matcher: Matcher, theirs: Any, work: Work) -> None:
 
 
 def check(work: Work, dtype: str, results: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """Where both sides scored a candidate, the scores are the same."""
+    """The scores of all candidates that both sides scored must agree."""
     if (theirs := results.get(f"published loop {dtype}")) is None:
         return {}
     largest, compared = 0.0, 0
     for own, other in zip(results[f"ours {dtype}"], theirs, strict=True):
         both = (own != published.NOT_CANDIDATE) & (other != published.NOT_CANDIDATE)
-        require(work.share > 1 or bool(((own != published.NOT_CANDIDATE) == both).all()), "candidates are not the same")
+        require(work.share > 1 or bool(((own != published.NOT_CANDIDATE) == both).all()),
+                "candidates are not the same")
         require(bool(both.any()), "no candidate was scored by both sides")
         largest, compared = max(largest, float((own - other)[both].abs().max())), compared + int(both.sum())
     require(largest < TOLERANCES[dtype], f"a score in {dtype} is {largest:.1e} off the published loop's")

@@ -1,8 +1,8 @@
 """A server under load beside the offline engine: `python -m blip_bench.cases.serving`.
 
-Both caption the same photographs with the same model, batch and threads, and take turns on the same machine; while one
-is measured the other waits. The server's share of the machine includes its clients, HTTP, and one upload for each
-picture.
+Both caption the same photographs with the same model, batch and threads, and take turns on the same machine;
+while one is measured the other waits. The server's share of the machine includes its clients, HTTP, and one
+upload for each picture.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ GENERATION = GenerationConfig(beams=3, max_length=20, min_length=5)  # the serve
 
 @dataclass
 class Load:
-    """What clients met: statuses, seconds of those requests that were answered with 200, and captions by picture."""
+    """What the clients saw: statuses, latencies of requests answered with 200, and captions by picture."""
 
     seconds: float = 0.0
     statuses: Counter[int] = field(default_factory=Counter)
@@ -53,10 +53,11 @@ class Load:
 
 
 def small_model(directory: Path) -> Path:
-    """ViT-S and a text stack as wide, 224 px, with random weights."""
+    """ViT-S and a text stack of the same width, 224 px, with random weights."""
     torch.manual_seed(SEED)
-    config = BlipConfig(VisionConfig(224, 16, 384, 12, 6), TextConfig(width=384, layers=6, heads=6, mlp_width=1536),
-                        text_stacks="decoder", contrastive=False, matching=False)
+    text = TextConfig(width=384, layers=6, heads=6, mlp_width=1536)
+    config = BlipConfig(VisionConfig(224, 16, 384, 12, 6), text, text_stacks="decoder", contrastive=False,
+                        matching=False)
     save_native(BlipModel(config), words.tokenizer(), directory)
     return directory
 
@@ -72,12 +73,13 @@ def photographs(folder: Path, number: int) -> list[Path]:
 
 @contextmanager
 def served(model: str, threads: int, batch: int, queue: int, log: Path) -> Iterator[int]:
-    """A server in a process of its own; yields its port once it is ready."""
-    with log.open("w") as stream:
+    """Run a server in its own process. Yields its port once it is ready."""
+    with log.open("w") as stderr:
         process = subprocess.Popen(
-            [sys.executable, "-m", "blip_fast", "serve", "--model", model, "--dtype", "float32", "--port", "0",
-             "--threads", str(threads), "--batch-size", str(batch), "--queue", str(queue), "--devices", "cpu"],
-            stderr=stream)
+            [sys.executable, "-m", "blip_fast", "serve", "--model", model, "--dtype", "float32",
+             "--port", "0", "--threads", str(threads), "--batch-size", str(batch), "--queue", str(queue),
+             "--devices", "cpu"],
+            stderr=stderr)
     try:
         while not (found := re.search(r"listening at http://\S+:(\d+)/", log.read_text())):
             if process.poll() is not None:
@@ -91,12 +93,13 @@ def served(model: str, threads: int, batch: int, queue: int, log: Path) -> Itera
 
 
 async def _until_ready(port: int) -> None:
-    while (await _ask(port, b"GET /ready HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"))[0] != 200:
+    request = b"GET /ready HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    while (await _ask(port, request))[0] != 200:
         await asyncio.sleep(0.2)
 
 
 async def _ask(port: int, request: bytes) -> tuple[int, bytes, int]:
-    """The answer's status and body, and in how many seconds to come again."""
+    """The answer's status, body, and Retry-After in seconds (0 if there is none)."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(request)
     answer = await reader.read()
@@ -108,14 +111,15 @@ async def _ask(port: int, request: bytes) -> tuple[int, bytes, int]:
 
 def upload(content: bytes) -> bytes:
     """A request with one picture, as a browser would send it."""
-    body = (b'--b\r\nContent-Disposition: form-data; name="image"; filename="a.jpg"\r\nContent-Type: image/jpeg\r\n\r\n'
-            + content + b"\r\n--b--\r\n")
-    return (b"POST /v1/caption HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+    body = (b'--b\r\nContent-Disposition: form-data; name="image"; filename="a.jpg"\r\n'
+            b"Content-Type: image/jpeg\r\n\r\n" + content + b"\r\n--b--\r\n")
+    return (b"POST /v1/caption HTTP/1.1\r\nHost: localhost\r\n"
+            b"Content-Type: multipart/form-data; boundary=b\r\n"
             b"Content-Length: " + str(len(body)).encode() + b"\r\nConnection: close\r\n\r\n" + body)
 
 
 async def load(port: int, uploads: Sequence[bytes], clients: int, seconds: float, found: Load) -> None:
-    """Clients that ask again as soon as they are answered, or when they are told to."""
+    """Run clients that send the next request as soon as they are answered, or after Retry-After."""
     numbers, began = cycle(range(len(uploads))), time.perf_counter()
 
     async def ask() -> None:
@@ -125,7 +129,8 @@ async def load(port: int, uploads: Sequence[bytes], clients: int, seconds: float
             found.statuses[status] += 1
             if status == 200:
                 found.latencies.append(time.perf_counter() - asked)
-                found.captions.setdefault(number, set()).add(json.loads(body)["results"][0]["captions"][0]["text"])
+                text = json.loads(body)["results"][0]["captions"][0]["text"]
+                found.captions.setdefault(number, set()).add(text)
             await asyncio.sleep(again)
 
     await asyncio.gather(*(ask() for _ in range(clients)))
@@ -133,7 +138,7 @@ async def load(port: int, uploads: Sequence[bytes], clients: int, seconds: float
 
 
 def offline(captioner: Captioner, pictures: Sequence[Path], seconds: float, batch: int) -> tuple[int, float]:
-    """How many pictures the engine captions that are given to it for so many seconds, and in how many it is done."""
+    """Feed pictures to the engine for so many seconds. Returns how many it captioned, in how many seconds."""
     began = time.perf_counter()
     given = takewhile(lambda _: time.perf_counter() - began < seconds, cycle(pictures))
     captioned = captioner.stream(given, generation=GENERATION, batch_size=batch, ordered=False)
@@ -141,7 +146,7 @@ def offline(captioner: Captioner, pictures: Sequence[Path], seconds: float, batc
 
 
 def compare(model: str, pictures: Sequence[Path], log: Path, args: Namespace) -> dict[str, Any]:
-    """Turns of both, and what they came to; `log` is the server's."""
+    """Let both take turns, and return the figures; `log` is the server's."""
     captioner = Captioner.from_pretrained(model, dtype="float32", threads=args.threads, device="cpu")
     expected = [caption.caption for caption in captioner(pictures, PROMPT, GENERATION, batch_size=args.batch)]
     uploads, found, alone = [upload(path.read_bytes()) for path in pictures], Load(), (0, 0.0)
@@ -154,18 +159,21 @@ def compare(model: str, pictures: Sequence[Path], log: Path, args: Namespace) ->
     served_rate, offline_rate = len(found.latencies) / found.seconds, alone[0] / alone[1]
     return {"machine": machine(), "clients": args.clients, "seconds": round(found.seconds, 1),
             "statuses": dict(found.statuses), "images_per_second": round(served_rate, 2),
-            "offline_images_per_second": round(offline_rate, 2), "ratio": round(served_rate / offline_rate, 3),
+            "offline_images_per_second": round(offline_rate, 2),
+            "ratio": round(served_rate / offline_rate, 3),
             **{f"p{100 * share:g}_seconds": round(found.percentile(share), 3) for share in (0.5, 0.9, 0.99)},
-            "captions_differ": sum(captions != {expected[number]} for number, captions in found.captions.items())}
+            "captions_differ": sum(captions != {expected[number]}
+                                   for number, captions in found.captions.items())}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints one JSON object. The status is 1 where a request met anything but 200 and 429, or a caption differs."""
+    """Print one JSON object. Returns 1 if a status other than 200 or 429 occurred, or a caption differs."""
     parser = ArgumentParser(prog="python -m blip_bench.cases.serving", description=__doc__)
     add = parser.add_argument
     add("--model", type=str | None, help="a captioning checkpoint (default: a small one with random weights)")
     add("--clients", type=int, default=64)
-    add("--seconds", type=float, default=120.0, help="of load, in all rounds together, and of the offline engine")
+    add("--seconds", type=float, default=120.0,
+        help="of load, in all rounds together, and of the offline engine")
     add("--rounds", type=int, default=4, help="turns of each")
     add("--pictures", type=int, default=64, help="different ones")
     add("--threads", type=int, default=2, help="of both engines")
@@ -174,9 +182,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(None if arguments is None else list(arguments))
     with TemporaryDirectory() as folder:
         model = args.model or str(small_model(Path(folder, "model")))
-        told = compare(model, photographs(Path(folder, "pictures"), args.pictures), Path(folder, "log"), args)
-    print(json.dumps(told, indent=2))
-    return int(bool(set(map(int, told["statuses"])) - {200, 429} or told["captions_differ"]))
+        figures = compare(model, photographs(Path(folder, "pictures"), args.pictures),
+                          Path(folder, "log"), args)
+    print(json.dumps(figures, indent=2))
+    return int(bool(set(map(int, figures["statuses"])) - {200, 429} or figures["captions_differ"]))
 
 
 if __name__ == "__main__":

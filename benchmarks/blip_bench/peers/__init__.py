@@ -1,1 +1,1 @@
-"""What others would take to caption, each in its strongest form, with transformers' weights."""
+"""Other inference engines, each in its strongest form, with transformers' weights."""

@@ -1,4 +1,4 @@
-"""The peers that are measured: what `installed.py` knows by name, with the weights of a checkpoint."""
+"""Builds the peers that `installed.py` names, with the weights of a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from torch import Tensor
 from blip_bench.models import load_transformers
 from blip_bench.peers.modules import Peer, cut
 
-CUT = ("openvino", "onnxruntime", "compiled")  # those that take transformers' model in parts; a module each
+CUT = ("openvino", "onnxruntime", "compiled")  # peers that take transformers' model in parts; one module each
 
 
 def build(directory: Path, peers: Collection[str], dtypes: Sequence[str], pixels: Tensor, *,
           captions: bool) -> dict[str, Peer]:
     """Peers by name and dtype, from the checkpoint in `directory`. `pixels` [images, 3, size, size] are an
-    example; `captions` says whether they are wanted as well.
+    example input; `captions` says whether peers should caption as well as encode.
 
-    They are made one after another, for a conversion takes more memory than what it leaves, and stay, so
-    that all have their turn in every round."""
+    Peers are built one after another, since a conversion takes more memory than its result. All of them stay
+    in memory, so that each can take its turn in every round."""
     wanted = [peer for peer in CUT if peer in peers]
     if not wanted:
         return {}
@@ -36,7 +36,7 @@ def build(directory: Path, peers: Collection[str], dtypes: Sequence[str], pixels
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Converters report progress, on standard output too, where a JSON object is to be."""
+    """Suppress the converters' progress reports. Some go to standard output, which is for the JSON result."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""The three modules under `torch.compile` with frozen, packed weights: what one reaches with PyTorch alone.
+"""The three modules under `torch.compile` with frozen weights, which it prepacks: the best of PyTorch alone.
 
 Texts have a fixed number of places for keys and values, so that a step is compiled once, not for each length.
 """
@@ -20,8 +20,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 def peers(parts: Cut, pixels: Tensor, dtypes: Sequence[str]) -> Iterator[tuple[str, Peer]]:
-    """A peer for each of `dtypes` that it has; `pixels` are not needed. The first call with a shape
-    compiles."""
+    """A peer for each supported dtype. `pixels` is not used. The first call with a new shape compiles."""
     for dtype in dtypes:
         if dtype in DTYPES:
             kind = getattr(torch, dtype)
@@ -29,13 +28,13 @@ def peers(parts: Cut, pixels: Tensor, dtypes: Sequence[str]) -> Iterator[tuple[s
             if parts.image_kv is not None and parts.decoder is not None:
                 decoder = copy.deepcopy(parts.decoder).to(kind)
                 decoder.fixed = True
-                begin = partial(_begin, _compiled(copy.deepcopy(parts.image_kv).to(kind)), _compiled(decoder),
+                begin = partial(_begin, _compile(copy.deepcopy(parts.image_kv).to(kind)), _compile(decoder),
                                 partial(empty_past, decoder, dtype=kind, places=TOKENS))
-            encode = partial(_encode, _compiled(copy.deepcopy(parts.vision).to(kind)), kind)
+            encode = partial(_encode, _compile(copy.deepcopy(parts.vision).to(kind)), kind)
             yield f"compiled {dtype}", Peer(encode, begin, own_threads=False)
 
 
-def _compiled(module: Any) -> Any:
+def _compile(module: Any) -> Any:
     return torch.compile(module, dynamic=False, options={"freezing": True})
 
 
@@ -51,7 +50,8 @@ def _begin(image_kv: Any, decoder: Any, empty: Callable[[int], list[Tensor]], em
 
     def step(ids: Tensor, position: int, order: Tensor) -> Tensor:
         nonlocal past
-        if len(order) != len(past[0]):  # beams set out from one row; here, or a step compiles twice
+        # Beams start from one row. Reorder them here, or a step would compile twice.
+        if len(order) != len(past[0]):
             past, order = [part.index_select(0, order) for part in past], torch.arange(len(order))
         logits, *past = decoder(*step_inputs(ids, position, order, embeds.dtype, TOKENS), *past, *of_images)
         return logits.float()

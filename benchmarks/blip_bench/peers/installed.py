@@ -1,4 +1,4 @@
-"""Which peers this environment has."""
+"""Which peers can be measured in this environment."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 from importlib import metadata
 from importlib.util import find_spec
 
-PACKAGES = {  # the weights of every peer come through transformers
+PACKAGES = {  # all peers get their weights from transformers
     "openvino": ("openvino", "nncf", "transformers"),
     "onnxruntime": ("onnxruntime", "onnx", "onnxscript", "transformers"),
     "compiled": ("torch", "transformers"),
@@ -16,7 +16,7 @@ PACKAGES = {  # the weights of every peer come through transformers
 
 
 def missing(peer: str) -> str | None:
-    """Why a peer, one of `PACKAGES`, cannot be measured here, and what to do about it; None where it can."""
+    """Why a peer (one of `PACKAGES`) cannot be measured here, and how to change that; None if it can."""
     if absent := [package for package in PACKAGES[peer] if find_spec(package) is None]:
         return f"{', '.join(absent)} not installed: pip install 'blip-fast[peers]'"
     if peer == "compiled" and shutil.which(os.environ.get("CXX", "g++")) is None:
@@ -25,15 +25,16 @@ def missing(peer: str) -> str | None:
 
 
 def version(peer: str) -> str:
-    """Of the package that does its work."""
+    """The version of the peer's main package."""
     return metadata.version(PACKAGES[peer][0])
 
 
 def chosen(task: str, named: str | None) -> dict[str, str | None]:
-    """The task's peers, all or those `named` with commas between, and why one is left out (None: it is not).
+    """The task's peers, all or the comma-separated ones in `named`, each with the reason why it is left out,
+    or None.
 
     Raises:
-        ValueError: a named peer is unknown or missing, or the task has none to choose from.
+        ValueError: a named peer is unknown or missing, or the task offers no choice.
     """
     known = list(PACKAGES) if task in ("caption", "encode") else ["transformers"]
     if named is None:

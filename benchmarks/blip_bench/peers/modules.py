@@ -1,7 +1,7 @@
-"""transformers' BLIP cut into three modules that export and compile: the strongest form of its weights there.
+"""transformers' BLIP cut into three modules that can be exported and compiled, for peers at their best.
 
-Attention is PyTorch's fused one; an image's keys and values are projected once and shared by its beams;
-texts keep their keys and values from step to step. transformers' `generate` does the last alone."""
+Attention is PyTorch's fused one. An image's keys and values are projected once and shared by its beams, and
+texts keep their keys and values between steps. Of these, transformers' `generate` does only the last."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-INPUTS = ("ids", "positions", "mask", "order")  # of a step, as `step_inputs` gives them
-MASKED = -3e4  # added to what may not be seen: far below any product, and finite in every dtype
+INPUTS = ("ids", "positions", "mask", "order")  # names of the values of `step_inputs`
+MASKED = -3e4  # added to masked logits: far below any product, and finite in every dtype
 
 Step = Callable[[Tensor, int, Tensor], Tensor]
-"""Tokens int64 [rows, steps], the place of their first, and int64 [rows], the row of the step before that
-each goes on with → float32 [rows, vocabulary], the last token's logits. An image's beams are rows in
-succession."""
+"""Arguments: tokens, int64 [rows, steps]; the position of the first one; and for each row the row of the
+previous step that it continues, int64 [rows]. Returns the last token's logits, float32 [rows, vocabulary]. An
+image's beams are consecutive rows."""
 
 
 class Peer(NamedTuple):
@@ -26,8 +26,8 @@ class Peer(NamedTuple):
 
     Attributes:
         encode: pixels float32 [images, 3, size, size] → image embeds [images, tokens, width].
-        begin: image embeds → the steps of their captions; None where they were not wanted.
-        own_threads: whether both run in threads that are not PyTorch's.
+        begin: image embeds → the step function of their captions; None if the peer does not caption.
+        own_threads: whether it runs in its own threads rather than PyTorch's.
     """
 
     encode: Callable[[Tensor], Tensor]
@@ -69,12 +69,12 @@ class ImageKV(nn.Module):
 
 
 class Decoder(nn.Module):
-    """What `step_inputs` gives, texts' keys and values so far, images' keys and values → logits of the last
-    token [rows, vocabulary], texts' keys and values with those of this step."""
+    """The values of `step_inputs`, the texts' keys and values so far, and the images' keys and values → the
+    last token's logits [rows, vocabulary], and the texts' keys and values including this step's."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.fixed = False  # whether texts' keys and values have all their places from the start
+        self.fixed = False  # whether texts' keys and values are allocated at full length
         bert = model.text_decoder.bert
         self.embeddings, self.layers, self.head = bert.embeddings, bert.encoder.layer, model.text_decoder.cls
 
@@ -91,22 +91,22 @@ class Decoder(nn.Module):
             k = self.extended(past[2 * i].index_select(0, order), k, positions)
             v = self.extended(past[2 * i + 1].index_select(0, order), v, positions)
             present += [k, v]
-            x = layer.attention.output(_joined(scaled_dot_product_attention(q, k, v, mask)), x)
-            seen = _seen(layer.crossattention.self, x, image_kv[2 * i], image_kv[2 * i + 1])
+            x = layer.attention.output(_join_heads(scaled_dot_product_attention(q, k, v, mask)), x)
+            seen = _cross_attention(layer.crossattention.self, x, image_kv[2 * i], image_kv[2 * i + 1])
             x = layer.crossattention.output(seen, x)
             x = layer.feed_forward_chunk(x)
         return self.head(x[:, -1]), *present
 
     def extended(self, past: Tensor, new: Tensor, positions: Tensor) -> Tensor:
-        """Texts' keys or values [rows, heads, places, head width] with those of this step's positions [1,
-        steps]."""
+        """Texts' keys or values [rows, heads, places, head width], extended by those of this step's positions
+        [1, steps]."""
         return past.index_copy(2, positions[0], new) if self.fixed else torch.cat([past, new], 2)
 
 
 def step_inputs(ids: Tensor, position: int, order: Tensor, dtype: torch.dtype = torch.float32,
                 places: int | None = None) -> tuple[Tensor, ...]:
-    """What a `Step` is given as the Decoder takes it: ids, positions [1, steps], mask [1, 1, steps, places],
-    order. There are as many places as tokens so far unless the decoder has a fixed number of them."""
+    """A `Step`'s arguments in the Decoder's form: ids, positions [1, steps], mask [1, 1, steps, places],
+    order. There are as many places as tokens so far, unless the decoder has a fixed number of them."""
     steps = ids.shape[1]
     mask = torch.full((steps, places or position + steps), MASKED, dtype=dtype).triu(position + 1)
     return ids, torch.arange(position, position + steps)[None], mask[None, None], order
@@ -114,29 +114,29 @@ def step_inputs(ids: Tensor, position: int, order: Tensor, dtype: torch.dtype = 
 
 def empty_past(decoder: Decoder, rows: int, dtype: torch.dtype = torch.float32,
                places: int = 0) -> list[Tensor]:
-    """Keys and values of texts that have not begun."""
+    """Keys and values of texts without tokens."""
     attention = decoder.layers[0].attention.self
     shape = (rows, attention.num_attention_heads, places, attention.attention_head_size)
     return [torch.zeros(shape, dtype=dtype) for _ in range(2 * len(decoder.layers))]
 
 
-def _seen(attention: Any, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Cross-attention of the beams of an image to keys and values that are there once."""
+def _cross_attention(attention: Any, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Cross-attention of an image's beams to its keys and values, which are stored once."""
     heads, width = attention.num_attention_heads, attention.attention_head_size
     q = attention.query(x).reshape(keys.shape[0], -1, heads, width).transpose(1, 2)
-    return _joined(scaled_dot_product_attention(q, keys, values)).reshape(x.shape[0], -1, heads * width)
+    return _join_heads(scaled_dot_product_attention(q, keys, values)).reshape(x.shape[0], -1, heads * width)
 
 
 def _by_head(x: Tensor, attention: Any) -> Tensor:
     return x.unflatten(-1, (attention.num_attention_heads, attention.attention_head_size)).transpose(1, 2)
 
 
-def _joined(x: Tensor) -> Tensor:
+def _join_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
 class Cut(NamedTuple):
-    """The modules of a model; the last two are None where no captions are wanted."""
+    """The modules of a model. The last two are None without captions."""
 
     vision: Vision
     image_kv: ImageKV | None
@@ -144,7 +144,7 @@ class Cut(NamedTuple):
 
 
 def cut(model: Any, captions: bool) -> Cut:
-    """The modules of transformers' `model`, on its own weights; those of captions where they are wanted."""
+    """Cut transformers' `model` into modules that share its weights; those for captions only if requested."""
     parts = Cut(Vision(model), ImageKV(model) if captions else None, Decoder(model) if captions else None)
     for part in parts:
         if part is not None:

@@ -1,7 +1,7 @@
 """ONNX Runtime's CPU provider: float32, and 8 bits by its dynamic quantisation. It has no bfloat16 on x86.
 
-Its own optimiser fuses the encoder's attention and norms before ONNX Runtime sees the graph. Keys and
-values, of images and of texts, stay in its memory from step to step by IO binding."""
+Its own optimiser fuses the encoder's attention and norms before ONNX Runtime loads the graph. IO binding
+keeps the keys and values of images and texts in its memory between steps."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ OPSET = 20
 
 
 def peers(parts: Cut, pixels: Tensor, dtypes: Sequence[str]) -> Iterator[tuple[str, Peer]]:
-    """A peer for each of `dtypes` that it has. `pixels` [images, 3, size, size] are an example. Graphs, a
-    few times as large as the weights, lie in a temporary directory until all are loaded."""
+    """A peer for each dtype that is supported. `pixels` [images, 3, size, size] are an example input. The
+    graphs, a few times as large as the weights, are in a temporary directory until all are loaded."""
     if not set(dtypes) & set(DTYPES):
         return
     with TemporaryDirectory() as directory:
@@ -41,14 +41,14 @@ def peers(parts: Cut, pixels: Tensor, dtypes: Sequence[str]) -> Iterator[tuple[s
 
 
 def export(parts: Cut, pixels: Tensor, directory: Path) -> list[Path]:
-    """Graphs with any number of images and rows: the encoder's; where the model writes, that of images' keys
-    and values, and the decoder's."""
+    """Export graphs for any number of images and rows: the encoder and, with captions, the projection of
+    images' keys and values, and the decoder."""
     save = partial(torch.onnx.export, dynamo=True, opset_version=OPSET, verbose=False)
     vision, image_kv, decoder = (directory / f"{name}.onnx" for name in ("vision", "image_kv", "decoder"))
     batch = {0: Dim("images")}
     with torch.no_grad():
         save(parts.vision, (pixels,), vision, input_names=["pixels"], dynamic_shapes=(batch,))
-        fused = _fused(vision, parts)
+        fused = _fuse(vision, parts)
         if parts.image_kv is None or parts.decoder is None:
             return [fused]
         embeds = parts.vision(pixels)
@@ -67,16 +67,16 @@ def export(parts: Cut, pixels: Tensor, directory: Path) -> list[Path]:
 
 
 def _free(layers: int) -> tuple[Any, ...]:
-    """Which dimensions of the decoder's inputs vary. The exporter finds out by itself how they hang
-    together, for it cannot prove that rows are images × beams."""
+    """The dimensions of the decoder's inputs that vary. The exporter infers their relations itself, since it
+    cannot prove that rows are images × beams."""
     vary = Dim.AUTO
     past, of_images = {0: vary, 2: vary}, {0: vary}
     kv = (*[past] * layers, *[of_images] * layers)
     return {0: vary, 1: vary}, {1: vary}, {2: vary, 3: vary}, {0: vary}, kv
 
 
-def _fused(path: Path, parts: Cut) -> Path:
-    """The encoder's graph with attention, norms and activations as single operators."""
+def _fuse(path: Path, parts: Cut) -> Path:
+    """Fuse attention, norms and activations of the encoder's graph into single operators."""
     attention = parts.vision.vision.encoder.layers[0].self_attn
     graph = optimize_model(str(path), model_type="vit", num_heads=attention.num_heads,
                            hidden_size=attention.embed_dim, opt_level=0, use_gpu=False)
@@ -86,8 +86,8 @@ def _fused(path: Path, parts: Cut) -> Path:
 
 
 def quantised(path: Path) -> Path:
-    """The graph with 8-bit weights, activations quantised as they come. Without VNNI two products of 8 bits
-    overflow their sum of 16, so that weights have 7 bits there."""
+    """The graph with 8-bit weights and dynamically quantised activations. Without VNNI the sum of two 8-bit
+    products overflows its 16 bits, so weights have 7 bits there."""
     target = path.with_suffix(".int8.onnx")
     quantize_dynamic(path, target, per_channel=True, reduce_range=not has_int8(), weight_type=QuantType.QInt8,
                      use_external_data_format=True, op_types_to_quantize=["MatMul", "Gemm"])

@@ -1,9 +1,10 @@
-"""OpenVINO's CPU plugin: float32, bfloat16 as its hint, and 8 bits by NNCF, with one stream and with two.
+"""OpenVINO's CPU plugin: float32, bfloat16 by its precision hint, and 8 bits by NNCF, with one and with two
+of its execution streams (NUM_STREAMS).
 
-Texts' keys and values are the decoder's state, which the plugin keeps and reorders itself. A stream encodes
-a picture at a time; two of them have half of the threads each. In 8 bits the encoder is quantised with its
-activations (SmoothQuant, calibrated on noise) and the decoder's weights are compressed, as in OpenVINO's own
-recipe for BLIP."""
+The texts' keys and values are the decoder's state, which the plugin keeps and reorders itself. An execution
+stream encodes one picture at a time; two of them have half of the threads each. In 8 bits the encoder is
+quantised together with its activations (SmoothQuant, calibrated on noise), and the decoder's weights are
+compressed, as in OpenVINO's own recipe for BLIP."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from blip_bench.peers.modules import INPUTS, Cut, Decoder, Peer, Step, empty_past, step_inputs
 
-STREAMS = (1, 2)
+STREAMS = (1, 2)  # numbers of execution streams
 STATE = {"float32": "f32", "bfloat16": "bf16", "int8": "u8"}  # precision of texts' keys and values
 
 
@@ -34,24 +35,24 @@ class Graphs(NamedTuple):
 
 
 def peers(parts: Cut, pixels: Tensor, dtypes: Sequence[str]) -> Iterator[tuple[str, Peer]]:
-    """A peer for each of `dtypes` and each number of streams. `pixels` [images, 3, size, size] are an
-    example, and what 8 bits are calibrated on."""
+    """A peer for each dtype and number of execution streams. `pixels` [images, 3, size, size] are an example
+    input, and the calibration data for 8 bits."""
     graphs = convert(parts, pixels[:1])
     for dtype in dtypes:
         some = quantised(graphs, pixels) if dtype == "int8" else graphs
         wide = "bf16" if dtype == "bfloat16" or (dtype == "int8" and has_bfloat16()) else "f32"
-        compiled = partial(_compiled, wide=wide)
+        compile_graph = partial(_compile, wide=wide)
         begin = None
         if some.decoder is not None:
-            request = compiled(some.decoder, state=STATE[dtype]).create_infer_request()
-            begin = partial(_begin, compiled(some.image_kv), request)
+            request = compile_graph(some.decoder, state=STATE[dtype]).create_infer_request()
+            begin = partial(_begin, compile_graph(some.image_kv), request)
         for streams in STREAMS:
-            vision = compiled(some.vision, streams=streams)
+            vision = compile_graph(some.vision, streams=streams)
             yield f"openvino {dtype}, streams {streams}", Peer(partial(_encode, vision, streams), begin)
 
 
 def convert(parts: Cut, pixels: Tensor) -> Graphs:
-    """Graphs with any number of images and rows."""
+    """Convert to graphs for any number of images and rows."""
     with torch.no_grad():
         shape = [-1, *pixels.shape[1:]]
         vision = ov.convert_model(parts.vision, example_input=pixels, input=shape)
@@ -63,7 +64,7 @@ def convert(parts: Cut, pixels: Tensor) -> Graphs:
 
 
 def _stateful(decoder: Decoder, image_kv: tuple[Tensor, ...]) -> Any:
-    """The decoder's graph, whose inputs are named as `_begin` names them."""
+    """The decoder's graph with keys and values as state. Its inputs have the names that `_begin` uses."""
     rows, order = len(image_kv[0]), torch.arange(len(image_kv[0]))
     past = empty_past(decoder, rows, places=3)
     inputs = step_inputs(torch.zeros(rows, 1, dtype=torch.long), 3, order)
@@ -84,14 +85,14 @@ def _stateful(decoder: Decoder, image_kv: tuple[Tensor, ...]) -> Any:
 
 
 def quantised(graphs: Graphs, pixels: Tensor) -> Graphs:
-    """The graphs in 8 bits; those given stay as they are."""
+    """8-bit copies of the graphs."""
     examples = nncf.Dataset([picture[None].numpy() for picture in pixels])
     vision = nncf.quantize(graphs.vision, examples, model_type=nncf.ModelType.TRANSFORMER,
                            subset_size=len(pixels))
     return Graphs(vision, *(graph and nncf.compress_weights(graph.clone()) for graph in graphs[1:]))
 
 
-def _compiled(graph: Any, wide: str, streams: int = 1, state: str | None = None) -> Any:
+def _compile(graph: Any, wide: str, streams: int = 1, state: str | None = None) -> Any:
     how = {"NUM_STREAMS": streams} if streams > 1 else {"PERFORMANCE_HINT": "LATENCY"}
     how |= {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": wide}
     if state is not None:

@@ -1,5 +1,4 @@
-"""Greedy and beam search over a peer's steps, as transformers' `generate` searches while no caption can
-end."""
+"""Greedy and beam search over a peer's steps, as in transformers' `generate` while no caption can end."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from blip_bench.peers.modules import Peer, Step
 
 
 def captions(peer: Peer, prompt: Tensor, end: int, beams: int, pixels: Tensor) -> list[list[int]]:
-    """From pixels to captions of `TOKENS` tokens; the other arguments are `search`'s."""
+    """From pixels to captions of `TOKENS` tokens; the other arguments are those of `search`."""
     if peer.begin is None:
         raise ValueError("this peer was built without captions: build it with captions=True")
     with one_torch_thread() if peer.own_threads else nullcontext():
@@ -23,11 +22,11 @@ def captions(peer: Peer, prompt: Tensor, end: int, beams: int, pixels: Tensor) -
 
 @torch.inference_mode()
 def search(step: Step, prompt: Tensor, end: int, images: int, beams: int, length: int) -> list[list[int]]:
-    """The best caption of each image, `length` tokens with the prompt's.
+    """The best caption of each image, with `length` tokens including the prompt's.
 
     Args:
-        prompt: int64 [tokens], what every caption begins with.
-        end: the token that may not be chosen.
+        prompt: int64 [tokens], the beginning of every caption.
+        end: the token that must not be chosen.
     """
     texts = prompt.repeat(images, 1)
     logits = step(texts, 0, torch.arange(images))
@@ -41,7 +40,7 @@ def search(step: Step, prompt: Tensor, end: int, images: int, beams: int, length
 
 
 def _best(logits: Tensor, scores: Tensor, end: int, beams: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Which row each beam goes on with, its next token, and the sums of log-probabilities [images, beams]."""
+    """The row that each beam continues, its next token, and sums of log-probabilities [images, beams]."""
     if beams == 1:
         logits[:, end] = -float("inf")
         return torch.arange(len(logits)), logits.argmax(1), scores
@@ -55,9 +54,9 @@ def _best(logits: Tensor, scores: Tensor, end: int, beams: int) -> tuple[Tensor,
 
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
-    """For a peer with a thread pool of its own: torch's workers spin for a while after each product, on
-    cores that the pool needs, so torch computes a step's best tokens without them. `OMP_WAIT_POLICY=PASSIVE`
-    would end the spinning too, but for ours as well, whose users have the usual policy."""
+    """For a peer with its own thread pool: torch's workers spin for a while after each product, on cores that
+    the pool needs, so torch finds a step's best tokens without them. `OMP_WAIT_POLICY=PASSIVE` would also
+    stop the spinning, but for ours as well, whose users have the default policy."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,1 +1,1 @@
-"""What training reads: batches of pixels and texts, in an order that a seed decides."""
+"""What training reads: batches of pixels and texts, in an order decided by a seed."""

@@ -1,6 +1,7 @@
-"""Encoded samples to batches: DALI decodes; on a CPU torch and NumPy resize, flip, augment and normalise.
+"""From encoded samples to batches: DALI decodes; on a CPU torch and NumPy resize, flip, augment and
+normalise.
 
-DALI's CPU resize takes eight times as long as torch's for 8-bit images, and more than all else together.
+DALI's CPU resize takes eight times as long as torch's for 8-bit images, longer than all other work together.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ from blip_fast.media.images import MEAN, STD
 
 @dataclass(frozen=True)
 class ReadBatch:
-    """images float32 [batch, 3, size, size], normalised, on the input's device, or [batch, 2, 3, size, size] of pairs;
-    the rest has one entry an image or pair."""
+    """A decoded batch. `images` are float32 [batch, 3, size, size] on the input's device, normalised; for
+    pairs [batch, 2, 3, size, size]. Every other field has one entry per image or pair."""
 
     images: Tensor
-    captions: list[str]  # one of each image's captions, cleaned, behind the prompt; "" where a question stands instead
+    captions: list[str]  # one per image, cleaned, after the prompt; "" for a sample with a question
     ids: Tensor  # int64 [batch], on the CPU: equal ids are the same image
-    records: list[dict[str, Any]]  # key, image, all captions, and what else the annotations knew
+    records: list[dict[str, Any]]  # key, image, all captions, and all other fields of the annotations
     sources: list[str]  # names
-    origins: list[str]  # of the captions: "web" or "synthetic" where CapFilt wrote the shards, else ""
+    origins: list[str]  # of the captions: "web" or "synthetic" in shards by CapFilt, else ""
 
     @property
     def keys(self) -> list[str]:
@@ -45,7 +46,8 @@ def decode(
     batches: Iterator[list[Item]], image_size: int, batch_size: int, augmented: bool, threads: int,
     device: torch.device,
 ) -> Iterator[ReadBatch]:
-    """Batches of at most `batch_size` images, decoded and finished in order; DALI decodes the next ones meanwhile."""
+    """Batches of at most `batch_size` images in order, decoded and finished. DALI decodes the next ones
+    meanwhile."""
     on_gpu, ahead = device.type == "cuda", deque[list[Item]]()
 
     def feed() -> Iterator[tuple[list[np.ndarray], ...]]:
@@ -54,8 +56,8 @@ def decode(
             yield columns(items, finished=on_gpu)
 
     if on_gpu:
-        pipeline = decoded_and_finished(feed(), image_size, augmented, batch_size=batch_size, num_threads=threads,
-                                        device_id=device.index or 0)
+        pipeline = decoded_and_finished(feed(), image_size, augmented, batch_size=batch_size,
+                                        num_threads=threads, device_id=device.index or 0)
     else:
         pipeline = decoded(feed(), batch_size=batch_size, num_threads=threads, device_id=None)
     finish = HostFinish(image_size, ThreadPoolExecutor(threads, "finish"))
@@ -76,15 +78,16 @@ def decode(
             tensor = tensor.unflatten(0, (len(items), 2))
         records = [item.record for item in items]
         ids = torch.tensor([record["id"] for record in records], dtype=torch.int64)
-        yield ReadBatch(tensor, [item.caption for item in items], ids, records, [item.source for item in items],
-                    [item.origin for item in items])
+        yield ReadBatch(tensor, [item.caption for item in items], ids, records,
+                        [item.source for item in items], [item.origin for item in items])
 
 
 def columns(items: list[Item], finished: bool) -> tuple[list[np.ndarray], ...]:
-    """What the graph is fed with, a column each: encoded, start, shape and, where it finishes the images, the rest."""
+    """The inputs of the graph as columns: encoded, start, shape and, if it also finishes the images, flip and
+    outcomes."""
     drawn = [drawn for item in items for drawn in item.drawn]
-    window = ([encoded for item in items for encoded in item.encoded], [np.array(d.start, np.int32) for d in drawn],
-              [np.array(d.shape, np.int32) for d in drawn])
+    window = ([encoded for item in items for encoded in item.encoded],
+              [np.array(d.start, np.int32) for d in drawn], [np.array(d.shape, np.int32) for d in drawn])
     if not finished:
         return window
     return (*window, [np.array(d.flip, np.int32) for d in drawn],
@@ -92,7 +95,7 @@ def columns(items: list[Item], finished: bool) -> tuple[list[np.ndarray], ...]:
 
 
 class HostFinish:
-    """Resize, flip, augment and normalise decoded windows on the CPU, each image by one thread."""
+    """Resizes, flips, augments and normalises decoded windows on the CPU, one thread per image."""
 
     def __init__(self, image_size: int, pool: ThreadPoolExecutor) -> None:
         self._size, self._pool = image_size, pool
@@ -109,8 +112,9 @@ class HostFinish:
     def _finish(self, window: np.ndarray, drawn: Drawn, out: np.ndarray) -> None:
         channels_last = torch.from_numpy(window).permute(2, 0, 1)[None]
         size = (self._size, self._size)
-        # Pillow's filter in Pillow's fixed-point arithmetic.
-        image = torch.nn.functional.interpolate(channels_last, size, mode="bicubic", antialias=True)[0].numpy()
+        # For uint8 torch uses Pillow's filter in Pillow's fixed-point arithmetic.
+        image = torch.nn.functional.interpolate(
+            channels_last, size, mode="bicubic", antialias=True)[0].numpy()
         if drawn.flip:
             image = np.ascontiguousarray(image[:, :, ::-1])
         for outcome in drawn.outcomes:

@@ -1,4 +1,5 @@
-"""Samples from shards, near or far: opened when they are needed and a little before, checked, in the order's places."""
+"""Samples from local or remote shards, checked, in the order given by `order.py`. Shards are opened shortly
+before they are needed."""
 
 from __future__ import annotations
 
@@ -20,13 +21,13 @@ from blip_fast.data.shards.shards import OpenShard, is_url, read_index
 
 Sizes = list[tuple[int, int]]
 Draw = Callable[[dict[str, Any], Sizes, np.random.Generator], tuple[list[Drawn], str, str]]
-OPENING = 2  # shards that are opened, and fetched, at the same time in advance
+OPENING = 2  # shards that are fetched and opened ahead at the same time
 
 
 @dataclass(frozen=True)
 class Item:
-    """An undamaged sample that was read: one image, or a pair; what is drawn for each, its caption and where that is
-    from, if the record tells."""
+    """An undamaged sample: one image or a pair, the random choices for each image, the caption, and the
+    caption's origin if the record has it."""
 
     encoded: list[np.ndarray]  # uint8 [bytes]
     record: dict[str, Any]
@@ -47,11 +48,11 @@ class Damaged:
 
 
 def read_item(
-    shard: OpenShard, number: int, source: str, draw: Callable[[dict[str, Any], Sizes], tuple[list[Drawn], str, str]],
-    pair: bool = False,
+    shard: OpenShard, number: int, source: str,
+    draw: Callable[[dict[str, Any], Sizes], tuple[list[Drawn], str, str]], pair: bool = False,
 ) -> Item | Damaged:
-    """Read a sample, of a `pair` both images, and compare checksums: a damaged image must not reach the decoder, where
-    it would take the whole batch with it. `draw` is given the record and each image's (height, width)."""
+    """Read a sample (both images of a `pair`) and compare checksums: a damaged image must not reach the
+    decoder, where the whole batch would fail. `draw` receives the record and each image's (height, width)."""
     contents, text = shard.read(number, pair)
     try:
         record = json.loads(text)
@@ -60,14 +61,15 @@ def read_item(
         where = f"{shard.name}, sample {number}"
         return Damaged(source, where, where, "damaged since it was packed: its record cannot be read")
     if [zlib.crc32(content) for content in contents] != packed:
-        return Damaged(source, record["image"], record["key"], "damaged since it was packed: its checksum differs")
+        return Damaged(source, record["image"], record["key"],
+                       "damaged since it was packed: its checksum differs")
     sizes = [(height, width) for width, height in map(image_size, contents)]
     encoded = [np.frombuffer(content, dtype=np.uint8) for content in contents]
     return Item(encoded, record, source, *draw(record, sizes))
 
 
 class Shards:
-    """The shards of a directory or URL, of which those that are wanted are open.
+    """The shards of a directory or URL; only the ones that are wanted are open.
 
     Raises what `read_index` raises; opening raises what `ShardCache.open` raises.
     """
@@ -79,7 +81,7 @@ class Shards:
         self._pool = ThreadPoolExecutor(OPENING, "shards")
 
     def want(self, numbers: Iterable[int]) -> None:
-        """Close all others and open the first of these in advance, by threads; the nearest should come first."""
+        """Close all other shards and open the first of these ahead, in threads. Give the nearest first."""
         wanted = list(numbers)
         for number in self._open.keys() - set(wanted):
             if self._open[number].done():
@@ -88,14 +90,14 @@ class Shards:
                     future.result().close()
         opening = sum(not future.done() for future in self._open.values())
         for number in [number for number in wanted if number not in self._open][: OPENING - opening]:
-            self._open[number] = self._pool.submit(self._opened, number)
+            self._open[number] = self._pool.submit(self._open_shard, number)
 
     def __getitem__(self, number: int) -> OpenShard:
         if number not in self._open:
-            self._open[number] = self._pool.submit(self._opened, number)
+            self._open[number] = self._pool.submit(self._open_shard, number)
         return self._open[number].result()
 
-    def _opened(self, number: int) -> OpenShard:
+    def _open_shard(self, number: int) -> OpenShard:
         shard = self.index.shards[number]
         if is_url(self._root):
             return self._cache.open(f"{str(self._root).rstrip('/')}/{shard.file}", shard)
@@ -103,19 +105,19 @@ class Shards:
 
 
 class SourceReader:
-    """What one source brings to each batch of one share.
+    """Reads one source's samples of each batch of one share.
 
     Args:
-        draw: is given a sample's record, each image's (height, width) and a random generator of its own; gives what is
-            drawn for each image, the sample's caption and its origin ("" where it is not told).
+        draw: receives a sample's record, each image's (height, width) and the sample's own random generator;
+            returns the random choices for each image, the sample's caption and its origin ("" if unknown).
         seed: of the run and of the source, two words.
-        pool: reads the samples of a batch.
+        pool: threads that read the samples of a batch.
         pairs: samples are two images each.
     """
 
     def __init__(
-        self, name: str, shards: Shards, order: Order, draw: Draw, seed: tuple[int, int], pool: ThreadPoolExecutor,
-        pairs: bool,
+        self, name: str, shards: Shards, order: Order, draw: Draw, seed: tuple[int, int],
+        pool: ThreadPoolExecutor, pairs: bool,
     ) -> None:
         self.name, self.shards, self.order = name, shards, order
         self._draw, self._seed, self._pool, self._pairs = draw, seed, pool, pairs
@@ -129,4 +131,5 @@ class SourceReader:
 
     def _item(self, opened: OpenShard, epoch: int, shard: int, sample: int) -> Item | Damaged:
         rng = np.random.default_rng([self._seed[0], SAMPLE, self._seed[1], epoch, shard, sample])
-        return read_item(opened, sample, self.name, lambda record, sizes: self._draw(record, sizes, rng), self._pairs)
+        return read_item(opened, sample, self.name,
+                         lambda record, sizes: self._draw(record, sizes, rng), self._pairs)

@@ -1,4 +1,4 @@
-"""The data sets that training mixes, and how many images of each a batch holds."""
+"""The data sets that training mixes, and the number of images of each in a batch."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Source:
-    """One data set: shards in a directory or under any fsspec URL (`s3://`, `gs://`, `https://`, …). `name` stays with
-    each of its samples. `weight` is its part of every batch, compared with the other sources' weights; without weights
-    each source has the part that its samples have of all."""
+    """One data set: shards in a directory or under any fsspec URL (`s3://`, `gs://`, `https://`, …). Each of
+    its samples carries `name`. `weight` is its part of every batch, relative to the other sources' weights.
+    Without weights, a source's part of a batch is its part of all samples."""
 
     name: str
     root: str
@@ -26,7 +26,8 @@ class Source:
 
 
 def check_mix(sources: Sequence[Source]) -> None:
-    """Raise ValueError where sources cannot be mixed: none, two of one name, or weights for some only."""
+    """Raise ValueError if sources cannot be mixed: there is none, two have the same name, or only some have a
+    weight."""
     if not sources:
         raise ValueError("there is no source: name at least one with its shards")
     names = [source.name for source in sources]
@@ -34,16 +35,17 @@ def check_mix(sources: Sequence[Source]) -> None:
         raise ValueError(f"sources must have different names: {', '.join(doubled)} stands twice")
     without = [source.name for source in sources if source.weight is None]
     if 0 < len(without) < len(sources):
-        raise ValueError(f"sources {', '.join(without)} have no weight and others do: give all of them one, or none")
+        raise ValueError(f"sources {', '.join(without)} have no weight and others do: "
+                         "give all of them one, or none")
 
 
 def batch_shares(sources: Sequence[Source], samples: Sequence[int], batch_size: int) -> list[int]:
-    """How many images of each source every batch holds: weight × batch_size by largest remainder.
+    """The number of images of each source in every batch: weight × batch_size, rounded by largest remainder.
 
     Args:
-        samples: of each source; they are the weights where none is given.
+        samples: the number of samples of each source, used as its weight if it has none.
 
-    Raises ValueError where a source's share would be nothing.
+    Raises ValueError if a source would get no image.
     """
     weights = [source.weight or count for source, count in zip(sources, samples, strict=True)]
     exact = [batch_size * weight / sum(weights) for weight in weights]
@@ -53,6 +55,6 @@ def batch_shares(sources: Sequence[Source], samples: Sequence[int], batch_size: 
         shares[i] += 1
     for source, share, wanted in zip(sources, shares, exact, strict=True):
         if share == 0:
-            raise ValueError(f"source {source.name} has {wanted:.2g} images of a batch of {batch_size}, rounded to "
-                             "none: take larger batches, raise its weight or leave it out")
+            raise ValueError(f"source {source.name} has {wanted:.2g} images of a batch of {batch_size}, "
+                             "rounded to none: take larger batches, raise its weight or leave it out")
     return shares

@@ -1,5 +1,5 @@
-"""Images with their captions: a folder with `annotations.jsonl`, or packed shards. Nothing is decoded until it is asked
-for."""
+"""Images with their captions, from a folder with `annotations.jsonl` or from packed shards. Images are
+decoded only on request."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ANNOTATIONS = "annotations.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class AnnotatedImage(StoredImage):
-    """One image, its captions, its whole row or record, and the other image of a pair."""
+    """One image with its captions, its whole row or record, and the second image if it is a pair."""
 
     captions: list[str]
     row: dict[str, Any]
@@ -30,16 +30,16 @@ class AnnotatedImage(StoredImage):
 
 
 def annotated_images(data: str | Path, split: str | None) -> list[AnnotatedImage]:
-    """The images of a split, in order; a row that names no split belongs to every one.
+    """The images of a split, in order. A row without a split belongs to every split.
 
     Args:
-        data: a folder with `annotations.jsonl` (rows: `image`, `captions`, perhaps `split` and more), or a directory of
-            shards that `blip-fast data pack` wrote.
+        data: a folder with `annotations.jsonl` (rows: `image`, `captions`, perhaps `split` and more), or a
+            directory of shards written by `blip-fast data pack`.
         split: None takes all rows.
 
     Raises:
         FileNotFoundError: `data` is neither.
-        ValueError: a row is not understood, or no image is of the split.
+        ValueError: a row is invalid, or no image belongs to the split.
     """
     data = Path(data)
     if (data / ANNOTATIONS).is_file():
@@ -47,8 +47,8 @@ def annotated_images(data: str | Path, split: str | None) -> list[AnnotatedImage
     elif (data / INDEX).is_file():
         images = _of_shards(data)
     else:
-        raise FileNotFoundError(f"{data} holds neither {ANNOTATIONS} nor {INDEX}: name a folder of annotated images or "
-                                "of packed shards")
+        raise FileNotFoundError(f"{data} holds neither {ANNOTATIONS} nor {INDEX}: "
+                                "name a folder of annotated images or of packed shards")
     chosen = [image for image in images if split is None or image.row.get("split", split) == split]
     if not chosen:
         raise ValueError(f"{data} holds no image of split {split!r}: name another --split")
@@ -56,27 +56,31 @@ def annotated_images(data: str | Path, split: str | None) -> list[AnnotatedImage
 
 
 class AnnotationFile:
-    """The rows of a JSONL file or of a CSV file with a header, both in UTF-8, read one by one.
+    """The rows of a JSONL file, or of a CSV file with a header, both in UTF-8, read one by one.
 
-    Each comes with its place in the file, by which it is found again: who wants rows in another order need not keep
-    them in memory.
+    Each row comes with its place in the file, by which `row` reads it again. So rows can be read in another
+    order without keeping them in memory.
 
-    A row has `image`, a path, and `caption`, or in JSONL `captions`, a list; where wanted `split`, an integer `id` and
-    whatever else. It is given back with `captions` as a list, perhaps an empty one, and all else as it was. In JSONL a
-    row may ask instead (VQA: `question`, and `answers` as a list of votes, an object of weights, or null in a test set
-    that keeps them), tell whether its caption is true of two images (NLVR2: `image`, `second_image` and `label`, true
-    or false), or hold a dialogue (VisDial: `dialog`, a list of rounds with `question`, `answer`, which the last may
-    lack, and where answers are to be ranked `candidates`, `right`, the place of the one that was given, and
-    `relevance`, a number for each).
+    A row has `image`, a path, and `caption`, or in JSONL `captions`, a list. It may have `split`, an integer
+    `id` and any other fields. It is returned with `captions` as a list, perhaps empty, and everything else
+    unchanged. In JSONL a row may instead hold:
+
+    - a question (VQA): `question`, and `answers` as a list of votes, an object of weights, or null in a test
+      set with hidden answers;
+    - a statement about two images (NLVR2): `image`, `second_image` and `label`, true or false;
+    - a dialogue (VisDial): `dialog`, a list of rounds with `question` and `answer`, which the last round may
+      lack. To rank answers, a round also has `candidates`, `right`, the place of the given answer among them,
+      and `relevance`, a number for each.
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Raises FileNotFoundError; ValueError where it is neither by its name, or its header cannot be read."""
+        """Raises FileNotFoundError; ValueError if the name ends in neither .jsonl nor .csv, or the header
+        cannot be read."""
         self.path = Path(path)
         if self.path.suffix not in (".jsonl", ".csv"):
             raise ValueError(f"{path} must be JSONL or CSV, named .jsonl or .csv")
         self._header: list[str] | None = None
-        with self._opened(0) as (stream, lines):
+        with self._open_at(0) as (stream, lines):
             if stream.read(len(BOM_UTF8)) != BOM_UTF8:
                 stream.seek(0)
             if self.path.suffix == ".csv":
@@ -84,27 +88,27 @@ class AnnotationFile:
             self._start = stream.tell()
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Each row's place and the row. Raises ValueError that names the first row that is not understood."""
-        with self._opened(self._start) as (stream, lines):
+        """Each row's place and the row. Raises ValueError naming the first invalid row."""
+        with self._open_at(self._start) as (stream, lines):
             place = self._start
             for number, content in self._contents(lines):
                 yield place, _row(content, f"{self.path}, row {number}")
                 place = stream.tell()
 
     def row(self, place: int) -> dict[str, Any]:
-        """The row at a place that iteration told."""
-        with self._opened(place) as (_, lines):
+        """The row at a place that iteration returned."""
+        with self._open_at(place) as (_, lines):
             return _row(next(self._contents(lines))[1], f"{self.path}, byte {place}")
 
     def _contents(self, lines: Iterator[str]) -> Iterator[tuple[int, Any]]:
-        """Each row's number, from 1, and what it holds."""
+        """Each row's number, from 1, and its content."""
         if self._header is None:
             return json_rows(lines, self.path)
         return enumerate(csv.DictReader(lines, self._header), start=1)
 
     @contextmanager
-    def _opened(self, place: int) -> Iterator[tuple[BinaryIO, Iterator[str]]]:
-        """The file, which stands at a place, and its lines from there on."""
+    def _open_at(self, place: int) -> Iterator[tuple[BinaryIO, Iterator[str]]]:
+        """The open file at a place, and its lines from there on."""
         try:
             with self.path.open("rb") as stream:
                 stream.seek(place)
@@ -115,7 +119,7 @@ class AnnotationFile:
 
 
 def read_annotations(path: str | Path) -> list[dict[str, Any]]:
-    """All rows of an `AnnotationFile`. Raises as that does."""
+    """All rows of an `AnnotationFile`. Raises what it raises."""
     return [row for _, row in AnnotationFile(path)]
 
 
@@ -125,7 +129,7 @@ def write_annotations(folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def json_rows(lines: Iterable[str], path: Path) -> Iterator[tuple[int, Any]]:
-    """Each line's number, from 1, and what it holds; blank ones are left out."""
+    """Each line's number, from 1, and its content. Blank lines are left out."""
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
@@ -135,7 +139,7 @@ def json_rows(lines: Iterable[str], path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _row(row: Any, where: str) -> dict[str, Any]:
-    """The row with its captions as a list; `where` stands for it in messages."""
+    """The row, checked, with its captions as a list. `where` names it in messages."""
     if not isinstance(row, dict) or not isinstance(row.get("image"), str):
         raise ValueError(f'{where} has no "image", a path below the folder')
     if None in row:
@@ -152,14 +156,15 @@ def _row(row: Any, where: str) -> dict[str, Any]:
         except (TypeError, ValueError):
             raise ValueError(f'{where}: "id" is {row["id"]!r}, not an integer') from None
     if "question" in row and not _has_answers(row):
-        raise ValueError(f'{where}: a "question" (a text) needs "answers": a list of texts, one a vote, an object '
-                         "of texts and their weights above 0, or null")
-    if "second_image" in row and not (isinstance(row["second_image"], str) and isinstance(row.get("label"), bool)):
+        raise ValueError(f'{where}: a "question" (a text) needs "answers": a list of texts, one a vote, '
+                         "an object of texts and their weights above 0, or null")
+    if "second_image" in row and not (isinstance(row["second_image"], str)
+                                      and isinstance(row.get("label"), bool)):
         raise ValueError(f'{where}: a "second_image" (a path) needs a "label", true or false')
     if "dialog" in row and not _has_rounds(row["dialog"]):
-        raise ValueError(f'{where}: a "dialog" needs rounds, each with a "question" and, but for the last, an "answer" '
-                         '(texts); "candidates" are a list of texts, "right" is a place in it, "relevance" a number of '
-                         "0 or more for each")
+        raise ValueError(f'{where}: a "dialog" needs rounds, each with a "question" and, but for the last, '
+                         'an "answer" (texts); "candidates" are a list of texts, "right" is a place in it, '
+                         '"relevance" a number of 0 or more for each')
     return {**row, "captions": captions}
 
 
@@ -193,8 +198,10 @@ def _has_candidates(one: dict[str, Any]) -> bool:
 
 def _of_folder(folder: Path) -> Iterator[AnnotatedImage]:
     for _, row in AnnotationFile(folder / ANNOTATIONS):
-        second = StoredImage(row["second_image"], folder / row["second_image"]) if "second_image" in row else None
-        yield AnnotatedImage(row["image"], folder / row["image"], captions=row["captions"], row=row, second=second)
+        second = (StoredImage(row["second_image"], folder / row["second_image"])
+                  if "second_image" in row else None)
+        yield AnnotatedImage(row["image"], folder / row["image"], captions=row["captions"], row=row,
+                             second=second)
 
 
 def _of_shards(directory: Path) -> Iterator[AnnotatedImage]:
@@ -214,6 +221,7 @@ def _of_shards(directory: Path) -> Iterator[AnnotatedImage]:
                     place[key] = (member.offset_data, member.size)
         for key, content in records.items():
             record = _row(content, f"{path}, sample {key}")
-            second = StoredImage(record["second_image"], LocalTar(path), *seconds[key]) if key in seconds else None
-            yield AnnotatedImage(record["image"], LocalTar(path), *images[key], captions=record["captions"], row=record,
-                                 second=second)
+            second = (StoredImage(record["second_image"], LocalTar(path), *seconds[key])
+                      if key in seconds else None)
+            yield AnnotatedImage(record["image"], LocalTar(path), *images[key], captions=record["captions"],
+                                 row=record, second=second)

@@ -1,7 +1,8 @@
-"""Is this encoded image whole, and of a bearable size? Judged from its structure in microseconds, without decoding.
+"""Is this encoded image whole, and not too large? Checked from its structure in microseconds, without
+decoding.
 
-DALI decodes whatever size a header promises, and its decoder says no more than "refused". So every file is judged here
-first when it is packed, for the reason and for the memory.
+DALI decodes any size that a header promises, and its decoder reports only that it refused. So packing checks
+every file here first: to limit memory, and to know the reason for a refusal.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ _JPEG_DECODED = {0xC0, 0xC1, 0xC2}  # baseline, extended, progressive
 
 
 class _Broken(Exception):
-    """Its message is the reason."""
+    """The image is broken; the message is the reason."""
 
 
 def image_format(content: bytes) -> str | None:
-    """`jpg`, `png` or `webp` by the first bytes, whatever the file's name says; None for anything else."""
+    """`jpg`, `png` or `webp`, judged by the first bytes and not by the file's name; None for anything
+    else."""
     for kind, magic in _MAGIC.items():
         if content.startswith(magic) and (kind != "webp" or content[8:12] == b"WEBP"):
             return kind
@@ -30,10 +32,10 @@ def image_format(content: bytes) -> str | None:
 
 
 def what_is_wrong(content: bytes) -> str | None:
-    """The reason not to decode an encoded image, or None where its structure is whole.
+    """The reason not to decode an encoded image, or None if its structure is whole.
 
-    Checks the format, the size that the header promises against MAX_PIXELS, that the end is there, a PNG's checksums
-    and that a JPEG is of a kind that decoders read. Damage inside compressed data goes unnoticed.
+    Checks the format, the header's size against MAX_PIXELS, that the end is present, a PNG's checksums, and
+    that decoders read this kind of JPEG. Damage inside compressed data goes unnoticed.
     """
     if not content:
         return "empty, 0 bytes"
@@ -54,20 +56,20 @@ def what_is_wrong(content: bytes) -> str | None:
 
 
 def image_size(content: bytes) -> tuple[int, int]:
-    """Width and height of an encoded image in which nothing is wrong."""
+    """Width and height of an encoded image that `what_is_wrong` accepts."""
     kind = image_format(content)
     assert kind is not None
     return _SIZES[kind](content)
 
 
 def _jpeg_size(content: bytes) -> tuple[int, int]:
-    """Walk the segments up to the first scan; behind it an end marker must follow (scans escape every 0xFF)."""
+    """Walk the segments up to the first scan. An end marker must follow it (scans escape every 0xFF)."""
     at, size = 2, None
     while True:
         if content[at] != 0xFF:
             raise _Broken("a marker is missing in the header")
         marker = content[at + 1]
-        if marker == 0xFF:  # filling
+        if marker == 0xFF:  # padding
             at += 1
             continue
         if marker in _JPEG_ALONE:

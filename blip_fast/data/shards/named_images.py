@@ -1,6 +1,6 @@
-"""The images that a command line names, one after another: files, folders, patterns, webdataset shards, lists.
+"""The images named on a command line, one after another: files, folders, patterns, webdataset shards, lists.
 
-Nothing is held but the names in the folder that is just being listed (about 70 bytes each).
+Only the names in the folder being listed are in memory (about 70 bytes each).
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ WANTED = SUFFIXES | {TAR}
 
 @dataclass(frozen=True)
 class Share:
-    """Part `index` of `count`, for several machines that are given the same arguments and see the same files.
+    """Part `index` of `count`, for several machines that get the same arguments and see the same files.
 
-    Images on file systems are dealt one by one, tars under URLs whole, so that no two machines fetch the same one.
+    Images on file systems are dealt out one by one. Tars under URLs are dealt out whole, so that no two
+    machines fetch the same tar.
     """
 
     index: int = 0
@@ -34,13 +35,15 @@ class Share:
 
     def __post_init__(self) -> None:
         if not 0 <= self.index < self.count:
-            raise ValueError(f"share {self.index}/{self.count} is none: of n shares, name one from 0/n to (n − 1)/n")
+            raise ValueError(f"share {self.index}/{self.count} is none: "
+                             "of n shares, name one from 0/n to (n − 1)/n")
 
     @classmethod
     def parse(cls, text: str) -> Share:
         index, slash, count = text.partition("/")
         if not (slash and index.isdecimal() and count.isdecimal()):
-            raise ValueError(f"{text!r} is no share: write INDEX/COUNT, for example 0/4 to 3/4 on four machines")
+            raise ValueError(f"{text!r} is no share: write INDEX/COUNT, "
+                             "for example 0/4 to 3/4 on four machines")
         return cls(int(index), int(count))
 
     def holds(self, number: int) -> bool:
@@ -49,7 +52,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """Stands where images were expected and cannot be had; reading it raises the reason."""
+    """A placeholder for expected images that cannot be had. Reading it raises ImageError with the reason."""
 
     reason: str
 
@@ -69,55 +72,63 @@ class RemoteTars:
         return [RemoteTar(f"{self.root}/{shard.file}", shard, self.cache) for shard in self.shards]
 
     def images(self, share: Share, is_done: Callable[[str, Shard], bool]) -> Iterator[StoredImage]:
-        """Those of the share's tars; the next tar is fetched meanwhile, one that is done is not."""
+        """The images of the share's tars. The next tar is fetched meanwhile; tars that are done are
+        skipped."""
         tars = (tar for number, tar in enumerate(self.tars())
                 if share.holds(number) and not is_done(tar.url, tar.shard))
         for tar, error in read_ahead(tars, fetched, threads=1, ahead=1):
             if error is None:
-                yield from _whole(tar.images(), tar.url)
+                yield from _images_or_error(tar.images(), tar.url)
             else:
                 yield StoredImage(tar.url, Unreadable(str(error)))
 
 
-Source = RemoteTars | Callable[[], Iterator[StoredImage]]
+ImageLister = RemoteTars | Callable[[], Iterator[StoredImage]]  # lists the images of one argument
 
 
 def expand(arguments: Sequence[str], cache: ShardCache, share: Share = Share(),
            is_done: Callable[[str, Shard], bool] = lambda url, shard: False) -> Iterator[StoredImage]:
-    """Files as they are, folders by the image files and tars below them (sorted, folder by folder), quoted patterns
-    (`photos/**/*.jpg`) by the image files and tars that match, tars by the image members in them.
+    """The images that arguments name.
 
-    Tars under URLs need the `shards.json` that `blip-fast data pack` writes; a URL names its directory or one of its
-    tars. A folder that cannot be listed, or a tar that is broken further on, is one image that cannot be read.
+    An argument is an image file; a folder, for the image files and tars below it (sorted, folder by folder);
+    a quoted pattern (`photos/**/*.jpg`), for the image files and tars that match; or a tar, for the images in
+    it.
+
+    Tars under URLs need the `shards.json` that `blip-fast data pack` writes; a URL names its directory or one
+    of its tars. A folder that cannot be listed, or a tar that is broken after its start, becomes one image
+    that cannot be read.
 
     Args:
         cache: for tars under URLs.
         share: the part of the images that is wanted.
-        is_done: whether a tar under a URL need not be looked at.
+        is_done: whether a tar under a URL can be skipped.
 
     Raises:
-        FileNotFoundError: for a path or URL that is not there; at once, as the other errors.
-        ValueError: for a folder, pattern or tar without images.
-        OSError: for a URL that cannot be read.
+        FileNotFoundError: a path or URL does not exist. This and the other errors are raised at once.
+        ValueError: a folder, pattern or tar has no images.
+        OSError: a URL cannot be read.
     """
-    sources = [_source(argument, cache) for argument in arguments]
-    return _images(sources, share, is_done)
+    listers = [_lister(argument, cache) for argument in arguments]
+    return _images(listers, share, is_done)
 
 
-def _images(sources: Sequence[Source], share: Share, is_done: Callable[[str, Shard], bool]) -> Iterator[StoredImage]:
+def _images(
+    listers: Sequence[ImageLister], share: Share, is_done: Callable[[str, Shard], bool]
+) -> Iterator[StoredImage]:
     number = 0
-    for source in sources:
-        if isinstance(source, RemoteTars):
-            yield from source.images(share, is_done)
+    for lister in listers:
+        if isinstance(lister, RemoteTars):
+            yield from lister.images(share, is_done)
             continue
-        for image in source():
+        for image in lister():
             if share.holds(number):
                 yield image
             number += 1
 
 
 def listed(lines: Iterable[str], share: Share = Share()) -> Iterator[tuple[StoredImage, str | None]]:
-    """Images that a list names, each with the prompt that follows it behind a tab, if any; blank lines are left out."""
+    """The images named by a list, each with the prompt that follows it after a tab, if any. Blank lines are
+    left out."""
     entries = (line.rstrip("\r\n").partition("\t") for line in lines if line.strip())
     for number, (name, tab, prompt) in enumerate(entries):
         if share.holds(number):
@@ -133,10 +144,10 @@ def open_list(name: str) -> Iterable[str]:
 
 
 def tars(arguments: Sequence[str], cache: ShardCache) -> list[LocalTar | RemoteTar]:
-    """Tar files as they are, folders by their `shards.json` or else the tars below them (sorted), quoted patterns by
-    the tars that match, URLs as for `expand`.
+    """The tars that arguments name: tar files; folders, by their `shards.json` or else the tars below them
+    (sorted); quoted patterns, by the tars that match; URLs as in `expand`.
 
-    Raises what `expand` raises; and ValueError where a folder's `shards.json` does not fit its tars.
+    Raises what `expand` raises, and ValueError if a folder's `shards.json` does not fit its tars.
     """
     return [tar for argument in arguments for tar in _tars(argument, cache)]
 
@@ -152,7 +163,8 @@ def _tars(argument: str, cache: ShardCache) -> Sequence[LocalTar | RemoteTar]:
     elif path.is_file():
         found = [path]
     elif glob.has_magic(argument):
-        found = [Path(name) for name in sorted(glob.glob(argument, recursive=True)) if name.endswith(TAR)]  # noqa: PTH207
+        found = [Path(name) for name in sorted(glob.glob(argument, recursive=True))  # noqa: PTH207
+                 if name.endswith(TAR)]
     else:
         raise FileNotFoundError(f"{argument}: no such shard, folder of shards or pattern")
     if not found or (path.is_file() and path.suffix.lower() != TAR):
@@ -172,33 +184,37 @@ def _remote(argument: str, cache: ShardCache) -> RemoteTars:
     return RemoteTars(root, shards, cache)
 
 
-def _source(argument: str, cache: ShardCache) -> Source:
+def _lister(argument: str, cache: ShardCache) -> ImageLister:
     if _is_remote(argument):
         return _remote(argument, cache)
     path = Path(local_path(argument))
     if path.is_dir():
-        return _with_images(lambda: _walk(path), argument)
+        return _nonempty(lambda: _walk(path), argument)
     if path.suffix.lower() == TAR and path.is_file():
-        next(LocalTar(path).images(), None)  # raises where it is no tar
-        return _with_images(lambda: _file_or_tar(str(path)), argument)
+        next(LocalTar(path).images(), None)  # raises ValueError if it is no tar
+        return _nonempty(lambda: _file_or_tar(str(path)), argument)
     if path.exists():
         return lambda: iter([_file(argument)])
     if glob.has_magic(argument):
-        return _with_images(lambda: _matching(argument), argument)
+        return _nonempty(lambda: _matches(argument), argument)
     raise FileNotFoundError(f"{argument}: no such image, folder or shard")
 
 
-def _with_images(source: Callable[[], Iterator[StoredImage]], argument: str) -> Callable[[], Iterator[StoredImage]]:
-    if next(source(), None) is None:
+def _nonempty(
+    lister: Callable[[], Iterator[StoredImage]], argument: str
+) -> Callable[[], Iterator[StoredImage]]:
+    """The lister itself. Raises ValueError if it lists no image."""
+    if next(lister(), None) is None:
         raise ValueError(f"{argument} holds no images ({', '.join(sorted(SUFFIXES))})")
-    return source
+    return lister
 
 
 def _walk(folder: Path) -> Iterator[StoredImage]:
-    """Image files and tars below it, sorted. Links to folders are not followed."""
+    """The images of image files and tars below a folder, sorted. Links to folders are not followed."""
     try:
         with os.scandir(folder) as entries:
-            names = [f"{entry.name}/" if entry.is_dir(follow_symlinks=False) else entry.name for entry in entries
+            names = [f"{entry.name}/" if entry.is_dir(follow_symlinks=False) else entry.name
+                     for entry in entries
                      if _is_wanted(entry.name) or entry.is_dir(follow_symlinks=False)]
     except OSError as error:
         yield StoredImage(str(folder), Unreadable(f"{folder}: cannot be listed: {error.strerror}"))
@@ -207,7 +223,7 @@ def _walk(folder: Path) -> Iterator[StoredImage]:
         yield from _walk(folder / name) if name.endswith("/") else _file_or_tar(str(folder / name))
 
 
-def _matching(pattern: str) -> Iterator[StoredImage]:
+def _matches(pattern: str) -> Iterator[StoredImage]:
     names = glob.iglob(pattern, recursive=True)  # noqa: PTH207, Path.glob takes no absolute pattern
     for name in sorted(name for name in names if _is_wanted(name)):
         yield from _file_or_tar(name)
@@ -215,13 +231,13 @@ def _matching(pattern: str) -> Iterator[StoredImage]:
 
 def _file_or_tar(name: str) -> Iterator[StoredImage]:
     if Path(name).suffix.lower() == TAR:
-        yield from _whole(LocalTar(Path(name)).images(), name)
+        yield from _images_or_error(LocalTar(Path(name)).images(), name)
     else:
         yield _file(name)
 
 
-def _whole(images: Iterator[StoredImage], tar: str) -> Iterator[StoredImage]:
-    """A tar's images and, where it is broken, the tar as one that cannot be read."""
+def _images_or_error(images: Iterator[StoredImage], tar: str) -> Iterator[StoredImage]:
+    """A tar's images; if the tar is broken, then the tar itself as an image that cannot be read."""
     try:
         yield from images
     except (ValueError, OSError) as error:
@@ -240,7 +256,7 @@ def _is_wanted(name: str) -> bool:
 
 
 def fetched(tar: RemoteTar) -> OSError | None:
-    """Fetch a tar; the error where that failed for good."""
+    """Fetch a tar. Returns the error if that failed for good."""
     try:
         tar.fetch()
     except OSError as error:

@@ -1,7 +1,9 @@
-"""Pack a folder of photographs and their captions into shards, every image checked by the decoder that will read it.
+"""Pack a folder of photographs and their captions into shards, checking every image with the decoder that
+will read it.
 
-A file that training could not decode is left out and named, with the reason, in `quarantine.jsonl`; it never ends the
-run. JPEG, PNG and WebP are stored as they are; what only Pillow reads (GIF, TIFF, AVIF, …) is stored as PNG.
+A file that training could not decode does not end the run: it is left out and named, with the reason, in
+`quarantine.jsonl`. JPEG, PNG and WebP are stored unchanged; formats that only Pillow reads (GIF, TIFF, AVIF,
+…) are stored as PNG.
 """
 
 # nvimgcodec is a binary module without stubs.
@@ -32,14 +34,15 @@ from blip_fast.data.shards.shards import Sample, claim, write_shards
 from blip_fast.media.images import SUFFIXES, ImageError, load_image
 
 QUARANTINE = "quarantine.jsonl"
-READ_AHEAD = 32  # images in memory for each thread
+READ_AHEAD = 32  # samples in memory per thread
 
 _decoders = threading.local()  # a decoder serves one thread at a time
 
 
 @dataclass(frozen=True)
 class PackReport:
-    """What `pack` wrote: `samples` in `shards` tar files, some without a caption; `quarantined` images left out."""
+    """What `pack` wrote: `samples` in `shards` tar files, some of them without a caption; `quarantined`
+    samples are left out."""
 
     samples: int
     without_caption: int
@@ -58,16 +61,16 @@ def pack(
     shuffle_seed: int | None = None,
     threads: int | None = None,
 ) -> PackReport:
-    """Write shards into `directory`; the same input gives the same bytes.
+    """Write shards into `directory`. The same input gives the same bytes.
 
-    `annotations` is an `AnnotationFile`, its images paths below `folder`; rows of one image are one sample, but for
-    questions, pairs of images and dialogues, each a sample of its own. What is in memory of all samples is their rows'
-    places.
-    Without annotations every image below `folder` is packed, without captions. `split` keeps the rows of that split.
-    DALI shuffles within a buffer only: give a `shuffle_seed` where neighbouring rows are alike.
+    `annotations` is an `AnnotationFile` whose images are paths below `folder`. All rows of an image form one
+    sample, except that each question, pair of images and dialogue is a sample of its own. Only the places of
+    rows are in memory for all samples. Without annotations, every image below `folder` is packed, without
+    captions. `split` selects the rows of that split. Training shuffles only within a buffer: give a
+    `shuffle_seed` if neighbouring rows are alike.
 
-    Raises FileNotFoundError and ValueError for input that cannot be understood, before any work, FileExistsError where
-    `directory` holds shards already, and ValueError where not a single image can be read.
+    Raises FileNotFoundError or ValueError for invalid input, before any work; FileExistsError if `directory`
+    already holds shards; ValueError if no image can be read.
     """
     folder = Path(folder)
     records, row = _records(folder, annotations, split)
@@ -76,7 +79,7 @@ def pack(
     directory = claim(directory)
     quarantine = directory / QUARANTINE
     with quarantine.open("w", encoding="utf-8") as refused:
-        read = (_merged(record, row) for record in records)
+        read = (_merge_rows(record, row) for record in records)
         samples = _good_samples(folder, read, len(records), refused, threads or os.cpu_count() or 1)
         first = next(samples, None)
         if first is None:
@@ -88,12 +91,14 @@ def pack(
 
 def _good_samples(folder: Path, records: Iterator[dict[str, Any]], count: int, refused: TextIO,
                   threads: int) -> Iterator[Sample]:
-    """Samples of the images that can be read, in order; a line in `refused` for each of the others."""
+    """The samples whose images can be read, in order. Each image that cannot is written to `refused` as a
+    line."""
     hidden = not sys.stderr.isatty()
     with ThreadPoolExecutor(threads) as pool:
         left = track(records, "packing", total=count, console=Console(stderr=True), disable=hidden)
         while chunk := list(islice(left, READ_AHEAD * threads)):
-            names = [[record[name] for name in ("image", "second_image") if name in record] for record in chunk]
+            names = [[record[name] for name in ("image", "second_image") if name in record]
+                     for record in chunk]
             contents = pool.map(_read, [folder / name for of_sample in names for name in of_sample])
             for record, of_sample in zip(chunk, names, strict=True):
                 read = list(islice(contents, len(of_sample)))
@@ -107,7 +112,7 @@ def _good_samples(folder: Path, records: Iterator[dict[str, Any]], count: int, r
 
 
 def _read(path: Path) -> bytes | ImageError:
-    """The file's image as `checked` gives it."""
+    """The file's image as returned by `checked`."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -116,7 +121,7 @@ def _read(path: Path) -> bytes | ImageError:
 
 
 def checked(content: bytes, name: str) -> bytes | ImageError:
-    """An encoded image as JPEG, PNG or WebP that training's decoder reads, or why there is none."""
+    """The encoded image as JPEG, PNG or WebP that training's decoder reads, or the reason why not."""
     if content and image_format(content) is None:
         try:
             stream = io.BytesIO()
@@ -139,8 +144,8 @@ def checked(content: bytes, name: str) -> bytes | ImageError:
 
 def _records(folder: Path, annotations: str | Path | None,
              split: str | None) -> tuple[list[list[int]], Callable[[int], dict[str, Any]]]:
-    """For each sample, in the order of the annotations, the number of its first row and the places of all of its rows;
-    and what reads the row at a place."""
+    """For each sample, in the order of the annotations, the number of its first row and the places of all of
+    its rows; and a function that reads the row at a place."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder of images")
     if annotations is None:
@@ -162,8 +167,9 @@ def _records(folder: Path, annotations: str | Path | None,
     return list(by_image.values()), read
 
 
-def _merged(record: list[int], row: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
-    """A sample's record: key, image, captions and what else is known of it by its first row."""
+def _merge_rows(record: list[int], row: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
+    """A sample's record: key, image, captions of all of its rows, and the other fields of its first row."""
     number, *places = record
     rows = [row(place) for place in places]
-    return {**rows[0], "key": f"{number:09d}", "captions": [caption for one in rows for caption in one["captions"]]}
+    return {**rows[0], "key": f"{number:09d}",
+            "captions": [caption for one in rows for caption in one["captions"]]}

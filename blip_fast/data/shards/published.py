@@ -1,7 +1,7 @@
-"""The annotation files that data sets are published with, turned into the rows that `annotated.py` reads.
+"""Converts the annotation files that data sets are published with into the rows that `annotated.py` reads.
 
-Each reader takes the JSON as it is published, by the data set's own authors or beside the published BLIP, and yields
-rows one by one; images are not looked at. Where an image stands below the folder of images is taken from the file.
+Each reader takes the JSON as published by the data set's authors, or with the published BLIP, and yields rows
+one by one. It does not open images; the path of an image below the folder of images comes from the file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ Value = TypeVar("Value", str, int, list)
 
 @dataclass(frozen=True)
 class Format:
-    """How a data set is published: `files` says which files, in order, `least` to `most` of them; `rows` reads them."""
+    """How a data set is published: `files` names its files in order, `least` to `most` of them; `rows` reads
+    them."""
 
     files: str
     rows: Callable[..., Iterator[Row]]
@@ -38,14 +39,14 @@ def published_rows(name: str, files: list[str], split: str | None = None, prefix
     """Rows of one of `FORMATS`.
 
     Args:
-        files: as the format's `files` says.
-        split: given to rows that have none of their own.
-        prefix: a folder that is put before every image.
+        files: as described by the format's `files`.
+        split: given to rows without a split.
+        prefix: a folder to put before every image.
 
     Raises:
-        FileNotFoundError: a file is not there.
-        ValueError: an unknown format, a wrong number of files, one that is no JSON or of another format; names the
-            file and the entry.
+        FileNotFoundError: a file does not exist.
+        ValueError: the format is unknown, the number of files is wrong, or a file is no JSON or has another
+            format; names the file and the entry.
     """
     if name not in FORMATS:
         raise ValueError(f"the published formats are {', '.join(FORMATS)}, got {name!r}")
@@ -59,9 +60,9 @@ def published_rows(name: str, files: list[str], split: str | None = None, prefix
 
 
 def karpathy_rows(path: Path) -> Iterator[Row]:
-    """Karpathy's splits of COCO, Flickr30k and Flickr8k (`dataset_coco.json`), or the published BLIP's files of them
-    (`coco_karpathy_test.json`): an image and all its captions. `restval` is `train`, as everybody trains on both; `id`
-    is the image's number in COCO, or in the file."""
+    """Karpathy's splits of COCO, Flickr30k and Flickr8k (`dataset_coco.json`), or the published BLIP's files
+    of them (`coco_karpathy_test.json`): one row per image, with all its captions. `restval` becomes `train`,
+    since everybody trains on both. `id` is the image's number in COCO, or in the file."""
     content = _load(path)
     if isinstance(content, list):
         yield from _captions_by_image(content, path)
@@ -69,12 +70,13 @@ def karpathy_rows(path: Path) -> Iterator[Row]:
     for entry, where in _entries(content, "images", path):
         folder, split = entry.get("filepath", ""), _get(entry, "split", str, where)
         captions = [_get(sentence, "raw", str, where) for sentence in _get(entry, "sentences", list, where)]
-        yield {"image": str(PurePosixPath(folder) / _get(entry, "filename", str, where)), "captions": captions,
-               "split": "train" if split == "restval" else split, "id": entry.get("cocoid", entry.get("imgid"))}
+        yield {"image": str(PurePosixPath(folder) / _get(entry, "filename", str, where)),
+               "captions": captions, "split": "train" if split == "restval" else split,
+               "id": entry.get("cocoid", entry.get("imgid"))}
 
 
 def _captions_by_image(content: list[Any], path: Path) -> Iterator[Row]:
-    """Entries of one caption or several; those of one image, wherever they stand, are one row."""
+    """Entries with one or more captions; all entries of an image become one row, in any order."""
     rows: dict[str, Row] = {}
     for entry, where in _each(content, path):
         image, captions = _get(entry, "image", str, where), entry.get("caption", [])
@@ -87,8 +89,9 @@ def _captions_by_image(content: list[Any], path: Path) -> Iterator[Row]:
 
 
 def coco_rows(path: Path) -> Iterator[Row]:
-    """COCO's own format of captions, which NoCaps has (`nocaps_val_4500_captions.json`), or the published BLIP's files
-    of NoCaps: an image and its captions, none in a test set; NoCaps' `domain` is kept."""
+    """COCO's own format of captions, which NoCaps uses too (`nocaps_val_4500_captions.json`), or the
+    published BLIP's files of NoCaps: one row per image, with its captions, which a test set lacks. NoCaps'
+    `domain` is kept."""
     content = _load(path)
     if isinstance(content, list):
         yield from _captions_by_image(content, path)
@@ -96,7 +99,8 @@ def coco_rows(path: Path) -> Iterator[Row]:
     captions: dict[int, list[str]] = {}
     if "annotations" in content:
         for entry, where in _entries(content, "annotations", path):
-            captions.setdefault(_get(entry, "image_id", int, where), []).append(_get(entry, "caption", str, where))
+            captions.setdefault(
+                _get(entry, "image_id", int, where), []).append(_get(entry, "caption", str, where))
     for entry, where in _entries(content, "images", path):
         number = _get(entry, "id", int, where)
         domain = {"domain": entry["domain"]} if "domain" in entry else {}
@@ -105,8 +109,8 @@ def coco_rows(path: Path) -> Iterator[Row]:
 
 
 def vqa_rows(questions: Path, annotations: Path | None = None) -> Iterator[Row]:
-    """VQA v2's questions, with their annotations unless they are a test set's, whose `answers` are null; or one of the
-    published BLIP's files (`vqa_train.json`, `vg_qa.json`, `vqa_test.json`)."""
+    """VQA v2's questions with their annotations; or one of the published BLIP's files (`vqa_train.json`,
+    `vg_qa.json`, `vqa_test.json`). A test set has no annotations: its `answers` are null."""
     content = _load(questions)
     if isinstance(content, list):
         yield from _blip_questions(content, questions)
@@ -118,14 +122,15 @@ def vqa_rows(questions: Path, annotations: Path | None = None) -> Iterator[Row]:
     folder = _get(content, "data_subtype", str, str(questions)).replace("test-dev", "test")
     for entry, where in asked:
         number, image = _get(entry, "question_id", int, where), _get(entry, "image_id", int, where)
-        row = {"image": f"{folder}/COCO_{folder}_{image:012d}.jpg", "question": _get(entry, "question", str, where),
-               "question_id": number, "answers": None}
+        row = {"image": f"{folder}/COCO_{folder}_{image:012d}.jpg",
+               "question": _get(entry, "question", str, where), "question_id": number, "answers": None}
         if annotations is not None:
             if number not in answered:
                 raise ValueError(f"{where}: question {number} has no annotation in {annotations}")
-            said, place = answered[number]
-            row["answers"] = [_get(answer, "answer", str, place) for answer in _get(said, "answers", list, place)]
-            row |= {key: said[key] for key in ("answer_type", "question_type") if key in said}
+            annotation, place = answered[number]
+            row["answers"] = [_get(answer, "answer", str, place)
+                              for answer in _get(annotation, "answers", list, place)]
+            row |= {key: annotation[key] for key in ("answer_type", "question_type") if key in annotation}
         yield row
 
 
@@ -139,8 +144,8 @@ def _blip_questions(content: list[Any], path: Path) -> Iterator[Row]:
 
 
 def visual_genome_rows(questions: Path, images: Path) -> Iterator[Row]:
-    """Visual Genome's `question_answers.json` and `image_data.json`, which says where images are: one answer a
-    question, of weight 0.2."""
+    """Visual Genome's `question_answers.json`, and `image_data.json` for the paths of images: one answer per
+    question, with weight 0.2."""
     places: dict[int, str] = {}
     for entry, where in _each(_load(images), images):
         places[_get(entry, "image_id", int, where)] = "/".join(_get(entry, "url", str, where).split("/")[-2:])
@@ -154,9 +159,9 @@ def visual_genome_rows(questions: Path, images: Path) -> Iterator[Row]:
 
 
 def nlvr2_rows(path: Path) -> Iterator[Row]:
-    """NLVR2's `train.json`, `dev.json` and `test1.json` (an entry a line), or the published BLIP's `nlvr_dev.json`.
-    `sentence_id` is the identifier without the pair's number: consistency counts by it. The published BLIP's files
-    name neither."""
+    """NLVR2's `train.json`, `dev.json` and `test1.json` (one entry per line), or the published BLIP's
+    `nlvr_dev.json`. `sentence_id`, by which consistency is computed, is the identifier without the pair's
+    number. The published BLIP's files have neither."""
     for entry, where in _each(_load_lines(path), path):
         label = _get(entry, "label", str, where)
         if label not in ("True", "False"):
@@ -178,31 +183,32 @@ def nlvr2_rows(path: Path) -> Iterator[Row]:
                "sentence_id": f"{subset}-{number}-{sentence}"}
 
 
-def visdial_rows(dialogues: Path, beside: Path | None = None) -> Iterator[Row]:
-    """VisDial 1.0: an image, its caption and `dialog`, the rounds as an `AnnotationFile` holds them. One dialogue at a
-    time is in memory, and all questions and answers.
+def visdial_rows(dialogues: Path, companion: Path | None = None) -> Iterator[Row]:
+    """VisDial 1.0: an image, its caption and `dialog`, the rounds in `AnnotationFile`'s form. In memory are
+    all questions and answers, and one dialogue at a time.
 
     Args:
         dialogues: `visdial_1.0_train.json`, `visdial_1.0_val.json` or `visdial_1.0_test.json`.
-        beside: of the validation set perhaps `visdial_1.0_val_dense_annotations.json`; of the training set Karpathy's
-            `dataset_coco.json`, which says which of its images stand in COCO's `train2014` and which in `val2014`.
+        companion: for the validation set, optionally `visdial_1.0_val_dense_annotations.json`; for the
+            training set, Karpathy's `dataset_coco.json`, which says which images are in COCO's `train2014`
+            and which in `val2014`.
     """
-    split = next(_streamed(dialogues, "split"), None)
+    split = next(_stream_json(dialogues, "split"), None)
     if split not in ("train", "val", "test"):
         raise ValueError(f'{dialogues} has no "split" that is train, val or test: it is of another format')
-    if split == "train" and beside is None:
-        raise ValueError(f"{dialogues} does not say which of COCO's folders its images are in: name dataset_coco.json "
-                         "of Karpathy's split behind it")
-    coco = _coco_images(beside) if split == "train" and beside is not None else {}
-    relevance = {} if split == "train" or beside is None else {
+    if split == "train" and companion is None:
+        raise ValueError(f"{dialogues} does not say which of COCO's folders its images are in: "
+                         "name dataset_coco.json of Karpathy's split behind it")
+    coco = _coco_images(companion) if split == "train" and companion is not None else {}
+    relevance = {} if split == "train" or companion is None else {
         (_get(entry, "image_id", int, where), _get(entry, "round_id", int, where)):
-            _get(entry, "gt_relevance", list, where) for entry, where in _each(_load(beside), beside)}
-    texts = {key: [*_streamed(dialogues, f"data.{key}.item")] for key in ("questions", "answers")}
+            _get(entry, "gt_relevance", list, where) for entry, where in _each(_load(companion), companion)}
+    texts = {key: [*_stream_json(dialogues, f"data.{key}.item")] for key in ("questions", "answers")}
     entry = None
-    for entry, where in _objects(_streamed(dialogues, "data.dialogs.item"), dialogues, " of dialogs"):
+    for entry, where in _objects(_stream_json(dialogues, "data.dialogs.item"), dialogues, " of dialogs"):
         image, folder = _get(entry, "image_id", int, where), f"VisualDialog_{split}2018"
         if split == "train" and image not in coco:
-            raise ValueError(f"{where}: image {image} is not in {beside}")
+            raise ValueError(f"{where}: image {image} is not in {companion}")
         rounds = _each(_get(entry, "dialog", list, where), dialogues, f" of the dialogue about image {image}")
         yield {"image": coco.get(image, f"{folder}/{folder}_{image:012d}.jpg"),
                "captions": [_get(entry, "caption", str, where)], "split": split, "id": image,
@@ -213,32 +219,33 @@ def visdial_rows(dialogues: Path, beside: Path | None = None) -> Iterator[Row]:
 
 
 def _coco_images(karpathy: Path) -> dict[int, str]:
-    """Where each of COCO's images is, by its number."""
-    entries = _objects(_streamed(karpathy, "images.item"), karpathy, " of images")
+    """The path of each of COCO's images, by its number."""
+    entries = _objects(_stream_json(karpathy, "images.item"), karpathy, " of images")
     return {_get(entry, "cocoid", int, where):
-            f"{_get(entry, 'filepath', str, where)}/{_get(entry, 'filename', str, where)}" for entry, where in entries}
+            f"{_get(entry, 'filepath', str, where)}/{_get(entry, 'filename', str, where)}"
+            for entry, where in entries}
 
 
 def _round(asked: Row, texts: dict[str, list[Any]], relevance: list[Any] | None, where: str) -> Row:
-    one: Row = {"question": _numbered(texts, "questions", asked.get("question"), where)}
+    one: Row = {"question": _text_of_number(texts, "questions", asked.get("question"), where)}
     if "answer" in asked:
-        one["answer"] = _numbered(texts, "answers", asked["answer"], where)
+        one["answer"] = _text_of_number(texts, "answers", asked["answer"], where)
     if "answer_options" in asked:
-        one["candidates"] = [_numbered(texts, "answers", option, where)
+        one["candidates"] = [_text_of_number(texts, "answers", option, where)
                              for option in _get(asked, "answer_options", list, where)]
     one |= {"right": asked["gt_index"]} if "gt_index" in asked else {}
     return one | ({} if relevance is None else {"relevance": relevance})
 
 
-def _numbered(texts: dict[str, list[Any]], key: str, number: Any, where: str) -> str:
-    """The text that VisDial names by its place in a list."""
+def _text_of_number(texts: dict[str, list[Any]], key: str, number: Any, where: str) -> str:
+    """The text that a dialogue refers to by its place in the list `key`."""
     if not isinstance(number, int) or not 0 <= number < len(texts[key]):
         raise ValueError(f'{where} names {number!r} of "{key}", which is not there')
     return texts[key][number]
 
 
 def msrvtt_rows(path: Path) -> Iterator[Row]:
-    """MSRVTT's videos and captions as lists for retrieval hold them: `MSRVTT_JSFUSION_test.csv` (the 1k-A test), or the
+    """MSRVTT's videos and captions for retrieval: `MSRVTT_JSFUSION_test.csv` (the 1k-A test), or the
     published BLIP's `msrvtt_test.jsonl`. `image` is the video."""
     if path.suffix == ".csv":
         with path.open(encoding="utf-8-sig", newline="") as stream:
@@ -251,14 +258,15 @@ def msrvtt_rows(path: Path) -> Iterator[Row]:
 
 
 def msrvtt_qa_rows(questions: Path) -> Iterator[Row]:
-    """MSRVTT-QA's `train_qa.json`, `val_qa.json` and `test_qa.json`: one answer a question. `image` is the video."""
+    """MSRVTT-QA's `train_qa.json`, `val_qa.json` and `test_qa.json`: one answer per question. `image` is the
+    video."""
     for entry, where in _each(_load(questions), questions):
         yield _video_question(entry, where, f"video{_get(entry, 'video_id', int, where)}.mp4")
 
 
 def msvd_qa_rows(questions: Path, mapping: Path) -> Iterator[Row]:
-    """MSVD-QA's `train_qa.json`, `val_qa.json` and `test_qa.json`, with `youtube_mapping.txt`, which numbers MSVD's
-    videos (`NAME vid12` a line): one answer a question. `image` is the video."""
+    """MSVD-QA's `train_qa.json`, `val_qa.json` and `test_qa.json`, with `youtube_mapping.txt`, which numbers
+    MSVD's videos (one `NAME vid12` per line): one answer per question. `image` is the video."""
     names: dict[str, str] = {}
     for number, line in enumerate(mapping.read_text(encoding="utf-8").splitlines(), 1):
         words = line.split()
@@ -285,24 +293,25 @@ def _load(path: Path) -> Any:
 
 
 def _load_lines(path: Path) -> Any:
-    """A list, or an entry a line."""
+    """The entries of a JSON list, or of a file with one entry per line."""
     lines = path.read_text(encoding="utf-8").split("\n")
     if lines[0].lstrip().startswith("["):
         return _load(path)
     return [entry for _, entry in json_rows(lines, path)]
 
 
-def _streamed(path: Path, prefix: str) -> Iterator[Any]:
-    """What stands at `prefix` of a JSON file (in ijson's notation: "a.item" is each entry of the list "a"), one by
-    one: the file may be larger than the memory."""
+def _stream_json(path: Path, prefix: str) -> Iterator[Any]:
+    """The values at `prefix` of a JSON file, one by one: the file may be larger than memory. In ijson's
+    notation "a.item" is each entry of the list "a"."""
     if find_spec("ijson") is None:
-        raise ValueError("VisDial's annotations need ijson, which is not installed: pip install 'blip-fast[visdial]'")
+        raise ValueError("VisDial's annotations need ijson, which is not installed: "
+                         "pip install 'blip-fast[visdial]'")
     import ijson  # pyright: ignore[reportMissingImports]
 
     try:
         with path.open("rb") as stream:
             yield from ijson.items(stream, prefix, use_float=True)
-    except (ijson.JSONError, UnicodeDecodeError):  # whose words take several lines
+    except (ijson.JSONError, UnicodeDecodeError):  # their own messages take several lines
         raise ValueError(f"{path} is no whole JSON in UTF-8: fetch it again") from None
 
 
@@ -313,14 +322,14 @@ def _entries(content: Any, key: str, path: Path) -> Iterator[tuple[Row, str]]:
 
 
 def _each(content: Any, path: Path, of: str = "") -> Iterator[tuple[Row, str]]:
-    """`_objects` of what should be a list."""
+    """`_objects` of `content`, which must be a list."""
     if not isinstance(content, list):
         raise ValueError(f"{path} is no list: it is of another format")
     return _objects(content, path, of)
 
 
 def _objects(entries: Iterable[Any], path: Path, of: str) -> Iterator[tuple[Row, str]]:
-    """Each entry, an object, with the words that stand for it in messages."""
+    """Each entry, which must be an object, with its name in messages."""
     for number, entry in enumerate(entries, 1):
         where = f"{path}, entry {number}{of}"
         if not isinstance(entry, dict):
@@ -337,12 +346,14 @@ def _get(entry: Row, key: str, kind: type[Value], where: str) -> Value:
 
 FORMATS = {
     "karpathy": Format("FILE of Karpathy's split, or the published BLIP's", karpathy_rows),
-    "coco": Format("FILE of captions as COCO and NoCaps publish them, or the published BLIP's of NoCaps", coco_rows),
-    "vqa": Format("QUESTIONS ANNOTATIONS, QUESTIONS of a test set, or FILE of the published BLIP", vqa_rows, most=2),
+    "coco": Format("FILE of captions as COCO and NoCaps publish them, or the published BLIP's of NoCaps",
+                   coco_rows),
+    "vqa": Format("QUESTIONS ANNOTATIONS, QUESTIONS of a test set, or FILE of the published BLIP", vqa_rows,
+                  most=2),
     "visual-genome": Format("question_answers.json image_data.json", visual_genome_rows, least=2, most=2),
     "nlvr2": Format("FILE as published, or the published BLIP's", nlvr2_rows),
-    "visdial": Format("DIALOGUES, DIALOGUES DENSE_ANNOTATIONS, or of the training set DIALOGUES dataset_coco.json",
-                      visdial_rows, most=2),
+    "visdial": Format("DIALOGUES, DIALOGUES DENSE_ANNOTATIONS, or of the training set DIALOGUES "
+                      "dataset_coco.json", visdial_rows, most=2),
     "msrvtt": Format("MSRVTT_JSFUSION_test.csv, or FILE.jsonl of the published BLIP", msrvtt_rows),
     "msrvtt-qa": Format("FILE as published", msrvtt_qa_rows),
     "msvd-qa": Format("FILE youtube_mapping.txt", msvd_qa_rows, least=2, most=2),

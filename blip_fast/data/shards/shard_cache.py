@@ -1,4 +1,4 @@
-"""Remote shards by fsspec, kept as verified local copies that all processes of a machine share."""
+"""Fetches remote shards by fsspec and keeps verified local copies, which all processes of a machine share."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from blip_fast.data.shards.shards import OpenShard, Shard, member_index, sha256_
 
 CACHE = "~/.cache/blip_fast/shards"
 ATTEMPTS = 5
-FIRST_PAUSE = 1.0  # seconds before the second attempt; it doubles with each
+FIRST_PAUSE = 1.0  # seconds before the second attempt; doubles with each attempt
 
 
 @dataclass(frozen=True)
 class ShardCache:
-    """A directory of about `limit` bytes, its files named by content (`SHA256.tar`), so that it serves any URL and is
-    never out of date. The tars that were not opened for longest go first; one that is open stays readable.
+    """A directory of about `limit` bytes. Its files are named by content (`SHA256.tar`), so it serves any URL
+    and is never out of date. The tars that were opened longest ago are removed first; an open tar stays
+    readable.
     """
 
     directory: Path
@@ -30,8 +31,9 @@ class ShardCache:
     def open(self, url: str, shard: Shard) -> OpenShard:
         """The shard at `url`, fetched unless a whole copy is here. One process fetches, others wait for it.
 
-        Raises FileNotFoundError where there is nothing at `url`, OSError where fetching failed for good: cut short,
-        other bytes than were packed, or no connection after ATTEMPTS attempts.
+        Raises FileNotFoundError if there is nothing at `url`, and OSError if fetching failed for good: the
+        file was cut short, its bytes are not the packed ones, or there was no connection in ATTEMPTS
+        attempts.
         """
         tar = self.directory / f"{shard.sha256}.tar"
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -48,7 +50,8 @@ class ShardCache:
             try:
                 return self._copy(url, shard, tar)
             except FileNotFoundError:
-                raise FileNotFoundError(f"{url} is missing, though its shards.json lists it: upload it again") from None
+                raise FileNotFoundError(f"{url} is missing, though its shards.json lists it: "
+                                        "upload it again") from None
             except (PermissionError, ImportError) as error:  # fsspec says which package a protocol needs
                 raise OSError(f"{url} cannot be fetched: {error}") from error
             except Exception as error:  # each protocol's client has its own errors
@@ -57,7 +60,7 @@ class ShardCache:
                 time.sleep(FIRST_PAUSE * 2**attempt)
 
     def _copy(self, url: str, shard: Shard, tar: Path) -> None:
-        """Copy beside, compare, and only then give it its name."""
+        """Copy under another name, verify size and checksum, and only then rename."""
         part = tar.with_suffix(f".{os.getpid()}.part")
         try:
             system, path = fsspec.url_to_fs(url)
@@ -74,20 +77,22 @@ class ShardCache:
     def _make_room(self, newest: Path) -> None:
         files = []
         for path in (*self.directory.glob("*.tar"), *self.directory.glob("*.part")):
-            with suppress(FileNotFoundError):  # another process makes room as well
+            with suppress(FileNotFoundError):  # another process may be making room too
                 files.append((path.stat().st_mtime, path.stat().st_size, path))
         excess = sum(size for _, size, _ in files) - self.limit
         for _, size, path in sorted(files):
             if excess <= 0:
                 return
             if path != newest:
-                with suppress(Timeout, PermissionError), self._lock(path, seconds=0):  # in use, or open on Windows
+                # Skip a file that is in use, or open on Windows.
+                with suppress(Timeout, PermissionError), self._lock(path, seconds=0):
                     path.unlink(missing_ok=True)
                     path.with_suffix(".idx").unlink(missing_ok=True)
                     excess -= size
 
     def _lock(self, path: Path, seconds: float = -1) -> FileLock:
-        """One of 256 lock files, which are never removed; without `seconds` it is waited for."""
+        """The file's lock, one of 256 lock files that are never removed. Waits at most `seconds`; −1 waits
+        forever."""
         return FileLock(self.directory / f"{path.name[:2]}.lock", timeout=seconds)
 
 

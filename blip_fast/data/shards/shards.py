@@ -1,15 +1,15 @@
-"""Shards: images and their records in webdataset tar files, with an index beside them.
+"""Shards: images and their records in webdataset tar files, with an index.
 
-A directory holds `000000.tar`, `000001.tar`, …, beside each the `000000.idx` that says where its members are, and
+A directory holds `000000.tar`, `000001.tar`, …, for each an index of its members, `000000.idx`, and
 `shards.json`. A sample is two members of a tar:
 
-    000000042.jpg    the encoded image as it was found (jpg, png or webp)
-    000000042.json   its record: key, id, crc32, image (path), captions, and whatever else the annotations knew
+    000000042.jpg    the encoded image, unchanged (jpg, png or webp)
+    000000042.json   its record: key, id, crc32, image (path), captions, and all other annotation fields
 
-`id` is the image's identity for contrastive targets: equal ids mean the same image; unless the annotations give it, it
-comes from the image's content. A pair of images (NLVR2) has a third member, `000000042.second.jpg`, and its checksum
-`second_crc32`. `crc32` is the checksum of the encoded image; the training pipeline compares it, so that
-an image damaged on disk never reaches the decoder.
+`id` is the image's identity for contrastive targets: equal ids mean the same image. Without an `id` in the
+annotations it is derived from the image's content. `crc32` is the checksum of the encoded image; the training
+pipeline compares it, so that an image damaged on disk never reaches the decoder. A pair of images (NLVR2) has
+a third member, `000000042.second.jpg`, and its checksum `second_crc32`.
 """
 
 from __future__ import annotations
@@ -33,15 +33,16 @@ from webdataset.writer import TarWriter
 from blip_fast.data.shards.integrity import image_format
 
 INDEX = "shards.json"
-PART = ".part"  # behind the names of files that are being written
-SECOND = "second."  # in front of a pair's second image's
+PART = ".part"  # suffix of files being written
+SECOND = "second."  # prefix of the extension of a pair's second image
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One encoded image and its record, or a pair of images. `key` holds no dot, slash or white space.
+    """One encoded image, or a pair of images, and its record. `key` holds no dot, slash or white space.
 
-    `write_shards` adds `key` and checksums to the record, and `image`, `id` and `captions` where they are missing.
+    `write_shards` adds `key` and checksums to the record, and `image`, `id` and `captions` if they are
+    missing.
     """
 
     key: str
@@ -62,8 +63,8 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """What a directory of shards holds, as `shards.json` says: samples, how many of them have neither caption nor
-    question, and how many are `pairs` of images."""
+    """The content of a directory of shards, as in `shards.json`: the number of samples, of samples with
+    neither caption nor question, and of `pairs` of images."""
 
     samples: int
     without_caption: int
@@ -71,13 +72,16 @@ class ShardIndex:
     pairs: int = 0
 
 
-def write_shards(samples: Iterable[Sample], directory: str | Path, *, samples_per_shard: int = 1000) -> ShardIndex:
+def write_shards(samples: Iterable[Sample], directory: str | Path, *,
+                 samples_per_shard: int = 1000) -> ShardIndex:
     """Write samples, in order, as tar files and an index. The same samples give the same bytes.
 
-    Raises FileExistsError where the directory holds shards already, ValueError for samples that cannot be stored.
+    Raises FileExistsError if the directory already holds shards, ValueError for samples that cannot be
+    stored.
     """
     if samples_per_shard < 1:
-        raise ValueError(f"samples_per_shard is {samples_per_shard}; a shard needs room for one sample at least")
+        raise ValueError(f"samples_per_shard is {samples_per_shard}; "
+                         "a shard needs room for one sample at least")
     directory = claim(directory)
     shards: list[Shard] = []
     without_caption = pairs = 0
@@ -95,13 +99,13 @@ def write_shards(samples: Iterable[Sample], directory: str | Path, *, samples_pe
 
 
 def write_index(index: ShardIndex, directory: Path) -> None:
-    """Write `shards.json`; to be called when all shards are there."""
+    """Write `shards.json`. Call it when all shards are written."""
     replace_file(directory / INDEX, (json.dumps(asdict(index), indent=2) + "\n").encode())
 
 
 class ShardWriter:
-    """A tar file that is being written, beside its name until `finish` gives it. As a context manager it removes what
-    was not finished."""
+    """Writes a tar file under a temporary name; `finish` renames it. As a context manager it removes an
+    unfinished file."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._part, self.samples = path, part_of(path), 0
@@ -110,11 +114,11 @@ class ShardWriter:
 
     def write(self, sample: Sample) -> None:
         """Raises ValueError for a sample that cannot be stored."""
-        self._tar.write(_members(sample))
+        self._tar.write(_members_of(sample))
         self.samples += 1
 
     def finish(self) -> Shard:
-        """Close the tar, write its index of members and name both."""
+        """Close the tar, write its index of members, and give both their final names."""
         self._tar.close()
         _sync(self._stream)
         self._stream.close()
@@ -131,12 +135,12 @@ class ShardWriter:
 
 
 def part_of(path: Path) -> Path:
-    """Under which name this process writes what `path` will be."""
+    """The temporary name under which this process writes `path`."""
     return path.with_name(f"{path.name}.{os.getpid()}{PART}")
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file so that it is whole or not there, whenever the process or the machine ends."""
+    """Write a file atomically: it is whole or absent, whenever the process or the machine dies."""
     part = part_of(path)
     with part.open("wb") as stream:
         stream.write(content)
@@ -150,7 +154,7 @@ def _sync(stream: IO[bytes]) -> None:
 
 
 def claim(directory: str | Path) -> Path:
-    """Make the directory for new shards. Raises FileExistsError where it holds shards already."""
+    """Make the directory for new shards. Raises FileExistsError if it already holds shards."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     if any(directory.glob("*.tar")) or (directory / INDEX).exists():
@@ -159,16 +163,16 @@ def claim(directory: str | Path) -> Path:
 
 
 def is_url(root: str | Path) -> bool:
-    """Whether fsspec reads it, and not the file system."""
+    """Whether `root` is read by fsspec and not from the file system."""
     return "://" in str(root)
 
 
 def read_index(root: str | Path) -> ShardIndex:
-    """Read `shards.json` of a directory or URL; it is written last, so shards without it were cut short.
+    """Read `shards.json` of a directory or URL. It is written last, so shards without it are incomplete.
 
-    Raises FileNotFoundError where it or, in a directory, one of its tar files is missing, ValueError where it is no
-    index or a tar file's size is wrong, OSError where the URL cannot be read. Tar files under a URL are looked at when
-    they are fetched.
+    Raises FileNotFoundError if it, or in a directory one of its tar files, is missing; ValueError if it is no
+    index or a tar file's size is wrong; OSError if the URL cannot be read. Tar files under a URL are checked
+    when they are fetched.
     """
     where = f"{str(root).rstrip('/')}/{INDEX}"
     try:
@@ -193,30 +197,33 @@ def _check_files(directory: Path, index: ShardIndex) -> None:
         tar = directory / shard.file
         if not tar.is_file():
             raise FileNotFoundError(
-                f"{directory / INDEX} lists {shard.file}, which is missing: copy it again, or pack the images again"
+                f"{directory / INDEX} lists {shard.file}, which is missing: "
+                "copy it again, or pack the images again"
             )
         if tar.stat().st_size != shard.bytes:
             raise ValueError(f"{tar} has {tar.stat().st_size:,} of {shard.bytes:,} bytes: copy it again")
 
 
 class OpenShard:
-    """A local tar file and its members' places; samples are read in any order, by several threads at once. `name`
-    stands for it in messages."""
+    """An open local tar file and its members' places. Several threads can read samples at once, in any order.
+    `name` is its name in messages."""
 
     def __init__(self, tar: Path, name: str) -> None:
         self.name = name
         self._stream, self._lock = tar.open("rb"), threading.Lock()
         _, *lines = tar.with_suffix(".idx").read_text(encoding="utf-8").splitlines()
-        self._members = [self._places(line.split()) for line in lines]
+        self._members = [self._member_places(line.split()) for line in lines]
 
     @staticmethod
-    def _places(fields: list[str]) -> dict[str, tuple[int, int]]:
-        """Offset and size of the record (`json`), the image (no name) and a second (`second.`) in a line."""
+    def _member_places(fields: list[str]) -> dict[str, tuple[int, int]]:
+        """Offset and size of a sample's record (key `json`), image (key "") and second image (key `second.`),
+        from the fields of its line in the index."""
         members = ((fields[i], (int(fields[i + 1]), int(fields[i + 2]))) for i in range(0, len(fields), 4))
-        return {name if name == "json" else SECOND * name.startswith(SECOND): place for name, place in members}
+        return {name if name == "json" else SECOND * name.startswith(SECOND): place
+                for name, place in members}
 
     def read(self, number: int, pair: bool = False) -> tuple[list[bytes], bytes]:
-        """The encoded image of a sample, or both of a pair, and the record's JSON."""
+        """The encoded image of a sample, or both images of a pair, and the record's JSON."""
         members = self._members[number]
         read = [self.read_at(*members[name]) for name in ("", *[SECOND] * pair, "json")]
         return read[:-1], read[-1]
@@ -225,7 +232,7 @@ class OpenShard:
         """`size` bytes from `start` on."""
         if hasattr(os, "pread"):
             return os.pread(self._stream.fileno(), size, start)
-        with self._lock:  # Windows has one place in a file for all threads
+        with self._lock:  # on Windows all threads share one position in the file
             self._stream.seek(start)
             return self._stream.read(size)
 
@@ -237,7 +244,8 @@ class OpenShard:
 
 
 def iterate(directory: str | Path) -> Iterator[Sample]:
-    """All samples of a directory of shards, in order. The images stay encoded: see `images.load_image`."""
+    """All samples of a directory of shards, in order. The images stay encoded; decode them by
+    `images.load_image`."""
     directory = Path(directory)
     for shard in read_index(directory).shards:
         with tarfile.open(directory / shard.file) as tar:
@@ -251,13 +259,14 @@ def iterate(directory: str | Path) -> Iterator[Sample]:
                 yield Sample(key, image, record, second)
 
 
-def _members(sample: Sample) -> dict[str, Any]:
+def _members_of(sample: Sample) -> dict[str, Any]:
     pictures = {"": sample.image} | ({SECOND: sample.second} if sample.second is not None else {})
     kinds = {prefix: image_format(content) for prefix, content in pictures.items()}
     if None in kinds.values():
         raise ValueError(f"sample {sample.key} is neither JPEG, PNG nor WebP: convert it first")
     if not re.fullmatch(r"[^./\s]{1,90}", sample.key):
-        raise ValueError(f"key {sample.key!r} must have 1 to 90 characters, none of them a dot, a slash or white space")
+        raise ValueError(f"key {sample.key!r} must have 1 to 90 characters, none of them a dot, "
+                         "a slash or white space")
     identity = int.from_bytes(hashlib.sha256(sample.image).digest()[:8]) >> 1  # fits an int64
     known = {"image": sample.key, "id": identity, "captions": [], **sample.record}
     sums = {f"{prefix.replace('.', '_')}crc32": zlib.crc32(content) for prefix, content in pictures.items()}
@@ -267,7 +276,7 @@ def _members(sample: Sample) -> dict[str, Any]:
 
 
 def member_index(path: Path) -> str:
-    """A line a sample: extension, offset, size and name of each member (DALI's format of an index file)."""
+    """One line per sample: extension, offset, size and name of each member (DALI's index file format)."""
     with tarfile.open(path) as tar:
         members = [(*member.name.split(".", 1), member.offset_data, member.size) for member in tar]
     lines = [

@@ -1,4 +1,5 @@
-"""Images and samples in webdataset tar files, near or far: listed from the headers, read when they are needed."""
+"""Images and samples in local or remote webdataset tar files: listed from the headers, read when they are
+needed."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from blip_fast.media.images import SUFFIXES, Container, StoredImage
 
 @dataclass(frozen=True)
 class LocalTar:
-    """A tar file that this machine's file system holds."""
+    """A tar file on this machine's file system."""
 
     path: Path
 
@@ -44,11 +45,11 @@ class LocalTar:
 
 
 class RemoteTar:
-    """A tar file under a URL; each process that reads it fetches it into its machine's cache first."""
+    """A tar file under a URL. Each process that reads it first fetches it into its machine's cache."""
 
     def __init__(self, url: str, shard: Shard, cache: ShardCache) -> None:
         self.url, self.shard, self._cache = url, shard, cache
-        self._opened: OpenShard | None = None
+        self._open_shard: OpenShard | None = None
         self._lock = threading.Lock()
 
     @property
@@ -56,13 +57,13 @@ class RemoteTar:
         return self.url
 
     def fetch(self) -> OpenShard:
-        """Open it; it stays readable until this object goes, whatever the cache removes. Raises what
-        `ShardCache.open` raises."""
+        """Fetch and open the tar. It stays readable for the lifetime of this object, even if the cache
+        removes the file. Raises what `ShardCache.open` raises."""
         with self._lock:
-            if self._opened is None:
-                self._opened = self._cache.open(self.url, self.shard)
-                weakref.finalize(self, self._opened.close)
-            return self._opened
+            if self._open_shard is None:
+                self._open_shard = self._cache.open(self.url, self.shard)
+                weakref.finalize(self, self._open_shard.close)
+            return self._open_shard
 
     def read(self, start: int, size: int) -> bytes:
         return self.fetch().read_at(start, size)
@@ -81,17 +82,18 @@ class RemoteTar:
 
 @dataclass(frozen=True)
 class StoredSample:
-    """Members of a tar that share a key and stand together, not read yet. `name` stands for the sample."""
+    """Consecutive members of a tar with the same key, not read yet. `name` is the sample's name in
+    messages."""
 
     name: str
     key: str
-    members: dict[str, StoredImage]  # by what stands behind the key: "jpg", "json", "second.jpg"
+    members: dict[str, StoredImage]  # by what follows the key: "jpg", "json", "second.jpg"
 
 
 def images_in(descriptor: int, name: str, container: Container) -> Iterator[StoredImage]:
     """The image members of an open tar, read from its headers alone.
 
-    Raises ValueError where it is no whole uncompressed tar file, behind the images that are whole.
+    Raises ValueError, after the last intact image, if it is no complete uncompressed tar file.
     """
     for member in _members(descriptor, name, container):
         if Path(member.name).suffix.lower() in SUFFIXES:
@@ -99,9 +101,10 @@ def images_in(descriptor: int, name: str, container: Container) -> Iterator[Stor
 
 
 def samples_in(descriptor: int, name: str, container: Container) -> Iterator[StoredSample]:
-    """The samples of an open tar, as `images_in`: members whose paths are alike up to the file name's first dot. The
-    sample at which a tar is broken may lack members, and is left out."""
-    for where, members in groupby(_members(descriptor, name, container), key=lambda member: _split(member.name)[0]):
+    """The samples of an open tar: members whose paths are the same up to the first dot of the file name.
+    Raises what `images_in` raises. The sample at which a tar breaks off may lack members and is left out."""
+    for where, members in groupby(_members(descriptor, name, container),
+                                  key=lambda member: _split(member.name)[0]):
         yield StoredSample(where, where.removeprefix(f"{name}/"), {_split(m.name)[1]: m for m in members})
 
 
@@ -115,11 +118,13 @@ def _members(descriptor: int, name: str, container: Container) -> Iterator[Store
     try:
         with os.fdopen(os.dup(descriptor), "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
             while (member := tar.next()) is not None:
-                tar.members = []  # pyright: ignore[reportAttributeAccessIssue], else every header stays in memory
+                # Otherwise every header stays in memory.
+                tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
                 if member.isfile():
                     yield StoredImage(f"{name}/{member.name}", container, member.offset_data, member.size)
             stream.seek(tar.offset)
             if any(stream.read(tarfile.BLOCKSIZE)):
-                raise tarfile.ReadError("bad header")  # tarfile takes it for the end
+                raise tarfile.ReadError("bad header")  # tarfile itself takes a bad header for the end
     except (tarfile.TarError, OSError) as error:
-        raise ValueError(f"{name} is no whole uncompressed tar file ({error}): copy or pack it again") from None
+        raise ValueError(f"{name} is no whole uncompressed tar file ({error}): "
+                         "copy or pack it again") from None

@@ -1,4 +1,5 @@
-"""Annotated videos: rows of `annotations.jsonl` whose `image` names a video. Nothing is read until it is asked for."""
+"""Annotated videos: rows of `annotations.jsonl` whose `image` names a video. Videos are read only on
+request."""
 
 from __future__ import annotations
 
@@ -14,23 +15,23 @@ from blip_fast.media.video import require_av, video_pixels
 
 @dataclass(frozen=True, kw_only=True)
 class AnnotatedVideo(AnnotatedImage):
-    """An image that is `frames` frames of a video: its pixels are [frames, 3, image_size, image_size], and so a model
-    sees it as one image with the visual tokens of all of them."""
+    """`frames` frames of a video as one image: its pixels are [frames, 3, image_size, image_size], and a
+    model sees one image with the visual tokens of all frames."""
 
     frames: int
 
     def pixels(self, image_size: int, name: str | None = None) -> Tensor:
-        """Raises ImageError as `read_frames`."""
+        """Raises ImageError as `read_frames` does."""
         assert isinstance(self.where, Path)
         return video_pixels(self.where, self.frames, image_size, name or self.name)
 
 
 def as_videos(images: Sequence[AnnotatedImage], frames: int) -> list[AnnotatedImage]:
-    """The same rows, with that many frames of each video.
+    """The same rows as videos, with `frames` frames of each.
 
     Raises:
-        ValueError: fewer than 1 frame; the rows are those of packed shards, which hold images alone; PyAV is not
-            installed.
+        ValueError: `frames` is less than 1; the rows come from packed shards, which hold only images; or PyAV
+            is not installed.
     """
     if frames < 1:
         raise ValueError(f"frames is {frames}: a video is known by 1 at least")

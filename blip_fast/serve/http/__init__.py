@@ -1,1 +1,1 @@
-"""What comes in by HTTP: who may ask, fields and pictures, pictures by URL, and what is counted of it."""
+"""The HTTP side: access and limits, form parsing, pictures by URL, metrics and log."""

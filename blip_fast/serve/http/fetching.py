@@ -1,8 +1,8 @@
-"""Pictures by URL, from hosts that the server's owner has listed, and never from a private network.
+"""Pictures by URL: only from hosts that the server's owner has listed, and never from a private network.
 
-A name is resolved once, every address of it has to be public, and the connection goes to an address that was checked:
-a name that changes its mind between the check and the connection (DNS rebinding) gains nothing. Redirects are not
-followed, proxies not used.
+A host name is resolved once, all of its addresses must be public, and the connection goes to one of the
+addresses that were checked. A name that resolves differently later (DNS rebinding) therefore gains nothing.
+Redirects are not followed and proxies are not used.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from urllib.parse import urlsplit
 from blip_fast.serve.refusals import Refused, too_large
 
 PORTS = {"http": 80, "https": 443}
-PART = 65_536  # bytes that are read at a time
+PART = 65_536  # bytes per read
 
 _URL = re.compile(r"[\x21-\x7e]{1,2000}")
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")  # IPv6 addresses that a gateway turns into those of IPv4
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")  # IPv6 addresses that a gateway translates to IPv4
 
 Resolve = Callable[[str, int], Sequence[str]]
 Connect = Callable[[str, int, float], socket.socket]
 
 
 def resolved(host: str, port: int) -> list[str]:
-    """All addresses of a name. Raises OSError."""
+    """All addresses of a host name. Raises OSError."""
     return [str(found[4][0]) for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
 
 
@@ -39,38 +39,39 @@ def connected(address: str, port: int, seconds: float) -> socket.socket:
 
 
 class Fetcher:
-    """Fetches pictures. Threads wait for other machines, so the event loop does not."""
+    """Fetches pictures in threads, so that the event loop does not wait for other machines."""
 
     def __init__(self, hosts: Sequence[str], most_bytes: int, seconds: float, *, resolve: Resolve = resolved,
                  connect: Connect = connected) -> None:
         """
         Args:
-            hosts: names from which pictures may come, each as a whole.
-            most_bytes, seconds: that a picture may have and take.
-            resolve, connect: how names become addresses, and addresses connections.
+            hosts: the allowed host names, compared as a whole.
+            most_bytes, seconds: limits of one picture's size and download time.
+            resolve, connect: turn a host name into addresses, and an address into a connection.
         """
         self._hosts = frozenset(host.lower() for host in hosts)
         self._most, self._seconds = most_bytes, seconds
         self._resolve, self._connect = resolve, connect
 
     async def __call__(self, url: str) -> bytes:
-        """What lies at the URL. Raises Refused: `url_refused` before anything is asked for, or `url_failed`."""
-        scheme, host, path = self._checked(url)
+        """The content at the URL. Raises Refused: `url_refused` (before connecting) or `url_failed`."""
+        scheme, host, path = self._url_parts(url)
         return await asyncio.to_thread(self._fetch, scheme, host, path)
 
-    def _checked(self, url: str) -> tuple[str, str, str]:
+    def _url_parts(self, url: str) -> tuple[str, str, str]:
+        """Scheme, host and path of an allowed URL."""
         if not self._hosts:
-            raise _refused("this server fetches nothing: send the picture itself")
+            raise _url_refused("this server fetches nothing: send the picture itself")
         try:
             parts = urlsplit(url) if _URL.fullmatch(url) else None
             usual = parts is not None and parts.port in (None, PORTS.get(parts.scheme))
         except ValueError:
             parts, usual = None, False
         if parts is None or parts.scheme not in PORTS or not usual or parts.username is not None:
-            raise _refused("write http(s)://host/path, without a user or another port")
+            raise _url_refused("write http(s)://host/path, without a user or another port")
         host = (parts.hostname or "").lower()
         if host not in self._hosts:
-            raise _refused("its host is not among those that this server fetches from")
+            raise _url_refused("its host is not among those that this server fetches from")
         return parts.scheme, host, (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
 
     def _fetch(self, scheme: str, host: str, path: str) -> bytes:
@@ -79,9 +80,9 @@ class Fetcher:
         try:
             addresses = list(self._resolve(host, port))
         except OSError:
-            raise _failed("its host has no address") from None
+            raise _url_failed("its host has no address") from None
         if not addresses or not all(is_public(address) for address in addresses):
-            raise _refused("its host has an address in a private network")
+            raise _url_refused("its host has an address in a private network")
         try:
             with self._connect(addresses[0], port, self._seconds) as plain:
                 if scheme == "http":
@@ -89,7 +90,7 @@ class Fetcher:
                 with ssl.create_default_context().wrap_socket(plain, server_hostname=host) as secure:
                     return self._get(secure, host, path, ends)
         except (OSError, http.client.HTTPException):
-            raise _failed("its host cannot be reached, or breaks off") from None
+            raise _url_failed("its host cannot be reached, or breaks off") from None
 
     def _get(self, sock: socket.socket, host: str, path: str, ends: float) -> bytes:
         connection = http.client.HTTPConnection(host)
@@ -98,7 +99,7 @@ class Fetcher:
                                                  "Connection": "close"})
         answer = connection.getresponse()
         if answer.status != 200:
-            raise _failed(f"its host answers with status {answer.status}; redirects are not followed")
+            raise _url_failed(f"its host answers with status {answer.status}; redirects are not followed")
         parts, size = [], 0
         while part := answer.read1(PART):
             parts.append(part)
@@ -106,12 +107,12 @@ class Fetcher:
             if size > self._most:
                 raise too_large(self._most)
             if time.monotonic() > ends:
-                raise _failed(f"its host takes longer than {self._seconds:g} seconds")
+                raise _url_failed(f"its host takes longer than {self._seconds:g} seconds")
         return b"".join(parts)
 
 
 def is_public(address: str) -> bool:
-    """Whether an address is one of the internet, not of this machine, its network, or of a tunnel into one."""
+    """Whether an address is on the public internet: not this machine, its network, or a tunnel into one."""
     found = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(found, ipaddress.IPv6Address):
         if found.ipv4_mapped is not None:
@@ -121,9 +122,9 @@ def is_public(address: str) -> bool:
     return found.is_global and not (found.is_multicast or found.is_reserved or found.is_unspecified)
 
 
-def _refused(why: str) -> Refused:
+def _url_refused(why: str) -> Refused:
     return Refused(422, "url_refused", f"The URL is refused: {why}.")
 
 
-def _failed(why: str) -> Refused:
+def _url_failed(why: str) -> Refused:
     return Refused(422, "url_failed", f"The URL cannot be fetched: {why}.")

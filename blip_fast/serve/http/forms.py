@@ -1,4 +1,4 @@
-"""What a request says: its fields, checked, and its pictures, as bytes that nobody has opened yet."""
+"""A request's content: its fields, validated, and its pictures as bytes that have not been decoded yet."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from blip_fast.serve.refusals import Refused, bad_value, broken_body
 from blip_fast.serve.settings import Limits
 
 MULTIPART, JSON = "multipart/form-data", "application/json"
-MOST_FIELDS = 1000  # of a form, before any is looked at
-LISTS = ("texts",)  # the fields that may come several times
+MOST_FIELDS = 1000  # of a form, counted before validation
+LISTS = ("texts",)  # fields that may be repeated
 
-Picture = bytes | Refused  # a picture that cannot be had does not end a request of several
+Picture = bytes | Refused  # Refused stands for one bad picture among several: the others still get results
 Fields = TypeVar("Fields", bound="Empty")
 
 
 @dataclass(frozen=True)
 class Link:
-    """A picture that has to be fetched."""
+    """A picture to be fetched by its URL."""
 
     url: str
 
 
 def _limits(info: ValidationInfo) -> Limits:
-    assert info.context is not None  # `read_form` gives it
+    assert info.context is not None  # passed by `read_form`
     return info.context["limits"]
 
 
@@ -68,7 +68,7 @@ Text = Annotated[str, AfterValidator(_text)]
 
 
 class Empty(BaseModel):
-    """No field but the pictures."""
+    """A request with pictures only."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -79,7 +79,8 @@ class CaptionFields(Empty):
 
 
 class ScoreFields(Empty):
-    texts: Annotated[list[Text], AfterValidator(_texts)] = Field(min_length=1, description="Texts to hold against it")
+    texts: Annotated[list[Text], AfterValidator(_texts)] = Field(
+        min_length=1, description="Texts to hold against it")
 
 
 class AskFields(Empty):
@@ -96,10 +97,11 @@ class ExplainFields(Empty):
     word: Text | None = Field(None, description="The word of it whose place is shown; all words unless given")
 
 
-async def read_form(request: Request, model: type[Fields], limits: Limits) -> tuple[Fields, list[Picture | Link]]:
-    """The fields and the pictures of a request, as multipart or as JSON.
+async def read_form(request: Request, model: type[Fields],
+                    limits: Limits) -> tuple[Fields, list[Picture | Link]]:
+    """The fields and the pictures of a multipart or JSON request.
 
-    Raises Refused: `broken_body`, `too_many_images`, `bad_value`, and 415 `unknown_type` for a body of another type.
+    Raises Refused: `broken_body`, `too_many_images`, `bad_value`; `unknown_type` for another kind of body.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == MULTIPART:
@@ -109,8 +111,8 @@ async def read_form(request: Request, model: type[Fields], limits: Limits) -> tu
     else:
         raise Refused(415, "unknown_type", f"The body's Content-Type must be {MULTIPART} or {JSON}.")
     if len(pictures) > limits.images:
-        raise Refused(422, "too_many_images", f"{len(pictures):,} pictures are more than {limits.images}: send them in "
-                      "several requests.")
+        raise Refused(422, "too_many_images", f"{len(pictures):,} pictures are more than {limits.images}: "
+                      "send them in several requests.")
     try:
         return model.model_validate(fields, context={"limits": limits}), pictures
     except ValidationError as error:
@@ -120,7 +122,7 @@ async def read_form(request: Request, model: type[Fields], limits: Limits) -> tu
 
 
 def body_of(model: type[Empty], pictures: str) -> dict[str, Any]:
-    """The request's body for OpenAPI; `pictures` says how many it takes."""
+    """The request body's OpenAPI description; `pictures` describes the field of pictures."""
     fields = model.model_json_schema()
     file = {"type": "array", "items": {"type": "string", "format": "binary"}, "description": pictures}
     one = {"type": "object", "properties": {"base64": {"type": "string"}, "url": {"type": "string"}},
@@ -132,7 +134,7 @@ def body_of(model: type[Empty], pictures: str) -> dict[str, Any]:
 
 
 class _WholeForm(MultiPartParser):
-    """Knows whether the form came to its end: of one that is cut off, the last part would be left out silently."""
+    """Records whether the form is complete: the base class silently drops a truncated form's last part."""
 
     whole = False
 
@@ -147,19 +149,19 @@ async def _multipart(request: Request, limits: Limits) -> tuple[dict[str, Any], 
         form = await parser.parse()
     except Refused:
         raise
-    except Exception as error:  # parsers raise whatever a broken body leads them to
+    except Exception as error:  # a broken body can make the parser raise anything
         raise broken_body(f"it is no {MULTIPART} ({type(error).__name__})") from None
     try:
         if not parser.whole:
             raise broken_body("it ends before its last boundary")
-        return await _sorted(form)
+        return await _form_fields(form)
     finally:
         await form.close()
 
 
-async def _sorted(form: FormData) -> tuple[dict[str, Any], list[Picture | Link]]:
-    """A field that is empty was not given: pages send it so. One that comes twice is a list, which is refused unless it
-    may be one."""
+async def _form_fields(form: FormData) -> tuple[dict[str, Any], list[Picture | Link]]:
+    """Fields and pictures of a form. An empty field counts as missing, since browsers send untouched inputs
+    that way. A repeated field becomes a list, which validation refuses unless the field is one of `LISTS`."""
     fields: dict[str, list[str]] = {}
     pictures: list[Picture | Link] = []
     for name, value in form.multi_items():
@@ -169,7 +171,8 @@ async def _sorted(form: FormData) -> tuple[dict[str, Any], list[Picture | Link]]
             pictures.append(await value.read())
         elif value or name in LISTS:
             fields.setdefault(name, []).append(value)
-    return {name: value if name in LISTS or len(value) > 1 else value[0] for name, value in fields.items()}, pictures
+    return {name: value if name in LISTS or len(value) > 1 else value[0]
+            for name, value in fields.items()}, pictures
 
 
 def _json(body: bytes) -> tuple[dict[str, Any], list[Picture | Link]]:

@@ -1,8 +1,8 @@
-"""What stands before the routes: who may ask, how much may come in and how long it may take; and behind them: headers
-of safety, metrics and the log.
+"""The outermost layer. Before the routes it checks access and limits size and time; after them it adds
+security headers, metrics and the log.
 
-A request that does work takes a seat before its body is read, so that bodies in memory are bounded by the queue. It is
-cancelled, with all of its jobs, when its time is over or its client goes away.
+A request that does work takes a seat before its body is read, so the queue bounds the bodies in memory. When
+its time is over or its client disconnects, the request is cancelled with all of its jobs.
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-CSP = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
-       "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
-HEADERS = {"Content-Security-Policy": CSP, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
-           "Cache-Control": "no-cache"}
-OPEN = ("/v1/info",)  # of what else stands under /v1/, which wants the key
-DISCARDED = 4  # times the limit of an upload, that is taken in behind an answer that came before its end
-LINGER = 10.0  # seconds for which it is
-GRACE = 2.0  # seconds in which an answer that has begun may end when the time is over
+CSP = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
+       "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+HEADERS = {"Content-Security-Policy": CSP, "X-Content-Type-Options": "nosniff",
+           "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}
+OPEN = ("/v1/info",)  # the only route under /v1/ that needs no key
+# After an early response, keep reading and discarding up to DISCARDED × the upload limit, for at most LINGER
+# s.
+DISCARDED = 4
+LINGER = 10.0
+GRACE = 2.0  # seconds that a response already under way gets to finish after the time limit
 METHODS = ("GET", "HEAD", "POST")
 CLIENT_GONE = 499
 
@@ -41,14 +43,14 @@ _log = logging.getLogger("blip_fast.serve")
 
 
 class House:
-    """How many pictures and questions are in the server, and whether it takes more."""
+    """Counts the pictures and questions in the server (`taken`). While `draining`, it admits no more."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits, self.taken, self.draining = limits, 0, False
 
     @contextlib.contextmanager
     def seat(self) -> Iterator[Seat]:
-        """Room for one. Raises Refused (`busy`, `draining`)."""
+        """A seat for one picture or question. Raises Refused (`busy`, `draining`)."""
         if self.draining:
             raise draining()
         seat = Seat(self, asyncio.get_running_loop().time() + self.limits.seconds)
@@ -60,13 +62,13 @@ class House:
 
 
 class Seat:
-    """A request's place in the house, and when its time is over (of the event loop's clock)."""
+    """A request's places in the house, and its deadline by the event loop's clock."""
 
     def __init__(self, house: House, deadline: float) -> None:
         self._house, self.deadline, self.size = house, deadline, 0
 
     def take(self, more: int) -> None:
-        """Raises Refused (`busy`)."""
+        """Take more places. Raises Refused (`busy`)."""
         if self._house.taken + more > self._house.limits.queue:
             raise busy()
         self._house.taken += more
@@ -74,7 +76,7 @@ class Seat:
 
 
 class Guard:
-    """The outermost of the server's layers. The routes find their seat as `scope["seat"]`."""
+    """The ASGI application around all others. The routes find their seat in `scope["seat"]`."""
 
     def __init__(self, app: App, settings: Settings, house: House, observing: Observing) -> None:
         self._app, self._settings, self._house, self._observing = app, settings, house, observing
@@ -97,7 +99,7 @@ class Guard:
                 await self._app(scope, receive, answer.send)
         except Refused as refused:
             await answer.refuse(refused)
-        except Exception as error:  # its message may quote what was sent
+        except Exception as error:  # log the type only: the message may quote what was sent
             _log.error("%s at a request", type(error).__name__)
             await answer.refuse(internal())
         finally:
@@ -106,7 +108,7 @@ class Guard:
             self._observing.answered(method, route, answer.status or CLIENT_GONE, time.perf_counter() - began)
 
     def _check(self, scope: Scope) -> None:
-        """Who may ask. Raises Refused."""
+        """Check the host name, the site and the key. Raises Refused."""
         headers = {name.lower(): value for name, value in scope["headers"]}
         names = self._settings.host_names
         if names and _host_name(headers.get(b"host", b"")) not in names:
@@ -115,12 +117,14 @@ class Guard:
         if not _is_guarded(scope):
             return
         if headers.get(b"sec-fetch-site") in (b"cross-site", b"same-site"):
-            raise Refused(403, "other_site", "Pages of other sites may not ask this server: open its own page.")
+            raise Refused(403, "other_site", "Pages of other sites may not ask this server: open "
+                          "its own page.")
         if self._key is not None:
             scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-            if scheme.lower() != b"bearer" or not hmac.compare_digest(sha256(key.strip()).digest(), self._key):
-                raise Refused(401, "unauthorized", "This needs the server's API key: send it as Authorization: "
-                              "Bearer KEY.")
+            digest = sha256(key.strip()).digest()
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(digest, self._key):
+                raise Refused(401, "unauthorized", "This needs the server's API key: send it as "
+                              "Authorization: Bearer KEY.")
 
     async def _work(self, scope: Scope, body: _Body, answer: _Answer) -> None:
         limits = self._house.limits
@@ -131,7 +135,7 @@ class Guard:
             gone = asyncio.ensure_future(body.gone())
             try:
                 await asyncio.wait((work, gone), timeout=limits.seconds, return_when=asyncio.FIRST_COMPLETED)
-                if answer.status and not gone.done():  # it ends by itself, with what has become of the rest
+                if answer.status and not gone.done():  # a response is under way: let it finish
                     await asyncio.wait((work, gone), timeout=GRACE, return_when=asyncio.FIRST_COMPLETED)
                 if work.done():
                     return await work
@@ -144,10 +148,10 @@ class Guard:
 
 
 class _Body:
-    """A request's body as it comes: a limit on its bytes, and a notice when the client goes away."""
+    """A request's body while it arrives: limits its size, and notices when the client disconnects."""
 
     def __init__(self, receive: Receive, most: int, is_read: bool) -> None:
-        """`is_read`: the route takes it in; else it is none."""
+        """`is_read`: whether the route reads the body; otherwise it counts as ended."""
         self._receive, self._most, self._size = receive, most, 0
         self._ended, self._left = asyncio.Event(), asyncio.Event()
         if not is_read:
@@ -158,14 +162,14 @@ class _Body:
         return self._ended.is_set()
 
     def check_length(self, scope: Scope) -> None:
-        """Refuse what says that it is too large before anything of it is kept. Raises Refused (`too_large`)."""
+        """Check the announced length before anything is read. Raises Refused (`too_large`)."""
         lengths = [value for name, value in scope["headers"] if name.lower() == b"content-length"]
         if lengths and lengths[0].isdigit() and int(lengths[0][:20]) > self._most:
             raise too_large(self._most)
 
     async def receive(self) -> MutableMapping[str, Any]:
-        """The next part. Routes do not hear that the client has gone: they are cancelled. Raises Refused
-        (`too_large`)."""
+        """The next part. Routes never receive the disconnect message: they are cancelled instead. Raises
+        Refused (`too_large`)."""
         if not self._ended.is_set():
             message = await self._next()
             if self._size > self._most:
@@ -175,14 +179,14 @@ class _Body:
         return await asyncio.Future()
 
     async def gone(self) -> None:
-        """Until the client goes away."""
+        """Return when the client disconnects."""
         await self._ended.wait()
         while not self._left.is_set():
             await self._next()
 
     async def discard(self) -> None:
-        """Take in what is left, within limits, and keep nothing: a client that still sends when the connection is
-        closed may never read what was answered."""
+        """Read the rest, within limits, and drop it. A client that is still sending when the connection is
+        closed may never read the response."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LINGER):
                 while not self.ended and self._size <= DISCARDED * self._most:
@@ -199,10 +203,10 @@ class _Body:
 
 
 class _Answer:
-    """Sends what the routes say, with the headers that every answer has; `status` is None until it has begun."""
+    """Sends the routes' response with the common headers. `status` is None until the response has begun."""
 
     def __init__(self, send: Send, body: _Body) -> None:
-        """`body` is the request's. An answer before its end is the connection's last."""
+        """`body` is the request's. A response that begins before the body has ended closes the connection."""
         self._send, self._body = send, body
         self.status: int | None = None
 
@@ -222,7 +226,7 @@ class _Answer:
         await self._send(message)
 
     async def refuse(self, refused: Refused) -> None:
-        """A refusal as JSON; where an answer has begun already, nothing more can be said."""
+        """Send a refusal as JSON, unless a response has already begun."""
         if self.status is not None:
             return
         body = json.dumps(refused.body()).encode()
@@ -230,17 +234,18 @@ class _Answer:
         if refused.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         await self.send({"type": "http.response.start", "status": refused.status,
-                         "headers": [(name.lower().encode(), value.encode()) for name, value in headers.items()]})
+                         "headers": [(name.lower().encode(), value.encode())
+                                     for name, value in headers.items()]})
         await self.send({"type": "http.response.body", "body": body})
 
 
 def _is_guarded(scope: Scope) -> bool:
-    """Whether a request does work, wants the key, and needs a seat."""
+    """Whether a request does work, and so needs a seat and the key."""
     path = scope["path"].removeprefix(scope.get("root_path", ""))  # as the routes see it
     return path.startswith("/v1/") and path not in OPEN
 
 
 def _host_name(host: bytes) -> str:
-    """Without its port; of IPv6 addresses without brackets."""
+    """The name in a Host header, without the port and without the brackets of an IPv6 address."""
     text = host.decode("latin-1").lower()
     return text[1:].partition("]")[0] if text.startswith("[") else text.partition(":")[0]

@@ -1,6 +1,7 @@
-"""What a server tells of itself: metrics for Prometheus, and a line in the log for each request.
+"""Metrics for Prometheus, and one log line per request.
 
-Neither holds anything that a client has sent: routes are named as this code names them, never as they were asked for.
+Neither contains anything that a client has sent: routes are named by their pattern in this code, never by the
+requested path.
 """
 
 from __future__ import annotations
@@ -19,23 +20,27 @@ _log = logging.getLogger("blip_fast.serve")
 
 
 class Observing:
-    """One server's counts, in a registry of their own."""
+    """The metrics of one server, in their own registry."""
 
     def __init__(self, crews: list[Crew], seats: Callable[[], int]) -> None:
-        """`seats` tells how many pictures and questions are in the house."""
+        """`seats` returns how many seats are taken (`House.taken`)."""
         self.registry = registry = CollectorRegistry()
         self._requests = Counter("blip_fast_requests", "Requests that were answered", ("route", "status"),
                                  registry=registry)
-        self._seconds = Histogram("blip_fast_request_seconds", "From a request's head to its answer's end", ("route",),
-                                  buckets=SECONDS, registry=registry)
-        self._images = Counter("blip_fast_images", "Pictures that were worked on; their rate is images a second",
+        self._seconds = Histogram("blip_fast_request_seconds", "From a request's head to its answer's end",
+                                  ("route",), buckets=SECONDS, registry=registry)
+        self._images = Counter("blip_fast_images",
+                               "Pictures that were worked on; their rate is images a second",
                                ("task",), registry=registry)
-        self._batch = Histogram("blip_fast_batch_images", "Pictures that were worked on together when one was finished",
+        self._batch = Histogram("blip_fast_batch_images",
+                                "Pictures that were worked on together when one was finished",
                                 ("task",), buckets=IMAGES, registry=registry)
-        Gauge("blip_fast_queue_length", "Pictures and questions that are in the house", registry=registry).set_function(
-            seats)
+        queue = Gauge("blip_fast_queue_length", "Pictures and questions that are in the house",
+                      registry=registry)
+        queue.set_function(seats)
         gauges = [Gauge(f"blip_fast_{name}", help, ("processes",), registry=registry) for name, help in (
-            ("jobs_waiting", "Jobs that no process has taken yet"), ("processes_ready", "Processes that take jobs"),
+            ("jobs_waiting", "Jobs that no process has taken yet"),
+            ("processes_ready", "Processes that take jobs"),
             ("process_restarts", "Processes that ended and were replaced"))]
         for crew in crews:
             for gauge, read in zip(gauges, (lambda crew: crew.waiting, lambda crew: crew.ready,
@@ -43,17 +48,17 @@ class Observing:
                 gauge.labels(crew.name).set_function(lambda crew=crew, read=read: read(crew))
 
     def answered(self, method: str, route: str, status: int, seconds: float) -> None:
-        """A request's end: its status, 499 where the client went away."""
+        """Record a finished request. Its status is 499 if the client disconnected."""
         self._requests.labels(route, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
         _log.info("%s %s %d %.3f s", method, route, status, seconds)
 
     def worked(self, task: str, batch: int | None = None) -> None:
-        """A picture's or a question's result."""
+        """Record one result of a task, and the size of the batch that it was computed in."""
         self._images.labels(task).inc()
         if batch is not None:
             self._batch.labels(task).observe(batch)
 
     def text(self) -> bytes:
-        """For Prometheus."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)

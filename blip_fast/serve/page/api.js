@@ -1,13 +1,13 @@
-// Requests to the server that this page came from, in the form that its /docs describe.
+// Requests to the server of this page, as its /docs describe them.
 
 let key = "";
 
-/** Send this API key from now on. It is kept nowhere else. */
+/** Send this API key with all further requests. It is stored nowhere else. */
 export function useKey(value) {
   key = value.trim();
 }
 
-/** The server's answer where it is no result: a code, a sentence for people, and in how many seconds to ask again. */
+/** An answer that is not a result: a code, a sentence for people, and after how many seconds to try again. */
 export class Refusal extends Error {
   constructor(code, message, seconds = 0) {
     super(message);
@@ -15,23 +15,23 @@ export class Refusal extends Error {
     this.seconds = seconds;
   }
 
-  /** Whether it is the picture that cannot be taken, so that trying again is of no use. */
+  /** Whether the picture itself is refused, so that there is no point in trying again. */
   get ofPicture() {
     return ["not_an_image", "too_large", "too_many_pixels"].includes(this.code);
   }
 }
 
-/** Resolves if the server has its models. */
+/** Resolves if the server has loaded its models. */
 export async function ready() {
   await send("/ready", {});
 }
 
-/** What the server is and can do. */
+/** The server's model, features and limits. */
 export async function info() {
   return read(await send("/v1/info", {}), "json");
 }
 
-/** Yield `{index, captions}` or `{index, error}` for each picture, as they are finished. */
+/** Yield `{index, captions}` or `{index, error}` for each picture, in the order in which they finish. */
 export async function* captions(files, { num, prompt }, signal) {
   const response = await post("/v1/caption", { image: files, num, prompt }, signal, "application/x-ndjson");
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -63,12 +63,12 @@ export async function search(query, signal) {
   return (await read(await post("/v1/search", query, signal), "json")).hits;
 }
 
-/** A picture of where in the picture a word of the text is seen, as a Blob. */
+/** A heat map of where in the picture a word of the text is seen, as a Blob. */
 export async function explain(file, text, word, signal) {
   return read(await post("/v1/explain", { image: file, text, word }, signal), "blob");
 }
 
-/** The picture that a hit of a search names, as a Blob: an <img> could not send the key. */
+/** The picture of a search hit, as a Blob, since an <img> element could not send the key. */
 export async function indexed(path, signal) {
   return read(await send(path, { signal }), "blob");
 }
@@ -86,7 +86,7 @@ async function send(path, options) {
   const response = await unbroken(fetch(path, { ...options, headers }));
   if (response.ok) return response;
   const { error } = await response.json().catch(() => ({}));
-  const status = `The server answered with status ${response.status}.`; // something before it has answered, say
+  const status = `The server answered with status ${response.status}.`; // for example from a proxy
   const seconds = Number(response.headers.get("Retry-After"));
   throw new Refusal(error?.code ?? "unexplained", error?.message ?? status, seconds);
 }
@@ -95,7 +95,7 @@ function read(response, kind) {
   return unbroken(response[kind]());
 }
 
-/** What the network gives, or a sentence about it; an abort stays what it is. */
+/** The promise's value. Network errors become a Refusal; an AbortError stays as it is. */
 async function unbroken(promise) {
   try {
     return await promise;

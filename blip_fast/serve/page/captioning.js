@@ -1,5 +1,5 @@
-// Cards are captioned in requests as large as the server takes, one after another: a thousand pictures dropped at once
-// neither fill its queue nor wait for each other's answers. Where others have filled it, they wait for their turn.
+// Captions cards in requests as large as the server accepts, one after another. So a thousand pictures that are
+// dropped at once do not fill its queue, and the first captions appear early. If the queue is full, cards wait.
 
 import { captions, Refusal } from "./api.js";
 import { oneRequest } from "./limits.js";
@@ -7,7 +7,7 @@ import { oneRequest } from "./limits.js";
 let waiting = [];
 let sending = false;
 
-/** Caption cards, in their order. `options` gives `num` and `prompt` when a request is sent. */
+/** Caption cards in order. `options` returns `num` and `prompt`, and is called for each request. */
 export async function caption(cards, options) {
   for (const card of cards) card.isWaiting();
   waiting.push(...cards);
@@ -26,7 +26,7 @@ export async function caption(cards, options) {
   sending = false;
 }
 
-/** Resolves to the seconds after which the same cards are to be sent again, 0 where they have been answered. */
+/** Caption cards in one request. Resolves to the seconds after which to send them again, or 0 if answered. */
 async function send(cards, options) {
   const unanswered = new Set(cards);
   for (const card of cards) card.isSent();
@@ -47,7 +47,7 @@ async function send(cards, options) {
   return 0;
 }
 
-/** A signal that ends a request when nobody waits for it any more. */
+/** A signal that aborts a request when all of its cards have been removed. */
 function whenAllAreRemoved(cards) {
   const request = new AbortController();
   for (const card of cards) {

@@ -1,4 +1,4 @@
-// A picture's card: the picture, its captions, and what can be asked about it.
+// A card: a picture, its captions, and forms to ask about it.
 
 import { ask, explain, score } from "./api.js";
 import { announce, bytes, copyOf, figure, percent, say, work } from "./dom.js";
@@ -14,8 +14,8 @@ const STATES = {
 
 export class Card {
   /**
-   * `features` are those of /v1/info. `on` has functions of this card: `again` (caption it once more), `changed` (its
-   * state), `removed`, and `similar` (search the index for pictures like it).
+   * `features` are those of /v1/info. `on` has callbacks: `again` (caption the card again), `changed` (its state
+   * has changed), `removed`, and `similar` (search the index for similar pictures).
    */
   constructor(file, features, on) {
     this.file = file;
@@ -55,16 +55,19 @@ export class Card {
     return this.element.querySelector(selector);
   }
 
-  /** Show the picture. Resolves to whether it may be sent; if not, the card says why. */
+  /** Show the picture. Resolves to whether it can be sent; if not, the card says why. */
   async isReadable() {
-    const refused = refusedFile(this.file) || await this.shown();
+    const refused = refusedFile(this.file) || await this.show();
     if (refused) this.fail(refused, false);
-    else this.enter("done"); // unless captions are asked for
+    else this.enter("done"); // captions, if requested, change the state again
     return !refused;
   }
 
-  /** Show the picture; what the browser cannot show, the server may still read. */
-  async shown() {
+  /**
+   * Show the picture. Resolves to why it cannot be sent, or "". A picture that the browser cannot show is not
+   * refused, since the server may be able to read it.
+   */
+  async show() {
     const picture = this.find(".picture");
     picture.alt = this.file.name;
     this.viewable = await new Promise((tell) => {
@@ -77,7 +80,7 @@ export class Card {
     const { naturalWidth: width, naturalHeight: height } = picture;
     this.find(".size").textContent = `${width} × ${height}, ${bytes(this.file.size)}`;
     const refused = refusedSize(width, height);
-    if (refused) picture.removeAttribute("src"); // it has been measured, and is not decoded
+    if (refused) picture.removeAttribute("src"); // only measured; do not decode it
     return refused;
   }
 
@@ -117,7 +120,7 @@ export class Card {
     this.fail(refusal.message, !refusal.ofPicture);
   }
 
-  /** Say why there is no caption; what is wrong with the file itself cannot be tried again. */
+  /** Say why there is no caption. `again`: whether the user can try again. */
   fail(sentence, again) {
     this.find(".failed .error").textContent = sentence;
     this.find(".again").hidden = !again;
@@ -133,7 +136,7 @@ export class Card {
     this.element.remove();
   }
 
-  /** A button for each word of the caption, once each. */
+  /** Show a button for each distinct word of the caption. */
   showWords(text) {
     const words = text.split(/\s+/).map((word) => word.replace(/^[^\p{L}\p{N}]+|[^\p{L}\p{N}]+$/gu, ""));
     const items = [...new Set(words)].filter(Boolean).map((word) => {
@@ -148,7 +151,7 @@ export class Card {
     this.showHeat(null);
   }
 
-  /** Show where a word is seen, or the picture again. */
+  /** Show the heat map of a word; if it is shown already, show the picture again. */
   look(text, word, button) {
     if (button.getAttribute("aria-pressed") === "true") {
       this.showHeat(null);

@@ -1,11 +1,11 @@
-// Small things about the document that every part of the page uses. Texts enter it by textContent alone.
+// Helpers for the document. Texts are inserted by textContent only.
 
-/** The element inside a fresh copy of a template. */
+/** The element in a new copy of a template. */
 export function copyOf(template) {
   return document.getElementById(template).content.cloneNode(true).firstElementChild;
 }
 
-/** Show a sentence in an element, or hide it where there is none. */
+/** Show a sentence in an element, or hide the element if the sentence is empty. */
 export function say(element, sentence) {
   element.textContent = sentence;
   element.hidden = !sentence;
@@ -16,30 +16,30 @@ export function announce(sentence) {
   document.getElementById("announcer").textContent = sentence;
 }
 
-/** A log-probability or a cosine, with a real minus sign. */
+/** A log-probability or a cosine, with a proper minus sign. */
 export function figure(value) {
   return value.toFixed(2).replace("-", "−");
 }
 
-/** A probability in per cent; what is not certain is not called so. */
+/** A probability in per cent. It is rounded to 0 % or 100 % only if it is exactly that. */
 export function percent(value) {
   if (value > 0 && value < 0.01) return "< 1 %";
   if (value > 0.99 && value < 1) return "> 99 %";
   return `${Math.round(100 * value)} %`;
 }
 
-/** Bytes as people read them. */
+/** A number of bytes for people. */
 export function bytes(count) {
   if (count < 1e6) return `${Math.ceil(count / 1e3)} kB`;
   return `${Number((count / 1e6).toFixed(1))} MB`;
 }
 
-/** So many pixels as people read them. */
+/** A number of pixels for people. */
 export function pixels(count) {
   return count < 1e6 ? `${count} pixels` : `${Math.floor(count / 1e6)} megapixels`;
 }
 
-/** Run a form's or button's work: the error that it ends with is shown, and it cannot be started twice at once. */
+/** Run the work of a form or a button. Its error is shown, and it cannot be started again while it runs. */
 export async function work(button, error, job) {
   if (button.getAttribute("aria-disabled") === "true") return;
   say(error, "");

@@ -1,20 +1,20 @@
-// What the server would refuse is said here first, without an upload. The server has the last word all the same.
+// Checks the server's limits before an upload. The server checks them again.
 
 import { bytes, pixels } from "./dom.js";
 
 let limits = {};
 
-/** Take over the limits of /v1/info. */
+/** Use the limits of /v1/info. */
 export function useLimits(given) {
   limits = given;
 }
 
-/** What the limits are, as a sentence. */
+/** The limits as a sentence. */
 export function described() {
   return `Up to ${bytes(limits.upload_bytes)} and ${pixels(limits.pixels)} each.`;
 }
 
-/** Why a file cannot be captioned, as far as its kind and size tell; "" where nothing does. */
+/** Why a file cannot be captioned, judging by its type and size; "" if it can. */
 export function refusedFile(file) {
   const kind = file.type || "of no known type";
   if (!file.type.startsWith("image/") || file.type === "image/svg+xml") {
@@ -22,32 +22,36 @@ export function refusedFile(file) {
   }
   if (file.size === 0) return "This file is empty. Choose another one.";
   if (file.size > limits.upload_bytes) {
-    return `This file has ${bytes(file.size)}, and at most ${bytes(limits.upload_bytes)} are taken. Save it smaller.`;
+    const most = bytes(limits.upload_bytes);
+    return `This file has ${bytes(file.size)}, and at most ${most} are taken. Save it smaller.`;
   }
   return "";
 }
 
-/** The same of its width and height. */
+/** Why a picture of this width and height cannot be captioned; "" if it can. */
 export function refusedSize(width, height) {
   if (width * height <= limits.pixels) return "";
   const most = pixels(limits.pixels);
   return `This picture has ${width} × ${height} pixels, and at most ${most} are taken. Save it smaller.`;
 }
 
-/** Why texts cannot be sent; "" where they can. */
+/** Why texts cannot be sent; "" if they can. */
 export function refusedTexts(texts) {
   if (texts.length === 0) return "There is no text yet: type one.";
-  if (texts.length > limits.texts) return `These are ${texts.length} texts, and at most ${limits.texts} are taken.`;
+  if (texts.length > limits.texts) {
+    return `These are ${texts.length} texts, and at most ${limits.texts} are taken.`;
+  }
   const longest = Math.max(...texts.map((text) => text.length));
   if (longest > limits.text_characters) {
-    return `A text has ${longest} characters, and at most ${limits.text_characters} are taken. Make it shorter.`;
+    const most = limits.text_characters;
+    return `A text has ${longest} characters, and at most ${most} are taken. Make it shorter.`;
   }
   return "";
 }
 
-/** The first pictures of a list that one request may hold, at least one. `file` gives an item's file. */
+/** As many items from the start of a list as fit one request, at least one. `file` returns an item's file. */
 export function oneRequest(items, file) {
-  const room = limits.upload_bytes - 65536; // for what multipart and the other fields add
+  const room = limits.upload_bytes - 65536; // minus the multipart overhead and other fields
   let [count, size] = [1, file(items[0]).size];
   while (count < Math.min(items.length, limits.images) && size + file(items[count]).size <= room) {
     size += file(items[count]).size;

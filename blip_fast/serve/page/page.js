@@ -1,4 +1,4 @@
-// The page: pictures come in by dropping, pasting or choosing, and each becomes a card.
+// The page: pictures are dropped, pasted or chosen, and each becomes a card.
 
 import { info, ready, useKey } from "./api.js";
 import { caption } from "./captioning.js";
@@ -9,9 +9,9 @@ import { searchSimilar, startSearch } from "./search.js";
 
 const find = (name) => document.getElementById(name);
 
-let cards = []; // as they stand on the page
+let cards = []; // in their order on the page
 
-/** Make the page what the server can do, which it knows when it has its models. */
+/** Wait until the server has loaded its models, and set up the page by its features. */
 async function start() {
   for (;;) {
     try {
@@ -33,7 +33,7 @@ async function start() {
   takePictures((files) => add(files, server.features));
 }
 
-/** How captions are written: as many of a picture as the server may give, three unless changed. */
+/** Show the captioning options. The number of captions is three by default, if the server allows it. */
 function showOptions(limits) {
   const numbers = Array.from({ length: limits.captions }, (_, i) => new Option(i + 1));
   find("num").replaceChildren(...numbers);
@@ -69,24 +69,26 @@ function forget(card) {
 
 function showProgress() {
   const [finished, all] = [cards.filter((card) => card.finished).length, cards.length];
-  find("progress").textContent = all === 0 ? "None yet." : finished === all ? `${all}` : `${finished} of ${all} ready`;
+  const counts = finished === all ? `${all}` : `${finished} of ${all} ready`;
+  find("progress").textContent = all === 0 ? "None yet." : counts;
   find("clear").hidden = all < 2;
 }
 
-/** Hand over the files that are dropped, pasted or chosen. */
+/** Pass the files that are dropped, pasted or chosen to `take`. */
 function takePictures(take) {
   const some = (transfer) => transfer.types.includes("Files");
   const isText = (event) => !some(event.dataTransfer) && event.target.closest("input, textarea");
   const given = (files) => {
-    say(find("drop-error"), files.length ? "" : "That was no file. Save the picture first, then drop or choose it.");
+    const sentence = "That was no file. Save the picture first, then drop or choose it.";
+    say(find("drop-error"), files.length ? "" : sentence);
     if (files.length) take([...files]);
   };
   find("files").addEventListener("change", (event) => {
     given(event.target.files);
-    event.target.value = ""; // so that the same file may be chosen again
+    event.target.value = ""; // so that the same file can be chosen again
   });
   addEventListener("paste", (event) => {
-    if (!some(event.clipboardData)) return; // a text, for the field that has the focus
+    if (!some(event.clipboardData)) return; // text is pasted into the focused field
     event.preventDefault();
     given(event.clipboardData.files);
   });
@@ -100,7 +102,7 @@ function takePictures(take) {
   });
   addEventListener("drop", (event) => {
     if (isText(event)) return;
-    event.preventDefault(); // a browser would go to what is dropped, away from this page
+    event.preventDefault(); // otherwise the browser would leave the page for the file
     find("drop").classList.remove("over");
     given(event.dataTransfer.files);
   });

@@ -1,4 +1,4 @@
-// The search over the server's index, by a text or by a picture.
+// Search in the server's index, by a text or by a picture.
 
 import { indexed, search } from "./api.js";
 import { copyOf, figure, work } from "./dom.js";
@@ -10,7 +10,7 @@ let latest = new AbortController();
 let running = Promise.resolve();
 let addresses = [];
 
-/** Make the search box work. */
+/** Show the search box and handle its events. */
 export function startSearch() {
   find("search").hidden = false;
   find("search-form").addEventListener("submit", (event) => {
@@ -24,14 +24,14 @@ export function startSearch() {
   });
 }
 
-/** Search for pictures like that of a file, and go to what is found. */
+/** Search for pictures similar to a file, and focus the results. */
 export async function searchSimilar(file) {
   await run({ image: file }, `Pictures like ${file.name}`, "");
   (find("search-error").hidden ? find("found-heading") : find("search-text")).focus();
 }
 
 async function run(query, heading, refused) {
-  latest.abort(); // who searches anew does not wait for what was searched before
+  latest.abort(); // a new search cancels the previous one
   latest = new AbortController();
   const { signal } = latest;
   await running;
@@ -62,7 +62,7 @@ async function showThumbnail(item, hit, signal) {
     const address = URL.createObjectURL(await indexed(hit.image, signal));
     addresses.push(address);
     picture.src = address;
-    picture.alt = hit.name; // until now it would be shown beside a broken picture
+    picture.alt = hit.name; // not earlier: it would be shown next to a broken image
   } catch (error) {
     if (error.name !== "AbortError") item.querySelector(".hint").textContent = error.message;
   }

@@ -1,1 +1,1 @@
-"""Processes apart from the server: those that open pictures, and those that hold models."""
+"""The server's child processes: decoders, which open pictures, and workers, which hold the models."""

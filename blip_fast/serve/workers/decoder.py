@@ -1,5 +1,5 @@
-"""The process that opens pictures, apart from the server, so that one which crashes a decoder, or keeps it forever,
-ends nothing but its own request."""
+"""The process that opens pictures. It is separate from the server, so that a picture which crashes the
+decoder or hangs it costs only its own request."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from blip_fast.serve.workers.messages import Message, receive, send
 from blip_fast.serve.workers.pictures import encoded, opened
 from blip_fast.serve.workers.processes import ends_with_the_server
 
-THUMBNAIL = 512  # pixels of its longest side
+THUMBNAIL = 512  # pixels of the longest side
 
 
 def main(sock: socket.socket, most_pixels: int) -> None:
-    """Open pictures until the server goes: each job's answer has its `id`.
+    """Open pictures until the server ends. Each answer carries its job's `id`.
 
-    A job with `size` brings an upload and gets pixels, uint8 [size, size, 3], and with `panel` behind them the picture
-    itself at the size in which it is shown, uint8 [height, width, 3], whose size `panel` names. A job with `path` names
-    an indexed picture and gets a JPEG.
+    A job with `size` brings an uploaded file and gets its pixels, uint8 [size, size, 3]. With `panel`, the
+    picture at display size follows, uint8 [height, width, 3], and the answer's `panel` is that (width,
+    height). A job with `path` names an indexed picture and gets a JPEG.
     """
     ends_with_the_server()
     Image.init()
-    with contextlib.suppress(ModuleNotFoundError):  # Windows has neither the module nor core files
+    with contextlib.suppress(ModuleNotFoundError):  # Windows has no `resource` module, and no core files
         import resource
 
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # of a crash nothing of a stranger's picture is kept
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no core dump with a stranger's picture in it
     send(sock, {"ready": {}})
     while (message := receive(sock)) is not None:
         head, body = message
-        if "cancel" in head:  # it is done already
+        if "cancel" in head:  # jobs are done one by one, so the cancelled one is already done
             continue
         try:
             answer, blob = _thumbnail(head) if "path" in head else _pixels(head, body, most_pixels)
@@ -62,6 +62,7 @@ def _thumbnail(head: dict) -> Message:
     try:
         picture = load_image(StoredImage(head["name"], where, head["start"], head["length"] or 0))
     except ImageError:
-        raise Refused(404, "not_found", "This picture cannot be read any more: index its folder again.") from None
+        raise Refused(404, "not_found", "This picture cannot be read any more: index its folder "
+                      "again.") from None
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
     return {"result": {}}, encoded(picture, "JPEG", quality=85)

@@ -1,7 +1,7 @@
-"""Messages between the server and its processes: a JSON object and bytes, one after another through a socket.
+"""Messages between the server and its processes: a JSON object and bytes each, on a socket.
 
-There is no pickle in them: a process that opens strangers' pictures must not be able to make the server run anything,
-even if a picture has taken it over.
+They contain no pickles: a process that opens strangers' pictures must not be able to make the server run
+code, even if a picture has taken the process over.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import socket
 import struct
 from typing import Any
 
-_SIZES = struct.Struct(">II")  # of the JSON object, of the bytes
+_SIZES = struct.Struct(">II")  # bytes of the JSON object, and of the binary part
 
 Message = tuple[dict[str, Any], bytes]
 
 
 def packed(head: dict[str, Any], blob: bytes = b"") -> bytes:
+    """A message as it goes through the socket."""
     text = json.dumps(head).encode()
     return _SIZES.pack(len(text), len(blob)) + text + blob
 
@@ -27,7 +28,7 @@ def send(sock: socket.socket, head: dict[str, Any], blob: bytes = b"") -> None:
 
 
 def receive(sock: socket.socket) -> Message | None:
-    """The next message; None where the other side has gone."""
+    """The next message, or None when the other side has closed the socket."""
     sizes = _exactly(sock, _SIZES.size)
     if sizes is None:
         return None
@@ -36,7 +37,7 @@ def receive(sock: socket.socket) -> Message | None:
 
 
 async def read(reader: asyncio.StreamReader) -> Message | None:
-    """As `receive`."""
+    """`receive` for an asyncio reader."""
     try:
         text, blob = _SIZES.unpack(await reader.readexactly(_SIZES.size))
         return json.loads(await reader.readexactly(text)), await reader.readexactly(blob)

@@ -1,8 +1,8 @@
-"""Which picture an upload is, by its bytes alone: its format, that nothing else stands behind its end, its size.
+"""Uploads checked by their bytes alone: the format, that nothing follows the picture's end, and the size.
 
-A file that is a picture and something else as well (a polyglot: JPEG and ZIP, GIF and HTML) hides the other part behind
-the picture's end. So a format is taken only where its end can be found without decoding, and has to be the end of the
-upload. TIFF, whose parts may lie anywhere, is not.
+A polyglot file (JPEG and ZIP, GIF and HTML) hides its other part after the picture's end. So only formats
+whose end can be found without decoding are accepted, and that end must be the end of the upload. TIFF is not
+accepted, since its parts may lie anywhere.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ def opened(body: bytes, most_pixels: int) -> Image.Image:
     """An uploaded picture as RGB, as `load_image` reads it.
 
     Raises:
-        Refused: it is no whole picture of a known format, or something else as well (`not_an_image`); its header says
-            that it has more pixels than `most_pixels` (`too_many_pixels`). Nothing was decoded then.
+        Refused: it is not a whole picture of a known format, or something follows it (`not_an_image`); its
+            header announces more pixels than `most_pixels` (`too_many_pixels`), in which case nothing has
+            been decoded.
     """
     kind = format_of(body)
     try:
@@ -43,12 +44,12 @@ def opened(body: bytes, most_pixels: int) -> Image.Image:
         raise _too_many_pixels("The picture's pixels are", most_pixels) from None
     except ImageError as error:
         raise not_an_image(_sentence(error)) from None
-    except Exception as error:  # readers raise whatever a broken header leads them to
+    except Exception as error:  # a broken header can make a reader raise anything
         raise not_an_image(f"The picture's header is broken ({type(error).__name__})") from None
 
 
 def format_of(body: bytes) -> str:
-    """Pillow's name of the format, of which the upload is one whole file. Raises Refused (`not_an_image`)."""
+    """Pillow's name of the format of a single whole file. Raises Refused (`not_an_image`) for others."""
     for kind, (begins, end) in FORMATS.items():
         if begins(body):
             try:
@@ -64,7 +65,7 @@ def format_of(body: bytes) -> str:
 
 
 def encoded(picture: np.ndarray | Image.Image, kind: str, **options: int) -> bytes:
-    """An array uint8 [height, width, 3], or a picture, as a file."""
+    """A picture, or an array uint8 [height, width, 3], encoded as a file."""
     stream = io.BytesIO()
     (Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture).save(stream, kind, **options)
     return stream.getvalue()
@@ -80,7 +81,7 @@ def _sentence(error: ImageError) -> str:
 
 
 def _jpeg(body: bytes) -> int | None:
-    """Phones put further JPEGs behind the first (a depth or gain map), perhaps after zeros: those belong to it."""
+    """The end of the last JPEG: phones append a depth or gain map as another JPEG, perhaps after zeros."""
     end = _one_jpeg(body, 0)
     while end is not None and end < len(body):
         begin = end + len(body[end:]) - len(body[end:].lstrip(b"\0"))
@@ -91,7 +92,7 @@ def _jpeg(body: bytes) -> int | None:
 
 
 def _one_jpeg(body: bytes, place: int) -> int | None:
-    """Where the JPEG that begins at `place` ends: segments to skip, and after each start of a scan its data."""
+    """The end of the JPEG that begins at `place`: skip its segments and the data of its scans."""
     place += 2
     while body[place] == 0xFF:
         marker = body[place + 1]
@@ -137,20 +138,20 @@ def _webp(body: bytes) -> int | None:
 def _gif(body: bytes) -> int | None:
     place = 13 + _colours(body[10])
     while body[place] != 0x3B:
-        if body[place] == 0x21:  # an extension, which begins as blocks of data do
+        if body[place] == 0x21:  # an extension: a label, then data blocks
             place += 2
-        elif body[place] == 0x2C:  # an image: its place and size, its colours, the width of its codes
+        elif body[place] == 0x2C:  # an image: position and size, colour table, code width, then data blocks
             place += 11 + _colours(body[place + 9])
         else:
             return None
-        while body[place]:  # blocks of data, each behind its length
+        while body[place]:  # data blocks, each preceded by its length
             place += 1 + body[place]
         place += 1
     return place + 1
 
 
 def _colours(flags: int) -> int:
-    """Bytes of a GIF's table of colours."""
+    """The size of a GIF's colour table in bytes."""
     return 3 << ((flags & 7) + 1) if flags & 0x80 else 0
 
 
@@ -163,7 +164,8 @@ def _starts(*beginnings: bytes) -> Callable[[bytes], bool]:
     return lambda body: body.startswith(beginnings)
 
 
-# How each begins, and where it ends: None where it is broken, IndexError or struct.error where it is cut off.
+# For each format: whether a file begins so, and where it ends. The end is None if the file is broken; a
+# truncated file may raise IndexError or struct.error instead.
 FORMATS: dict[str, tuple[Callable[[bytes], bool], Callable[[bytes], int | None]]] = {
     "JPEG": (_starts(b"\xff\xd8\xff"), _jpeg),
     "PNG": (_starts(b"\x89PNG\r\n\x1a\n"), _png),

@@ -1,11 +1,14 @@
-"""Processes that do the work: jobs are handed out among them, the dead and the hung are replaced.
+"""Crews of child processes: jobs are distributed among them, and processes that die or hang are replaced.
 
 A crew's processes run the same function, which takes jobs from a socket and answers them (`messages.py`):
 
-    → {"id": 7, …} and bytes        a job           ← {"ready": {…}}              it takes jobs now
-    → {"cancel": 7}                 nobody waits    ← {"failed": "sentence"}      it cannot begin
-                                                    ← {"beat": 1}                 it goes on
-                                                    ← {"id": 7, "result": …} or {"id": 7, "error": …}, and bytes
+    to the process:    {"id": 7, …} and bytes                    a job
+                       {"cancel": 7}                             nobody waits for job 7 any more
+    from the process:  {"ready": {…}}                            it takes jobs from now on
+                       {"failed": "sentence"}                    it cannot start
+                       {"beat": 1}                               a sign of life
+                       {"id": 7, "result": …} and bytes          the answer to job 7,
+                       {"id": 7, "error": …}                     or its refusal
 """
 
 from __future__ import annotations
@@ -26,18 +29,19 @@ from typing import Any
 from blip_fast.serve.refusals import Refused, not_ready
 from blip_fast.serve.workers.messages import Message, packed, read
 
-STEADY = 60.0  # seconds after which a process that ends is taken to have run well
-FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before a process that did not run well is started again
-READ_AHEAD = 1 << 20  # bytes of an answer that are taken in before it is asked for
-LOOK = 0.25  # seconds between two looks for processes that hang
+STEADY = 60.0  # a process that lived longer (seconds) is restarted at once
+# Seconds before other restarts: doubled after each failure, up to the longest.
+FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
+READ_AHEAD = 1 << 20  # bytes of the socket reader's buffer
+LOOK = 0.25  # at most so many seconds between two checks for hung processes
 
 _SPAWN = multiprocessing.get_context("spawn")
 _log = logging.getLogger("blip_fast.serve")
 
 
 def ends_with_the_server() -> None:
-    """In a process of a crew: the server alone decides when it ends, and it ends at once where the server has gone."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal and systemd send them to all processes
+    """In a crew's process: ignore signals, since the server decides when it ends; end if the server dies."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal and systemd send them to every process
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
@@ -60,14 +64,14 @@ class _Job:
 
 @dataclass(eq=False)
 class _Member:
-    """One place of a crew; its process may be another one each time."""
+    """One place in a crew. Its process may be replaced several times."""
 
     arguments: Sequence[Any]
     process: Any = None
     writer: asyncio.StreamWriter | None = None
-    ready: dict[str, Any] | None = None  # what it said when it was
-    heard: float = 0.0
-    jobs: dict[int, _Job] = field(default_factory=dict)  # that it has not answered
+    ready: dict[str, Any] | None = None  # the content of its "ready" message
+    heard: float = 0.0  # when its last message came
+    jobs: dict[int, _Job] = field(default_factory=dict)  # not answered yet
 
 
 class Crew:
@@ -78,21 +82,21 @@ class Crew:
         """
         Args:
             name: in logs and metrics.
-            main: what a process runs: `main(socket, *arguments)`. Both are pickled.
+            main: what a process runs: `main(socket, *arguments)`. Function and arguments are pickled.
             members: the arguments of each process.
-            depth: jobs that a process holds at a time.
-            patience: seconds without a word after which a process that holds jobs is killed.
-            lost: what is said of the jobs of a process that ended.
-            failed: told the sentence of a process that cannot begin, if none ever did.
+            depth: jobs that a process may hold at a time.
+            patience: a process that holds jobs and sends nothing for so many seconds is killed.
+            lost: makes the refusal for the jobs of a process that ended.
+            failed: called with the sentence of a process that cannot start, if none has ever been ready.
         """
         self.name, self.restarts = name, 0
         self._main, self._depth, self._patience = main, depth, patience
-        self._lost, self._failed = lost, failed
+        self._lost, self._on_failed = lost, failed
         self._members = [_Member(arguments) for arguments in members]
         self._waiting: dict[int, _Job] = {}
         self._numbers = count()
         self._keepers: list[asyncio.Task[None]] = []
-        self.info: dict[str, Any] | None = None  # what the first process said when it was ready
+        self.info: dict[str, Any] | None = None  # the content of the first "ready" message
 
     @property
     def size(self) -> int:
@@ -100,25 +104,25 @@ class Crew:
 
     @property
     def ready(self) -> int:
-        """How many processes take jobs."""
+        """The number of processes that take jobs."""
         return sum(member.ready is not None for member in self._members)
 
     @property
     def waiting(self) -> int:
-        """How many jobs no process has taken yet."""
+        """The number of jobs that no process has taken yet."""
         return len(self._waiting)
 
     @property
     def pids(self) -> list[int]:
-        """Of the processes that there are."""
+        """The ids of the current processes."""
         return [member.process.pid for member in self._members if member.process is not None]
 
     def start(self) -> None:
-        """Start all processes, and keep them; within a running event loop."""
+        """Start all processes and keep them running. Needs a running event loop."""
         self._keepers = [asyncio.create_task(self._keep(member)) for member in self._members]
 
     async def stop(self) -> None:
-        """End all processes at once; jobs that are left are lost."""
+        """End all processes at once. Unfinished jobs are lost."""
         for keeper in self._keepers:
             keeper.cancel()
         await asyncio.gather(*self._keepers, return_exceptions=True)
@@ -126,9 +130,9 @@ class Crew:
             _fail(job, self._lost())
 
     async def do(self, head: dict[str, Any], blob: bytes = b"") -> Message:
-        """The result of a job, and the bytes with it. When this is cancelled nobody works on the job any longer.
+        """The result of a job, and the bytes that come with it. Cancelling this call cancels the job.
 
-        Raises Refused: what the process says; that it was lost; that there is none yet.
+        Raises Refused: the process refuses the job; the process was lost; no process is ready.
         """
         if not self.ready:
             raise not_ready()
@@ -147,7 +151,8 @@ class Crew:
 
     def _hand_out(self) -> None:
         while self._waiting:
-            free = [member for member in self._members if member.ready is not None and len(member.jobs) < self._depth]
+            free = [member for member in self._members if member.ready is not None
+                    and len(member.jobs) < self._depth]
             if not free:
                 return
             member = min(free, key=lambda member: len(member.jobs))
@@ -166,19 +171,20 @@ class Crew:
             began = loop.time()
             try:
                 await self._live(member)
-            except Exception as error:  # no room for another process, or it says what cannot be read
+            except Exception as error:  # the process cannot be started, or it sent an unreadable message
                 _log.error("a process of the %s is given up: %s", self.name, type(error).__name__)
             finally:
                 self._bury(member)
             failures = 0 if loop.time() - began > STEADY else failures + 1
             wait = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (failures - 1)) if failures else 0.0
             self.restarts += 1
-            _log.warning("a process of the %s ended with status %s: another one is started in %.1f s", self.name,
-                         member.process.exitcode if member.process is not None else "unknown", wait)
+            _log.warning("a process of the %s ended with status %s: another one is started in %.1f s",
+                         self.name, member.process.exitcode if member.process is not None
+                         else "unknown", wait)
             await asyncio.sleep(wait)
 
     async def _live(self, member: _Member) -> None:
-        """One process, from its start to its end."""
+        """Run one process from its start to its end."""
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         member.process = _SPAWN.Process(target=self._main, args=(theirs, *member.arguments), daemon=True,
@@ -194,19 +200,20 @@ class Crew:
         watch = asyncio.create_task(self._watch(member))
         try:
             while (message := await read(reader)) is not None:
-                self._heard(member, *message)
+                self._handle(member, *message)
         finally:
             watch.cancel()
 
     async def _watch(self, member: _Member) -> None:
-        """Kill the member's process where it holds jobs and says nothing."""
+        """Kill the member's process when it holds jobs and sends nothing."""
         loop = asyncio.get_running_loop()
         while not member.jobs or loop.time() - member.heard < self._patience:
             await asyncio.sleep(min(LOOK, self._patience / 4))
         _log.error("a process of the %s said nothing for %.1f s and is killed", self.name, self._patience)
         member.process.kill()
 
-    def _heard(self, member: _Member, head: dict[str, Any], blob: bytes) -> None:
+    def _handle(self, member: _Member, head: dict[str, Any], blob: bytes) -> None:
+        """Handle a message of the member's process."""
         member.heard = asyncio.get_running_loop().time()
         if "ready" in head:
             member.ready = head["ready"]
@@ -214,13 +221,13 @@ class Crew:
         elif "failed" in head:
             _log.error("a process of the %s cannot begin", self.name)
             if self.info is None:
-                self._failed(head["failed"])
+                self._on_failed(head["failed"])
         elif (job := member.jobs.pop(head.get("id", -1), None)) is not None and not job.done.done():
             job.done.set_result((head, blob))
         self._hand_out()
 
     def _bury(self, member: _Member) -> None:
-        """The member's process is gone, or has to go."""
+        """Clean up after the member's process, killing it if it still runs."""
         member.ready = None
         if member.writer is not None:
             member.writer.close()

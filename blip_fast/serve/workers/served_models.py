@@ -1,5 +1,5 @@
-"""What a worker's process loads, and what it does: captions in a continuous batch, scores and answers in batches of
-those that wait, the rest one at a time."""
+"""The models of a worker process, and the jobs that it does with them: captions in a continuous batch, scores
+and answers in batches of the waiting jobs, all others one at a time."""
 
 from __future__ import annotations
 
@@ -32,19 +32,20 @@ if TYPE_CHECKING:
     from blip_fast.model.blip import BlipModel
     from blip_fast.search import Hit
 
-# Questions, or pictures to be scored, that a CPU works on together: with a small model it answers twice as many so as
-# one by one, and more bring nothing; captions wait meanwhile.
+# Score or question jobs that a CPU computes together. With a small model 8 together are twice as fast as one
+# by one; more bring nothing, and captions wait meanwhile.
 CPU_TOGETHER = 8
 
-Result = tuple[int, Message | Refused]  # a job's number, and what became of it
+Result = tuple[int, Message | Refused]  # a job's number and its outcome
 
 
 @dataclass(frozen=True)
 class WorkerOptions:
-    """What a worker's process is told when it starts.
+    """The options of a worker process.
 
-    `model` captions, answers or matches, whatever its kind can; `matcher` and `answerer` do in its place what they are
-    for. `loading` are `load_for_task`'s keyword arguments, `caption` those of a `GenerationConfig`.
+    `model` serves all tasks that its kind can do (captions, answers, matching); `matcher` and `answerer`
+    replace it for their task. `loading` are keyword arguments of `load_for_task`, `caption` those of
+    `GenerationConfig`.
     """
 
     loading: dict[str, Any]
@@ -52,7 +53,7 @@ class WorkerOptions:
     batch_size: int
     prompt: str
     strip_prompt: bool
-    captions: int  # alternatives at most
+    captions: int  # most alternatives per picture
     model: str | None = None
     matcher: str | None = None
     answerer: str | None = None
@@ -62,7 +63,8 @@ class WorkerOptions:
 
 
 class ServedModels:
-    """Models and what is asked of them. Raises ValueError or OSError, with one sentence, where one cannot be loaded."""
+    """The loaded models, and the jobs done with them. Raises ValueError or OSError, with one sentence, if a
+    model cannot be loaded."""
 
     def __init__(self, options: WorkerOptions) -> None:
         self.options = options
@@ -70,16 +72,19 @@ class ServedModels:
             options.index, device=options.loading["device"], threads=options.loading["threads"])
         self.captioner, self.matcher, self.answerer = self._tasks()
         self.explainer = self._explainer() if options.explain else None
-        self.generation = GenerationConfig(**options.caption, n_best=min(options.captions, options.caption["beams"]))
+        self.generation = GenerationConfig(**options.caption,
+                                           n_best=min(options.captions, options.caption["beams"]))
         self.batch = None if self.captioner is None else self._batch(self.captioner)
 
     def _tasks(self) -> tuple[Captioner | None, Matcher | None, Answerer | None]:
-        """One model may serve several tasks; an index brings its own for matching, unless another is named."""
+        """The captioner, the matcher and the answerer. One model may serve several tasks. An index brings its
+        own matcher, unless another one is named."""
         options = self.options
         loaded = None if options.model is None else load_for_task(options.model, **options.loading)
         captioner = Captioner(*loaded) if loaded is not None and _captions(loaded[0]) else None
         matcher = Matcher(*loaded) if loaded is not None and _matches(loaded[0]) else None
-        answerer = Answerer(*loaded) if loaded is not None and loaded[0].config.text_stacks == "untied" else None
+        answerer = (Answerer(*loaded) if loaded is not None and loaded[0].config.text_stacks == "untied"
+                    else None)
         if options.matcher is not None:
             matcher = Matcher.from_pretrained(options.matcher, **options.loading)
         elif self.index is not None:
@@ -87,12 +92,14 @@ class ServedModels:
         if options.answerer is not None:
             answerer = Answerer.from_pretrained(options.answerer, **options.loading)
         if captioner is None and matcher is None and answerer is None:
-            raise ValueError(f"{options.model} neither captions nor matches nor answers: name another --model")
+            raise ValueError(
+                f"{options.model} neither captions nor matches nor answers: name another --model")
         return captioner, matcher, answerer
 
     def _explainer(self) -> Explainer:
-        """With weights of its own: no gradient passes those that were packed."""
-        source = self.options.matcher or (None if self.index is None else self.index.model_name) or self.options.model
+        """An explainer with its own copy of the weights: no gradient passes layers packed for the CPU."""
+        of_index = None if self.index is None else self.index.model_name
+        source = self.options.matcher or of_index or self.options.model
         assert source is not None
         return Explainer.from_pretrained(source, **self.options.loading)
 
@@ -102,33 +109,33 @@ class ServedModels:
 
     @property
     def precision(self) -> str:
-        """A line that says what the worker's device computes in."""
+        """A sentence that names the precision on the worker's device."""
         loading = self.options.loading
         return explained(loading["dtype"], chosen_device(loading["device"]))
 
     @cached_property
     def about(self) -> dict[str, Any]:
-        """What the server has to know: the pixels a side of each task's pictures; a task that is missing is not
-        served."""
-        tasks = {"caption": self.captioner, "score": self.matcher, "ask": self.answerer, "explain": self.explainer,
-                 "search": None if self.index is None else self.index.matcher}
+        """The "ready" message: `sizes`, the image size in pixels of every task that is served."""
+        tasks = {"caption": self.captioner, "score": self.matcher, "ask": self.answerer,
+                 "explain": self.explainer, "search": None if self.index is None else self.index.matcher}
         served = {name: task.model.config for name, task in tasks.items() if task is not None}
         return {"sizes": {name: config.vision.image_size for name, config in served.items()}}
 
     def enter(self, jobs: list[Message]) -> list[Result]:
-        """Begin captions, together; what is refused at once."""
+        """Start caption jobs together. Returns the results of those that are refused at once."""
         assert self.captioner is not None and self.batch is not None
         prompts = [self.options.prompt if head["prompt"] is None else head["prompt"] for head, _ in jobs]
         reads = [self.captioner.read(head["id"], _pixels(blob, head["size"]), None, prompt, self.generation)
                  for (head, blob), prompt in zip(jobs, prompts, strict=True)]
-        return [self._told(captioned) for captioned in self.batch.enter(reads)]
+        return [self._caption_result(captioned) for captioned in self.batch.enter(reads)]
 
     def step(self) -> list[Result]:
-        """A token of every caption; those that are finished, by the numbers of their jobs."""
-        return [] if self.batch is None else [self._told(captioned) for captioned in self.batch.step()]
+        """Compute one token of every caption. Returns the results of the finished ones."""
+        finished = [] if self.batch is None else self.batch.step()
+        return [self._caption_result(captioned) for captioned in finished]
 
     def together(self, kind: str) -> int:
-        """How many jobs of a kind, captions apart, `do` takes at a time."""
+        """How many jobs of a kind (other than captions) `do` takes at a time."""
         task = {"score": self.matcher, "ask": self.answerer}.get(kind)
         if task is None:
             return 1
@@ -136,17 +143,17 @@ class ServedModels:
         return min(CPU_TOGETHER, self.options.batch_size) if on_cpu else self.options.batch_size
 
     def do(self, jobs: list[Message]) -> list[Result]:
-        """Results of jobs of one kind, anything but captions."""
+        """The results of jobs of one kind (other than captions)."""
         task = {"score": self._score, "ask": self._ask, "search": self._search, "explain": self._explain}
         try:
             found = task[jobs[0][0]["kind"]](jobs)
-        except ValueError as error:  # what the tasks say of texts and pictures that do not fit
-            if len(jobs) > 1:  # the others are not to suffer for one
+        except ValueError as error:  # a text or a picture does not fit the task
+            if len(jobs) > 1:  # do each alone, so that only the bad one is refused
                 return [result for job in jobs for result in self.do([job])]
             return [(jobs[0][0]["id"], bad_value(str(error)))]
         return [(head["id"], message) for (head, _), message in zip(jobs, found, strict=True)]
 
-    def _told(self, captioned: Captioned) -> Result:
+    def _caption_result(self, captioned: Captioned) -> Result:
         result = captioned.result
         if isinstance(result, ImageError):
             return captioned.place, bad_value(str(result).removeprefix(f"{captioned.image}: "))
@@ -168,7 +175,8 @@ class ServedModels:
         assert self.answerer is not None
         answers = self.answerer([_pixels(blob, head["size"]) for head, blob in jobs],
                                 [head["question"] for head, _ in jobs])
-        return [({"answer": answer.answer, "score": answer.score, "batch": len(jobs)}, b"") for answer in answers]
+        return [({"answer": answer.answer, "score": answer.score, "batch": len(jobs)}, b"")
+                for answer in answers]
 
     def _search(self, jobs: list[Message]) -> list[Message]:
         assert self.index is not None
@@ -180,7 +188,7 @@ class ServedModels:
         return [({"hits": [_hit(hit) for hit in hits]}, b"")]
 
     def _explain(self, jobs: list[Message]) -> list[Message]:
-        """A word's map over the picture, or a sheet of all words' maps."""
+        """The map of one word over the picture, or a sheet with the maps of all words."""
         assert self.explainer is not None
         ((head, blob),) = jobs
         size, (width, height) = head["size"], head["panel"]
@@ -195,7 +203,8 @@ class ServedModels:
 
 
 def _captions(model: BlipModel) -> bool:
-    return model.config.has_decoder and model.config.text_stacks != "untied"  # an untied decoder reads questions
+    # An untied decoder reads questions.
+    return model.config.has_decoder and model.config.text_stacks != "untied"
 
 
 def _matches(model: BlipModel) -> bool:
@@ -213,8 +222,9 @@ def _rows(texts: list[str], itm: Tensor, itc: Tensor) -> list[dict[str, Any]]:
 
 
 def _hit(hit: Hit) -> dict[str, Any]:
-    """`where` it lies is for the server alone."""
+    """`where` (the path of the picture) stays in the server and is not sent to clients."""
     where = {"path": str(file_of(hit.image)), "start": hit.image.start,
              "length": hit.image.size if is_member(hit.image) else None}
-    name = "/".join(hit.image.name.split("/")[-2:])  # not where it lies on this machine
-    return {"name": printable(name), "score": hit.score, "cosine": hit.itc, "where": {**where, "name": hit.image.name}}
+    name = "/".join(hit.image.name.split("/")[-2:])  # hide the rest of the local path
+    return {"name": printable(name), "score": hit.score, "cosine": hit.itc,
+            "where": {**where, "name": hit.image.name}}
