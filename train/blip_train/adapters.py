@@ -1,6 +1,8 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021) by peft: W + alpha / rank · B A with W frozen; A and B alone are trained.
+"""Low-rank adapters (LoRA, Hu et al. 2021) by peft: W + alpha / rank · B A. W is
+frozen; only A and B are trained.
 
-The momentum copy gets adapters of its own, which follow the model's. peft is imported where adapters are asked for.
+The momentum copy has its own adapters, which follow the model's. peft is imported
+only if adapters are asked for.
 """
 
 from __future__ import annotations
@@ -15,36 +17,36 @@ from blip_fast.checkpoint.files import write_tensors
 from blip_fast.model.blip import BlipModel
 from blip_train.freezing import named_below
 from blip_train.recipe import AdapterRecipe
-from blip_train.steps.pretraining import Pretraining
 from blip_train.steps.step import TrainingStep
 
-ADAPTER = "default"  # peft's name for the only adapter of a model
-READ_BY_THE_LOSS = "lm_head.projection"  # its weight goes into the loss as it is, where an adapter would have no effect
+ADAPTER = "default"  # peft's name for a model's only adapter
+# The loss reads its weight directly, so an adapter would have no effect.
+READ_BY_THE_LOSS = "lm_head.projection"
 
 
 def adapt(step: TrainingStep, recipe: AdapterRecipe) -> None:
-    """Put adapters into the model, and into its momentum copy where there is one; all else is frozen.
+    """Put adapters into the model, and into its momentum copy if there is one. Everything else is frozen.
 
-    Raises ValueError where a target names no linear layer, or one that an adapter would have no effect on.
+    Raises ValueError if a target names no linear layer, or one on which an adapter would have no effect.
     """
     linears = [name for name, module in step.model.named_modules() if isinstance(module, nn.Linear)]
     targets = named_below(recipe.targets, linears, "adapters.targets (linear layers)")
     if READ_BY_THE_LOSS in targets:
-        raise ValueError(f"adapters.targets names {READ_BY_THE_LOSS}, whose weight the loss reads past the layer: an "
-                         "adapter there would have no effect, leave it out")
+        raise ValueError(f"adapters.targets names {READ_BY_THE_LOSS}, whose weight the loss reads past the "
+                         "layer: an adapter there would have no effect, leave it out")
     _inject(step.model, targets, recipe)
-    if isinstance(step, Pretraining) and "itc" in step.objective.losses:
-        copy = step.momentum.copy
-        copied = {name: step.momentum.followed(name) for name, _ in copy.named_modules()}
+    if (state := step.momentum_state()) is not None:
+        encoders, copy = state.encoders, state.encoders.copy
+        copied = {name: encoders.followed(name) for name, _ in copy.named_modules()}
         _inject(copy, [name for name, source in copied.items() if source in targets], recipe)
         copy.requires_grad_(False)
         followed = step.model.state_dict()
-        copy.load_state_dict({name: followed[step.momentum.followed(name)] for name in copy.state_dict()
+        copy.load_state_dict({name: followed[encoders.followed(name)] for name in copy.state_dict()
                               if ".lora_" in name}, strict=False)
 
 
 def merged(model: BlipModel) -> BlipModel:
-    """A model without adapters that computes the same: W + alpha / rank · B A in their place."""
+    """A model without adapters that computes the same, with weights W + alpha / rank · B A."""
     from peft.tuners.lora import Linear
 
     products = {f"{name}.weight": module.get_delta_weight(ADAPTER) for name, module in model.named_modules()
@@ -61,7 +63,8 @@ def merged(model: BlipModel) -> BlipModel:
 
 
 def save_adapters(model: BlipModel, directory: Path) -> None:
-    """Write the adapters in peft's own format: `PeftModel.from_pretrained(initial model, directory)` reads them."""
+    """Write the adapters in peft's own format: `PeftModel.from_pretrained(initial
+    model, directory)` reads them."""
     from peft import get_peft_model_state_dict
 
     directory.mkdir(parents=True, exist_ok=True)

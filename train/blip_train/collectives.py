@@ -1,4 +1,5 @@
-"""What ranks exchange in a step. With one rank (or none initialised) each function returns its own input."""
+"""What ranks exchange in a step. With one rank, or without a process group, each
+function returns its input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A run's checkpoint as a model: put together from its shards, whatever wrote them, by one process without a group."""
+"""A run's checkpoint as a model. One process without a process group assembles it from its shards, whatever
+number of ranks and ZeRO stage wrote them."""
 
 from __future__ import annotations
 
@@ -18,29 +19,30 @@ from blip_train.checkpoint.training_state import export_state
 from blip_train.engine.environment import rank_environment
 from blip_train.prepare import TOKENIZER, make_step
 from blip_train.recipe import load_recipe
-from blip_train.steps.pretraining import Pretraining
 from blip_train.steps.step import TrainingStep
 
 
 def read_checkpoint(run: Path, step: int | None) -> tuple[TrainingStep, Tokenizer]:
-    """The training step of a run as a checkpoint holds it (model, momentum copy, queue), and the run's tokenizer.
-    Adapters are merged into the model; the momentum copy keeps its own.
+    """The training step of a run as a checkpoint holds it (model, momentum copy, queue), and the run's
+    tokenizer. Adapters are merged into the model; the momentum copy keeps its own.
 
     Args:
         run: a run's directory, `runs/NAME`.
-        step: of the checkpoint; None: the newest.
+        step: the checkpoint's step; None: the newest.
 
     Raises:
         ValueError: the run has no checkpoint, or none of that step.
     """
     folders = {int(folder.name.removeprefix("step-")): folder for folder in whole(run / "checkpoints")}
     if not folders:
-        raise ValueError(f"{run} holds no checkpoint: name the directory of a run (runs/NAME) that has saved one")
+        raise ValueError(f"{run} holds no checkpoint: name the directory of a run (runs/NAME) that has saved "
+                         "one")
     if step is not None and step not in folders:
-        raise ValueError(f"{run} holds no checkpoint of step {step}: choose one of {', '.join(map(str, folders))}")
+        raise ValueError(f"{run} holds no checkpoint of step {step}: choose one of "
+                         f"{', '.join(map(str, folders))}")
     folder = folders[max(folders) if step is None else step]
     written = read_written(folder)
-    os.environ.update(rank_environment())  # for DeepSpeed, whose objects the files hold
+    os.environ.update(rank_environment())  # for DeepSpeed, whose objects are in the files
     state = whole_weights(folder, written.zero_stage)
     recipe = load_recipe(run / "recipe.yaml")
     with torch.device("meta"):
@@ -57,11 +59,12 @@ def training_state(trained: TrainingStep) -> dict[str, Tensor]:
     """Momentum copies and queue under their published names.
 
     Raises:
-        ValueError: the run trains without ITC, and so without either, or with adapters, which have no published names.
+        ValueError: the run trains without ITC and so has neither, or with adapters,
+            which have no published names.
     """
-    names = [name for name, _ in trained.named_parameters() if ".lora_" in name]
-    state = export_state(trained) if isinstance(trained, Pretraining) and not names else {}
+    adapters = any(".lora_" in name for name, _ in trained.named_parameters())
+    state = {} if adapters else export_state(trained)
     if not state:
-        raise ValueError("the run's objective has no itc, so no momentum copies and no queue, or the run trains "
-                         "adapters: leave out --training-state")
+        raise ValueError("the run's objective has no itc, so no momentum copies and no queue, or the run "
+                         "trains adapters: leave out --training-state")
     return state

@@ -9,27 +9,30 @@ from blip_train.steps.step import TrainingStep
 
 
 def named_below(patterns: Sequence[str], names: Sequence[str], option: str) -> list[str]:
-    """The names that a pattern leads to: it gives their first parts, each as it is, as `*` or as numbers `0-5`.
+    """The names that begin with a pattern. A part of a pattern is a literal, `*`,
+    or a range of numbers (`0-5`).
 
     Args:
         names: dotted names of parameters or modules.
-        option: for the message.
+        option: the recipe's key, for the message.
 
     Raises:
-        ValueError: a pattern leads to none of them.
+        ValueError: a pattern matches none of them.
     """
     found: set[str] = set()
     for pattern in patterns:
         below = [name for name in names if _leads_to(pattern, name)]
         if not below:
             first_parts = ", ".join(dict.fromkeys(name.split(".")[0] for name in names))
-            raise ValueError(f"{option}: {pattern!r} names nothing in this model, whose parts are {first_parts}")
+            raise ValueError(f"{option}: {pattern!r} names nothing in this model, whose parts are "
+                             f"{first_parts}")
         found.update(below)
     return [name for name in names if name in found]
 
 
 def freeze(step: TrainingStep, patterns: Sequence[str]) -> None:
-    """Leave out of training what the patterns name. Raises ValueError where one names nothing, or nothing is left."""
+    """Exclude what the patterns name from training. Raises ValueError if one names
+    nothing, or nothing is left."""
     parameters = dict(step.model.named_parameters())
     for name in named_below(patterns, list(parameters), "optimizer.frozen"):
         parameters[name].requires_grad_(False)

@@ -1,4 +1,5 @@
-"""Starting the ranks of a run. Under torchrun or DeepSpeed's launcher nothing is started: this process is a rank."""
+"""Starts the ranks of a run. Under torchrun or DeepSpeed's launcher it starts
+nothing: this process is a rank."""
 
 from __future__ import annotations
 
@@ -18,36 +19,46 @@ from blip_train.recipe import Recipe
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-SAVING = 600  # seconds that ranks asked to stop may take to save
+SAVING = 600  # seconds that ranks may take to save after they were asked to stop
 ENDING = 20.0  # seconds that a failed rank may take to end
+# Environment variable: the process that started this rank, and checked the recipe.
+LAUNCHER = "BLIP_FAST_LAUNCHER"
 # What gloo and NCCL say on a rank that did not fail itself.
 LOST = re.compile(r"connection (closed|reset) by (remote )?peer|remote process exited", re.IGNORECASE)
 
 
 def carry_out(recipe: Recipe, resume: bool = False, profile: int = 0) -> Path:
-    """Run a recipe from start to end, on as many processes as it says, with `profile` of its steps traced.
+    """Run a recipe from start to end, on as many processes as it says, and trace `profile` of its steps.
+
+    Data and directory are checked once, before anything starts: by the process that starts the ranks, or by
+    each rank if another launcher started it.
 
     Returns:
         The directory of the exported model.
 
     Raises:
-        ValueError: the data is not there, or the run's directory is taken (see `run.train`).
-        ChildProcessError: a rank failed; says which and with what. Its own error stands above on the terminal.
+        ValueError: the data is not there, or the run's directory holds a run and `resume` is not set.
+        ChildProcessError: a rank failed; says which and why. The rank's own
+            error is above it on the terminal.
     """
-    check_sources(recipe)
+    if os.environ.get(LAUNCHER) != str(os.getppid()):
+        check_sources(recipe)
+        check_directory(recipe, resume)
     if recipe.runtime.ranks > 1 and "RANK" not in os.environ:
         _launch(recipe, resume, profile)
         return recipe.directory / EXPORT
     if os.environ.get("WORLD_SIZE", "1") != "1":
         return _rank(recipe, resume, profile)
-    from blip_train.run import train  # here, because the process that only launches ranks needs none of it
+    from blip_train.run import train  # not above: the process that only launches ranks needs none of it
 
     return train(recipe, resume, profile)
 
 
 def _rank(recipe: Recipe, resume: bool, profile: int) -> Path:
-    """This process's part of a run of several ranks. What it fails with is recorded for the launcher, and its end is
-    bounded: leaving a group of ranks can wait for those that are gone.
+    """This process's part of a run of several ranks.
+
+    Its error is recorded for the launcher. After an error the process has `ENDING` seconds to exit, because
+    leaving a process group can wait for ranks that are gone.
 
     Raises:
         ConnectionError: another rank is gone, whatever its error was.
@@ -65,28 +76,29 @@ def _rank(recipe: Recipe, resume: bool, profile: int) -> Path:
     except Exception as error:
         faulthandler.dump_traceback_later(ENDING, exit=True)
         lost = isinstance(error, RuntimeError) and LOST.search(str(error))
-        ended = ConnectionError(f"rank {os.environ['RANK']} lost its connection to another rank") if lost else error
+        if not lost:
+            errors.record_exception(error)
+            raise
+        ended = ConnectionError(f"rank {os.environ['RANK']} lost its connection to another rank")
         errors.record_exception(ended)
-        if lost:
-            raise ended from None
-        raise
+        raise ended from None
 
 
 def _launch(recipe: Recipe, resume: bool, profile: int) -> None:
-    """Start `runtime.ranks` processes on this machine and wait for them, as `torchrun --standalone` does."""
+    """Start `runtime.ranks` processes on this machine and wait for them, like `torchrun --standalone`."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    check_directory(recipe, resume)
     recipe.directory.mkdir(parents=True, exist_ok=True)
     saved = recipe.directory / "recipe.yaml"
     saved.write_text(recipe.to_yaml())
     ranks = recipe.runtime.ranks
     threads = max((os.cpu_count() or 1) // ranks, 1)  # ranks of one machine share its cores
-    os.environ.update({"OMP_NUM_THREADS": str(threads)} | rank_environment())
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it tells of failures in a table
-    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=ranks, run_id=recipe.name, rdzv_backend="c10d",
+    os.environ.update({"OMP_NUM_THREADS": str(threads), LAUNCHER: str(os.getpid())} | rank_environment())
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it prints failures as a table
+    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=ranks, run_id=recipe.name,
+                          rdzv_backend="c10d",
                           rdzv_endpoint="localhost:0", max_restarts=0, logs_specs=DefaultLogsSpecs(),
                           **_time_to_save())
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP,
@@ -95,20 +107,21 @@ def _launch(recipe: Recipe, resume: bool, profile: int) -> None:
         elastic_launch(config, sys.executable)("-m", "blip_fast", "train", "--config", str(saved),
                                                *(["--resume"] if resume else []),
                                                *(["--profile", str(profile)] if profile else []))
-    except SignalException as error:  # handed on to the ranks, which have saved and ended: see engine/agreement.py
+    except SignalException as error:  # passed on to the ranks, which have saved (engine/agreement.py)
         if error.sigval == signal.SIGINT:
             raise KeyboardInterrupt from None
         sys.exit(STOPPED)
     except ChildFailedError as error:
         raise ChildProcessError(f"the run {recipe.name} ended: {_cause(error)}; go on with --resume") from None
     finally:
+        del os.environ[LAUNCHER]
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def _time_to_save() -> dict[str, Any]:
-    """LaunchConfig's option that gives ranks SAVING seconds. PyTorch 2.11 has none: its launcher waits 30 seconds for
-    those to which it handed a signal on, and that is changed."""
+    """LaunchConfig's option that gives ranks `SAVING` seconds. PyTorch 2.11 has none: its launcher waits 30
+    seconds after passing a signal on, so its `PContext.close` is replaced."""
     from torch.distributed.elastic.multiprocessing.api import PContext
     from torch.distributed.launcher.api import LaunchConfig
 
@@ -124,17 +137,18 @@ def _time_to_save() -> dict[str, Any]:
 
 
 def _cause(error: ChildFailedError) -> str:
-    """The failure that came first: not of a rank that was ended before it failed, or that only lost its connection to
-    another."""
-    failures = list(error.failures.items())  # in the order in which the ranks ended
-    said = {rank: _said(failure) for rank, failure in failures}
+    """The first failure. Ranks that were ended before they failed, or only lost
+    their connection, do not count."""
+    # In the order in which the ranks ended.
+    reasons = {rank: _failure_reason(failure) for rank, failure in error.failures.items()}
     ended = f"was killed by {signal.SIGTERM.name}"
-    first = next((rank for rank, _ in failures if said[rank] != ended and "ConnectionError" not in said[rank]),
-                 failures[0][0])
-    return f"rank {first} {said[first]}"
+    first = next((rank for rank, reason in reasons.items() if reason != ended
+                  and "ConnectionError" not in reason),
+                 next(iter(reasons)))
+    return f"rank {first} {reasons[first]}"
 
 
-def _said(failure: ProcessFailure) -> str:
+def _failure_reason(failure: ProcessFailure) -> str:
     recorded = failure.error_file_data["message"]
     if isinstance(recorded, dict):
         return f"failed with {recorded['message']}"

@@ -1,4 +1,5 @@
-"""A recipe: everything that defines a training run. Read from YAML, overridden by options, saved with the run."""
+"""A recipe: everything that defines a training run. Read from YAML, overridden by
+options, saved with the run."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from blip_fast.data.shards.shards import is_url
 from blip_fast.model.config import BlipConfig
 from blip_train.schedule import Schedule
 from blip_train.steps.pretraining import Objective
+from blip_train.steps.table import StepKind, step_kind
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -28,8 +30,8 @@ Kind = TypeVar("Kind", bound="DataclassInstance")
 class TokenizerRecipe:
     """Where token ids come from. They set the model's vocabulary size and special tokens.
 
-    `source`: a vocab.txt, a directory with tokenizer files or a Hub id; without it a WordPiece vocabulary of
-    `vocab_size` is trained on the training captions. `max_tokens` truncates captions, [SEP] kept.
+    `source`: a vocab.txt, a directory with tokenizer files, or a Hub id. Without it a WordPiece vocabulary of
+    `vocab_size` is trained on the training captions. `max_tokens` truncates captions and keeps [SEP].
     """
 
     source: str | None = None
@@ -39,11 +41,11 @@ class TokenizerRecipe:
 
 @dataclass(frozen=True)
 class ScenesRecipe:
-    """Drawn pictures: `count` to train on, of which `noise` carry a wrong caption and `one_object_share` show one
-    object only, and `test` held-out ones with two objects.
+    """Drawn pictures: `count` for training, of which a share `noise` has a wrong caption and a share
+    `one_object_share` shows a single object, and `test` held-out ones with two objects.
 
-    With `twins` each training scene is followed by one that differs in one word; a `shuffle_buffer` of 1 keeps the two
-    in one batch, where each is the other's hardest negative.
+    With `twins` each training scene is followed by one that differs in one word. A `shuffle_buffer` of 1
+    keeps the two in one batch, where each is the other's hardest negative.
     """
 
     count: int = 20000
@@ -58,10 +60,11 @@ class ScenesRecipe:
 class DataRecipe:
     """The pairs to train on, and how their pictures are changed.
 
-    `root`: webdataset shards in a directory or under a URL (`s3://…`), or a folder with annotations.jsonl and its
-    images, packed into shards at the first run; or `sources`, several of these, each with a name and perhaps a weight;
-    or `scenes`, drawn into the run's directory. Shards under URLs are fetched into the directory `cache`, which is kept
-    to `cache_gb`. `crop_scale`: area share of the random resized crop; null resizes only. Samples are shuffled within
+    One of three: `root`, webdataset shards in a directory or under a URL (`s3://…`), or a folder with
+    annotations.jsonl and its images, which the first run packs into shards; `sources`, several of
+    these, each with a name and optionally a weight; or `scenes`, drawn into the run's directory. Shards
+    under URLs are fetched into the directory `cache`, which is limited to `cache_gb`. `crop_scale`:
+    area share of the random resized crop; null only resizes. Samples are shuffled within
     `shuffle_buffer`. `prompt` is put before every caption.
     """
 
@@ -83,8 +86,8 @@ class DataRecipe:
     def __post_init__(self) -> None:
         given = [name for name in ("root", "sources", "scenes") if getattr(self, name) is not None]
         if len(given) > 1:
-            raise ValueError(f"data.{' and data.'.join(given)} are given together: train on one data set, on several "
-                             "sources or on drawn scenes")
+            raise ValueError(f"data.{' and data.'.join(given)} are given together: train on one data set, on "
+                             "several sources or on drawn scenes")
         if self.sources is not None:
             check_mix(self.sources)
 
@@ -92,10 +95,10 @@ class DataRecipe:
 @dataclass(frozen=True)
 class OptimizerRecipe:
     """AdamW with decoupled weight decay, on `all` parameters as published or on `matrices` alone (no norms, no biases,
-    no [CLS], no temperature). `clip` is a gradient norm, 0: none.
+    no [CLS], no temperature). `clip` is a gradient norm; 0: no clipping.
 
-    `frozen` parameters stay as they are: names or their first parts, where `*` stands for any part and `0-5` for
-    numbers (`vision.blocks.0-5`, `text.*.word_embeds`).
+    `frozen` parameters are not trained. They are given by their names or first parts, where `*` stands for
+    any part and `0-5` for numbers (`vision.blocks.0-5`, `text.*.word_embeds`).
     """
 
     weight_decay: float = 0.05
@@ -111,8 +114,8 @@ class OptimizerRecipe:
 
 @dataclass(frozen=True)
 class AdapterRecipe:
-    """Low-rank adapters (LoRA) beside linear layers: they alone are trained. `targets` name the layers as
-    `optimizer.frozen` does; what an adapter adds is scaled by `alpha` / `rank`. Needs peft."""
+    """Low-rank adapters (LoRA) next to linear layers; only they are trained. `targets` name the layers in the
+    form of `optimizer.frozen`. An adapter's output is scaled by `alpha` / `rank`. Needs peft."""
 
     rank: int = 8
     alpha: int = 16
@@ -130,16 +133,17 @@ class AdapterRecipe:
 class RuntimeRecipe:
     """How the run is carried out. `batch_size` is one rank's; `ranks` processes are started where no launcher did.
 
-    An optimiser step averages the gradients of `accumulation` batches a rank; ITC's keys and ITM's negatives stay those
-    of one batch and the queue. `streams` readers share the data out, each with a shuffle buffer of its own (0: one a
-    rank): a run goes on, with the same batches, on any number of ranks that divides them while ranks × accumulation
-    stays. `recomputed_blocks` last blocks of the vision transformer and of the text stack keep no
-    activations and compute them again in the backward. `compile` hands each block to torch.compile (on GPUs; not with
-    ZeRO 3). `offload` keeps optimiser state, and updates weights, in host memory (ZeRO 1 to 3). `adamw` names the
-    optimiser's implementation (see adamw.py). `patience` batches in a row may be left out because a loss is
-    not finite. Each phase of a step, and saving, may take `timeout` seconds; a rank that stands still longer ends the
-    run. `precision` `auto` is what the first rank's device multiplies best; a run keeps what it began with. With
-    `background_saves` steps go on while a copy of the checkpoint, in host memory, is written.
+    An optimiser step averages the gradients of `accumulation` batches per rank; ITC's keys and ITM's
+    negatives are still those of one batch and the queue. `streams` readers divide the data, each with its own
+    shuffle buffer (0: one per rank). A run continues, with the same batches, on any number of ranks that
+    divides `streams`, as long as ranks × accumulation stays the same. The last `recomputed_blocks` blocks of
+    the vision transformer and of the text stack keep no activations and recompute them in the backward.
+    `compile` passes each block to torch.compile (on GPUs; not with ZeRO 3). `offload` keeps optimiser state,
+    and updates weights, in host memory (ZeRO 1 to 3). `adamw` names the optimiser's implementation (see
+    adamw.py). `patience` batches in a row may be left out because a loss is not finite. Each phase of a step,
+    and saving, may take `timeout` seconds; a rank that hangs longer ends the run. `precision` `auto` is what
+    the first rank's device multiplies best; a resumed run keeps its precision. With `background_saves` steps
+    continue while a copy of the checkpoint in host memory is written.
     """
 
     ranks: int = 1
@@ -161,15 +165,17 @@ class RuntimeRecipe:
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.ranks < 1:
-            raise ValueError(f"runtime.batch_size and ranks must be at least 1, got {self.batch_size} and {self.ranks}")
+            raise ValueError(f"runtime.batch_size and ranks must be at least 1, got {self.batch_size} and "
+                             f"{self.ranks}")
         if self.accumulation < 1 or min(self.streams, self.recomputed_blocks, self.patience) < 0:
-            raise ValueError("runtime.accumulation must be at least 1, streams, recomputed_blocks and patience at least"
-                             " 0")
+            raise ValueError("runtime.accumulation must be at least 1, streams, recomputed_blocks and "
+                             "patience at least 0")
         if self.compile and self.zero_stage == 3:
-            raise ValueError("runtime.compile is set with zero_stage 3, whose gathering of weights breaks every graph: "
-                             "choose stage 0, 1 or 2")
+            raise ValueError("runtime.compile is set with zero_stage 3, whose gathering of weights breaks "
+                             "every graph: choose stage 0, 1 or 2")
         if self.offload and self.zero_stage == 0:
-            raise ValueError("runtime.offload is set with zero_stage 0, which has no shards to keep: choose 1, 2 or 3")
+            raise ValueError("runtime.offload is set with zero_stage 0, which has no shards to keep: choose "
+                             "1, 2 or 3")
         if self.timeout <= 0:
             raise ValueError(f"runtime.timeout must be more than 0 seconds, got {self.timeout}")
         if self.log_every < 1 or self.save_every < 1 or self.keep_checkpoints < 1:
@@ -179,7 +185,7 @@ class RuntimeRecipe:
 @dataclass(frozen=True)
 class EvaluationRecipe:
     """What is measured on the test split when the run has ended; 0 images: nothing. `rerank` candidates of each image
-    and text are put in order by ITM; 0: ITC's order stays."""
+    and text are re-ranked by ITM; 0: ITC's order is kept."""
 
     images: int = 0
     rerank: int = 16
@@ -206,27 +212,30 @@ class Recipe:
     evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
 
     def __post_init__(self) -> None:
-        if "itm" in self.objective.losses and self.objective.negatives == "local" and self.runtime.batch_size < 2:
-            raise ValueError("runtime.batch_size must be at least 2: ITM draws its negatives from the rank's own batch")
+        kind = self.step_kind
+        own_negatives = "itm" in self.objective.losses and self.objective.negatives == "local"
+        if own_negatives and self.runtime.batch_size < 2:
+            raise ValueError("runtime.batch_size must be at least 2: ITM draws its negatives from the rank's "
+                             "own batch")
         if self.evaluation.images and (self.data.sources is not None or is_url(self.data.root or "")):
-            raise ValueError("data.sources and shards under a URL have no test split: set evaluation.images to 0, and "
-                             "measure the model with `blip-fast evaluate`")
-        model, text = self.model, self.model.text
-        parts = {"itc": ("contrastive: true", model.contrastive), "itm": ("matching: true", model.matching),
-                 "lm": ("text_stacks: tied or decoder", model.text_stacks in ("tied", "decoder")),
-                 "answer": ("text_stacks: untied", model.text_stacks == "untied"),
-                 "reasoning": ("reasoning: true and text.twin_cross_attention: true",
-                               model.reasoning and text.twin_cross_attention),
-                 "dialogue": ("matching: true", model.matching)}
-        for loss in self.objective.losses:
-            if not parts[loss][1]:
-                raise ValueError(f"objective.losses has {loss}, which needs a model with {parts[loss][0]}")
+            raise ValueError("data.sources and shards under a URL have no test split: set evaluation.images "
+                             "to 0, and measure the model with `blip-fast evaluate`")
+        for name in self.objective.losses:
+            if not kind.losses[name].fits(self.model):
+                raise ValueError(f"objective.losses has {name}, which needs a model with "
+                                 f"{kind.losses[name].needs}")
         if self.adapters is not None and self.init is None:
-            raise ValueError("adapters are set but init is not: they train little beside weights that know something; "
-                             "name a checkpoint")
-        if self.evaluation.images and not self.objective.of_pairs:
-            raise ValueError("evaluation.images must be 0 for VQA, NLVR2 and VisDial: a run's report measures "
-                             "retrieval and captions")
+            raise ValueError("adapters are set but init is not: they train little beside weights that know "
+                             "something; name a checkpoint")
+        if self.evaluation.images and not kind.of_pairs:
+            raise ValueError("evaluation.images must be 0 for VQA, NLVR2 and VisDial: a run's report "
+                             "measures retrieval and captions")
+
+    @property
+    def step_kind(self) -> StepKind:
+        """The training step that the objective's losses choose. Raises
+        ValueError if no step computes them."""
+        return step_kind(self.objective.losses)
 
     @property
     def directory(self) -> Path:
@@ -239,7 +248,7 @@ class Recipe:
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe from YAML; `overrides` are command-line options (`["--schedule.lr=1e-4"]`).
 
-    Raises ValueError naming the key that is unknown or has a bad value, before anything is started.
+    Raises ValueError naming the key that is unknown or has a bad value.
     """
     parser = ArgumentParser(exit_on_error=False)
     add_recipe_arguments(parser, Recipe)
@@ -250,8 +259,10 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 
 
 def add_recipe_arguments(parser: ArgumentParser, kind: type) -> None:
-    """Every key of a recipe, a dataclass, as an option, and `--config` to read them from a file."""
-    parser.add_argument("--config", action="config", help="recipe (YAML); options after it override its values")
+    """Add every key of a recipe, which is a dataclass, as an option, and
+    `--config` to read them from a file."""
+    parser.add_argument("--config", action="config",
+                        help="recipe (YAML); options after it override its values")
     parser.add_class_arguments(kind, fail_untyped=True)
 
 
@@ -265,7 +276,7 @@ def read_recipe(arguments: Namespace, kind: type[Kind]) -> Kind:
 
 
 def _plain(value: Any) -> Any:
-    """Tuples as lists: YAML that any reader takes."""
+    """Tuples as lists, so that any YAML reader can read them."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

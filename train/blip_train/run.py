@@ -29,8 +29,6 @@ from blip_train.prepare import (
     ADAPTERS,
     EXPORT,
     TOKENIZER,
-    check_directory,
-    check_sources,
     collation,
     prepare_shards,
     prepare_step,
@@ -39,26 +37,24 @@ from blip_train.prepare import (
 from blip_train.recipe import Recipe
 from blip_train.run_report import write_run_report
 from blip_train.schedule import alpha_at
-from blip_train.steps.step import StepOutput
+from blip_train.steps.step import StepContext, StepOutput
 
 
 def train(recipe: Recipe, resume: bool = False, profile: int = 0) -> Path:
-    """Carry out a recipe on this rank. Returns the directory of the exported model (`runs/NAME/model`, native layout).
+    """Carry out a recipe on this rank. Returns the directory of the exported model
+    (`runs/NAME/model`, native layout).
+
+    `launch.carry_out` has checked that the data is there and the run's directory free.
 
     Args:
         recipe: the run.
-        resume: go on from the newest checkpoint of `runs/NAME`.
+        resume: continue from the newest checkpoint of `runs/NAME`.
         profile: how many steps to trace (`profiling.StepProfiler`).
-
-    Raises:
-        ValueError: the run's directory holds a run and `resume` is not set, or the data is not there.
     """
-    check_sources(recipe)
-    check_directory(recipe, resume)
     directory = recipe.directory
     device = start_rank()
     rank, _ = collectives.world()
-    recipe = _settled(recipe, resume, device)
+    recipe = _with_precision(recipe, resume, device)
     streams = _streams(recipe)
     shards, tokenizer = _prepare(recipe)
     torch.manual_seed(recipe.seed)  # every rank builds the same weights
@@ -83,18 +79,18 @@ def train(recipe: Recipe, resume: bool = False, profile: int = 0) -> Path:
     return directory / EXPORT
 
 
-def _settled(recipe: Recipe, resume: bool, device: torch.device) -> Recipe:
-    """The recipe with the precision that the whole run computes in: of `auto` that of the checkpoint which it goes on
-    from, else what rank 0's device multiplies best. Says it in one line."""
+def _with_precision(recipe: Recipe, resume: bool, device: torch.device) -> Recipe:
+    """The recipe with the precision of the whole run, which is printed in one line. `auto` becomes the
+    precision of the checkpoint that the run resumes from, else what rank 0's device multiplies best."""
     name = recipe.runtime.precision
     folders = checkpoints.whole(recipe.directory / "checkpoints") if resume and name == "auto" else []
-    begun = checkpoints.read_written(folders[-1]).precision if folders else None
-    chosen = [resolve(begun or name, device)]
+    earlier = checkpoints.read_written(folders[-1]).precision if folders else None
+    chosen = [resolve(earlier or name, device)]
     rank, ranks = collectives.world()
     if ranks > 1:
         dist.broadcast_object_list(chosen, device=device)
     if rank == 0:
-        say(explained(begun or name, device))
+        say(explained(earlier or name, device))
     return dataclasses.replace(recipe, runtime=dataclasses.replace(recipe.runtime, precision=chosen[0]))
 
 
@@ -104,7 +100,7 @@ def _streams(recipe: Recipe) -> Streams:
 
 
 def _prepare(recipe: Recipe) -> tuple[list[Source], Tokenizer]:
-    """Shards and tokenizer: made by rank 0, read by all."""
+    """Shards and tokenizer. Rank 0 makes them, all ranks read them."""
     saved = recipe.directory / TOKENIZER
     if collectives.world()[0] == 0:
         recipe.directory.mkdir(parents=True, exist_ok=True)
@@ -116,20 +112,22 @@ def _prepare(recipe: Recipe) -> tuple[list[Source], Tokenizer]:
     return prepare_shards(recipe), Tokenizer.from_pretrained(saved)
 
 
-def _open_input(recipe: Recipe, shards: list[Source], device: torch.device, stream: int, streams: int) -> TrainInput:
+def _open_input(recipe: Recipe, shards: list[Source], device: torch.device, stream: int,
+                streams: int) -> TrainInput:
     data = recipe.data
     config = InputConfig(
         sources=shards, cache=data.cache, cache_gb=data.cache_gb, image_size=recipe.model.vision.image_size,
         batch_size=recipe.runtime.batch_size, seed=recipe.seed,
         crop_scale=data.crop_scale, flip=data.flip, rand_augment=data.rand_augment,
-        shuffle_buffer=data.shuffle_buffer, threads=data.threads, max_words=data.max_words, prompt=data.prompt,
-        pairs="reasoning" in recipe.objective.losses)
+        shuffle_buffer=data.shuffle_buffer, threads=data.threads, max_words=data.max_words,
+        prompt=data.prompt, pairs=recipe.step_kind.two_images)
     return TrainInput(config, rank=stream, world_size=streams, device=device)
 
 
 def _steps(recipe: Recipe, engine: TrainingEngine, sources: dict[int, TrainInput], streams: Streams,
            tokenizer: Tokenizer, resume: bool, profile: int) -> bool:
-    """Step until the schedule ends or SIGTERM comes; log and save as the recipe says. Returns whether it ended."""
+    """Step until the schedule ends or SIGTERM comes; log and save as the recipe says. Returns
+    whether the schedule ended."""
     runtime, folder = recipe.runtime, recipe.directory / "checkpoints"
     rank, _ = collectives.world()
     steps_per_epoch = next(iter(sources.values())).steps_per_epoch * streams.streams / streams.slots
@@ -141,16 +139,15 @@ def _steps(recipe: Recipe, engine: TrainingEngine, sources: dict[int, TrainInput
                for stream, source in sources.items()}
     writer = Writer(engine.engine, runtime.background_saves)
     slots = [batches[stream] for stream in streams.of_rank(rank)]
-    meter = Meter(recipe, engine.pretraining.model.config, batches.values(), engine.device)
+    meter = Meter(recipe, engine.training_step.model.config, batches.values(), engine.device)
     profiler = StepProfiler(profile, recipe.directory / "profile")
     while step < total:
         engine.watchdog.step = step + 1
-        alpha = alpha_at(step, steps_per_epoch, recipe.objective.alpha, recipe.objective.alpha_ramp_epochs)
         lr = recipe.schedule.lr_at(step, steps_per_epoch)
-        language_only = step < recipe.objective.language_first_steps
-        outputs = engine.step(slots, alpha, lr, language_only)
+        context = _context(recipe, step, steps_per_epoch)
+        outputs = engine.step(slots, lr, context)
         profiler.step()
-        meter.step(language_only)
+        meter.step(context.language_only)
         step += 1
         engine.watchdog.enter("log")
         if step % runtime.log_every == 0 or step == total:
@@ -172,14 +169,17 @@ def _steps(recipe: Recipe, engine: TrainingEngine, sources: dict[int, TrainInput
     return step == total
 
 
+def _context(recipe: Recipe, step: int, steps_per_epoch: float) -> StepContext:
+    """The context of optimiser step `step`, from 0."""
+    objective = recipe.objective
+    return StepContext(alpha_at(step, steps_per_epoch, objective.alpha, objective.alpha_ramp_epochs),
+                       language_only=step < objective.language_first_steps)
+
+
 def _row(engine: TrainingEngine, outputs: list[StepOutput]) -> dict[str, float]:
-    """What an optimiser step's batches say of themselves, for the log."""
-    left_out = engine.agreement
-    row = mean_losses(outputs) | {"skipped": left_out.skipped, "skipped_updates": left_out.skipped_updates}
+    """The log's fields about an optimiser step's batches."""
+    agreement = engine.agreement
+    row = mean_losses(outputs) | {"skipped": agreement.skipped, "skipped_updates": agreement.skipped_updates}
     if engine.recipe.runtime.precision == "float16":
         row["loss_scale"] = engine.updates.loss_scale
-    if "itc" in outputs[-1].losses:
-        row["temperature"] = engine.pretraining.model.temperature.item()
-    if outputs[-1].exchanged is not None:
-        row["exchanged_mb"], row["gathering_mb"] = (count / 1e6 for count in outputs[-1].exchanged)
-    return row
+    return row | engine.training_step.log_fields(outputs[-1])

@@ -1,4 +1,4 @@
-"""The end of a run: what the model reached on the test split, as `metrics.json` and a page to look at."""
+"""The end of a run: how good the model is on the test split, as `metrics.json` and an HTML page."""
 
 from __future__ import annotations
 
@@ -21,27 +21,28 @@ from blip_fast.tasks.model_loading import load_for_task
 from blip_train.logs.run_log import read_log
 from blip_train.prepare import source_folder
 from blip_train.recipe import Recipe
+from blip_train.steps.table import LOSSES
 
-LOSS_TITLES = {"itc": "Contrastive loss (ITC)", "itm": "Matching loss (ITM)", "lm": "Language loss (LM)",
-               "answer": "Answer loss (VQA)", "reasoning": "Reasoning loss (NLVR2)",
-               "dialogue": "Dialogue loss (VisDial)"}
 MAX_LENGTH, MIN_LENGTH = 24, 5  # tokens of a caption in the report
 
 
 def write_run_report(recipe: Recipe, model: Path) -> dict[str, float]:
-    """Evaluate an exported model on the recipe's test split; write `metrics.json` and `report.html` beside it.
+    """Evaluate an exported model on the recipe's test split; write `metrics.json` and
+    `report.html` into the run's directory.
 
     Args:
-        recipe: the run; `evaluation.images` test images are used at most, none where it is 0.
+        recipe: the run. At most `evaluation.images` test images are used; with 0 nothing is evaluated.
         model: the exported model's directory.
 
     Returns:
-        The metrics: `i2t_r1`, … for models with ITC and ITM; `caption_loss`, `unigram_entropy`, `unigram_cross_entropy`
-        and, for scenes, `slot_accuracy`, `exact_match` for models with a decoder.
+        The metrics: `i2t_r1`, … for models with ITC and ITM; for models with a decoder `caption_loss`,
+        `unigram_entropy`, `unigram_cross_entropy` and, on scenes, `slot_accuracy` and `exact_match`.
     """
-    report = Report(f"Training run {recipe.name}", "Losses on the way, and the model on images that it has never seen.",
+    report = Report(f"Training run {recipe.name}",
+                    "Losses on the way, and the model on images that it has never seen.",
                     facts={"seed": str(recipe.seed), "ranks": str(recipe.runtime.ranks),
-                           "precision": recipe.runtime.precision, "ZeRO stage": str(recipe.runtime.zero_stage)})
+                           "precision": recipe.runtime.precision,
+                           "ZeRO stage": str(recipe.runtime.zero_stage)})
     report.section("Losses").plots(loss_plots(recipe.directory / "log.jsonl"))
     metrics: dict[str, float] = {}
     if recipe.evaluation.images:
@@ -57,9 +58,9 @@ def write_run_report(recipe: Recipe, model: Path) -> dict[str, float]:
 
 
 def loss_plots(log: Path) -> list[Plot]:
-    """One plot a loss, from a run's `log.jsonl`."""
-    series = {name: read_log(log, name) for name in LOSS_TITLES}
-    return [Plot(LOSS_TITLES[name], {name.upper(): points}) for name, points in series.items() if points]
+    """One plot per loss, from a run's `log.jsonl`."""
+    series = {name: read_log(log, name) for name in LOSSES}
+    return [Plot(LOSSES[name].title, {name.upper(): points}) for name, points in series.items() if points]
 
 
 def test_images(recipe: Recipe) -> list[AnnotatedImage]:
@@ -69,11 +70,13 @@ def test_images(recipe: Recipe) -> list[AnnotatedImage]:
 
 
 def caption_cards(images: Sequence[AnnotatedImage], captions: Sequence[str]) -> list[Card]:
-    """Pictures with the caption written for each, beside a person's; marked right or wrong where the truth is known."""
+    """Pictures, each with the model's caption and a reference; marked right or
+    wrong where the truth is known."""
     cards = []
     for image, caption in zip(images, captions, strict=True):
         right = score_caption(caption, scene_from_slots(image.row["scene"]))[2] if "scene" in image.row else None
-        cards.append(Card(image.load(), [Line(caption, "model", right=right), Line(image.captions[0], "reference")]))
+        cards.append(Card(image.load(),
+                          [Line(caption, "model", right=right), Line(image.captions[0], "reference")]))
     return cards
 
 
@@ -84,8 +87,8 @@ def retrieval_metrics(recalls: dict[str, float], chances: dict[str, float]) -> l
 
 
 def named_metrics(values: Mapping[str, float], names: Mapping[str, tuple[str, float]]) -> list[Metric]:
-    """The values that `names` gives a title and a target, each with what chance gives, `chance_NAME`, where that is
-    known."""
+    """The values that `names` gives a title and a target, each with its chance
+    level, `chance_NAME`, if known."""
     return [Metric(title, values[name], target=target, chance=values.get(f"chance_{name}"))
             for name, (title, target) in names.items()]
 
@@ -100,10 +103,12 @@ def _retrieval(report: Report, recipe: Recipe, model: BlipModel, tokenizer: Toke
     return recalls
 
 
-def _captions(report: Report, recipe: Recipe, captioner: Captioner, images: list[AnnotatedImage]) -> dict[str, float]:
+def _captions(report: Report, recipe: Recipe, captioner: Captioner,
+              images: list[AnnotatedImage]) -> dict[str, float]:
     generation = GenerationConfig(beams=recipe.evaluation.beams, max_length=MAX_LENGTH, min_length=MIN_LENGTH)
     split = recipe.data.train_split if recipe.data.root is not None else None
-    train = [caption for image in annotated_images(source_folder(recipe, "train"), split) for caption in image.captions]
+    train = [caption for image in annotated_images(source_folder(recipe, "train"), split)
+             for caption in image.captions]
     torch.manual_seed(recipe.seed)
     result = evaluate_captions(captioner, images, generation, prompt=recipe.data.prompt, train_captions=train)
     shown = recipe.evaluation.captions
@@ -118,8 +123,8 @@ def _captions(report: Report, recipe: Recipe, captioner: Captioner, images: list
 
 
 def _caption_metrics(result: CaptionEvaluation) -> list[Metric]:
-    metrics = [Metric("held-out captions, loss beside unigram entropy", result.loss, chance=result.unigram_entropy,
-                      unit="nats per token", lower_is_better=True)]
+    metrics = [Metric("held-out captions, loss beside unigram entropy", result.loss,
+                      chance=result.unigram_entropy, unit="nats per token", lower_is_better=True)]
     if result.slots is not None:
         slots = result.slots
         metrics += [Metric("caption slots right", slots.slot_accuracy, chance=slots.chance_slot_accuracy),

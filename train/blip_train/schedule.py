@@ -1,4 +1,4 @@
-"""Learning rate and soft-target share as functions of the step. Pure: nothing to save, nothing to resume."""
+"""Learning rate and soft-target share as pure functions of the step: nothing to save, nothing to restore."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Literal
 class Schedule:
     """Linear warm-up, then per-epoch decay (pre-training) or cosine to `min_lr` (fine-tuning).
 
-    Units: `epochs` passes over the training split; `max_steps` ends a run earlier (0: no limit) and is then the
-    horizon of the cosine.
+    `epochs` counts passes over the training split. `max_steps` ends a run earlier (0: no limit)
+    and is then the cosine's horizon.
     """
 
     kind: Literal["epoch_decay", "cosine"] = "epoch_decay"
@@ -35,7 +35,8 @@ class Schedule:
         return min(steps, self.max_steps) if self.max_steps else steps
 
     def lr_at(self, step: int, steps_per_epoch: float) -> float:
-        """Learning rate of optimiser step `step` (from 0); accumulation may end an epoch amid a step."""
+        """Learning rate of optimiser step `step` (from 0). With accumulation an
+        epoch may end within a step."""
         if step < self.warmup_steps:
             return self.warmup_lr + (self.lr - self.warmup_lr) * step / self.warmup_steps
         if self.kind == "cosine":
@@ -46,7 +47,8 @@ class Schedule:
 
 
 def alpha_at(step: int, steps_per_epoch: float, alpha: float, ramp_epochs: float) -> float:
-    """Share of ITC's soft targets: 0 → `alpha`, linear over the first `ramp_epochs` epochs (BLIP section 4.1)."""
+    """Share of ITC's soft targets: 0 → `alpha`, linear over the first
+    `ramp_epochs` epochs (BLIP section 4.1)."""
     if ramp_epochs <= 0:
         return alpha
     return alpha * min(1.0, step / (ramp_epochs * steps_per_epoch))

@@ -1,4 +1,5 @@
-"""`blip-fast export`: a run's checkpoint of any ZeRO stage and number of ranks, as the run itself exports its model."""
+"""`blip-fast export`: a run's checkpoint of any ZeRO stage and number of ranks, equals the model
+that the run itself exports."""
 
 import json
 
@@ -16,13 +17,15 @@ from blip_fast.model.tokenizer import Tokenizer
 STEPS = 4
 
 
-@pytest.fixture(scope="module", params=["0 1", "2 2", "3 2"], ids=["ZeRO 0", "ZeRO 2, 2 ranks", "ZeRO 3, 2 ranks"])
+@pytest.fixture(scope="module", params=["0 1", "2 2", "3 2"],
+                ids=["ZeRO 0", "ZeRO 2, 2 ranks", "ZeRO 3, 2 ranks"])
 def run(request, tmp_path_factory):
     """A run's directory with checkpoints of steps 2 and 4."""
     folder, (stage, ranks) = tmp_path_factory.mktemp("run"), request.param.split()
     drawn_scenes(folder)
     done = blip_fast_train(folder, folder / "runs", "--runtime.zero_stage", stage, "--runtime.ranks", ranks,
-                           "--schedule.max_steps", str(STEPS), "--runtime.save_every", "2", "--objective.momentum=0.5")
+                           "--schedule.max_steps", str(STEPS), "--runtime.save_every", "2",
+                           "--objective.momentum=0.5")
     assert done.returncode == 0, done.stderr
     return folder / "runs" / "tiny"
 
@@ -50,7 +53,8 @@ def test_an_earlier_step_for_one_task_in_transformers_layout(run, tmp_path):
 
 
 def test_a_run_can_start_from_the_published_form_with_training_state(run, tmp_path):
-    """Queue and momentum copy come back as the checkpoint has them: the copy follows half-way every step."""
+    """Queue and momentum copy come back as the checkpoint has them. (The copy moves
+    half-way to the model per step.)"""
     assert export(run, tmp_path / "x.pth", "--to", "original", "--training-state") == 0
     recipe = load_recipe(run / "recipe.yaml", ["--init", str(tmp_path / "x.pth")])
     start = prepare_step(recipe, Tokenizer.from_pretrained(run / "tokenizer"))
@@ -67,7 +71,8 @@ def test_bad_input_is_one_line(run, tmp_path, capsys):
     cases = {(run, tmp_path / "out", "--step", 3): f"{run} holds no checkpoint of step 3: choose one of 2, 4",
              (tmp_path, tmp_path / "out"): f"{tmp_path} holds no checkpoint",
              (run, run / "model"): "exists already: remove it or choose another name",
-             (run, tmp_path / "out", "--to", "hf", "--training-state"): "transformers has no place for training state",
+             (run, tmp_path / "out", "--to", "hf", "--training-state"): "transformers has no place for "
+                                                                        "training state",
              (run, tmp_path / "out", "--to", "hf"): "transformers has no BLIP class"}
     for arguments, message in cases.items():
         assert export(*arguments) == 2

@@ -1,4 +1,4 @@
-"""Training state in and out of a run: with the same state, features and losses equal the textbook's."""
+"""Training state into and out of a run. With the same state, features and losses equal the textbook's."""
 
 import dataclasses
 import json
@@ -10,6 +10,7 @@ from blip_train.checkpoint.training_state import export_state, restore_state
 from blip_train.prepare import prepare_step, prepare_tokenizer
 from blip_train.recipe import Recipe
 from blip_train.steps.pretraining import Batch, Objective, Pretraining
+from blip_train.steps.step import StepContext
 from published import assert_same, read
 from reference import pretraining as textbook
 from reference.model import Sizes
@@ -37,7 +38,8 @@ def kind(request) -> str:
 
 
 def make(kind: str) -> textbook.TextbookPretraining:
-    """The textbook in the midst of training: momentum copies far from the model, a queue that was written to."""
+    """The textbook in the middle of training: momentum copies far from the
+    model, and a queue with entries."""
     retrieval = kind == "retrieval"
     torch.manual_seed(4)
     model = textbook.TextbookPretraining(SIZES, QUEUE, 0.9, decoder=not retrieval, retrieval=retrieval)
@@ -77,23 +79,24 @@ def make_batch() -> tuple[Batch, textbook.Batch]:
     return Batch(images, texts, ids), textbook.Batch(images, padded, mask.long(), ids)
 
 
-# ------------------------------------------------------------------------------------------ against the textbook
+# ------------------------------------------------------------ against the textbook
 
 
 def test_momentum_features_equal_the_textbook(kind, path):
     ours, (batch, padded) = restored(path, kind), make_batch()
     theirs = make(kind)
-    for feature, expected in zip(ours.momentum.features(batch.images, batch.texts), theirs.momentum_features(padded),
-                                 strict=True):
+    for feature, expected in zip(ours.momentum.features(batch.images, batch.texts),
+                                 theirs.momentum_features(padded), strict=True):
         torch.testing.assert_close(feature, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_next_step_equals_the_textbook(kind, path):
-    """Losses, and what lies in the queue afterwards: it wraps, and in retrieval its ids are positives."""
+    """Losses, and the queue's entries afterwards. The queue wraps, and in retrieval
+    its ids count as positives."""
     ours, (batch, padded) = restored(path, kind), make_batch()
     theirs = make(kind)
     ours.follow()
-    output = ours(batch, alpha=0.4)
+    output = ours(batch, StepContext(alpha=0.4))
     expected = theirs.step([padded], 0.4, [textbook.Negatives(output.negatives.image_for_text,
                                                               output.negatives.text_for_image)])
     ours.enqueue(output)
@@ -105,11 +108,12 @@ def test_the_next_step_equals_the_textbook(kind, path):
             torch.testing.assert_close(after[name], tensor, rtol=1e-4, atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------ out and back in
+# ------------------------------------------------------------ out and back in
 
 
 def test_export_is_what_was_restored(kind, path):
-    """Every tensor that the published code stores; its copy's cross-attention, which nothing reads, is the model's."""
+    """Every tensor that the published code stores. Its copy's cross-attention, which
+    nothing reads, is the model's."""
     expected = {name: tensor for name, tensor in read(path).items() if "_m." in name or "queue" in name}
     for name in expected:
         if ".crossattention." in name:
@@ -121,7 +125,8 @@ def test_a_run_goes_on_from_its_own_export(kind, path, tmp_path):
     """Through our directory and through a `.pth`, which holds every key that the published code asks for."""
     ours = restored(path, kind)
     save_native(ours.model, None, tmp_path / "native", export_state(ours))
-    save_original(ours.model, None, tmp_path / "ours.pth", load_training_state(tmp_path / "native", ours.model.config))
+    save_original(ours.model, None, tmp_path / "ours.pth",
+                  load_training_state(tmp_path / "native", ours.model.config))
     assert read(tmp_path / "ours.pth").keys() == read(path).keys()
     for source in ("native", "ours.pth"):
         assert_same(restored(tmp_path / source, kind).state_dict(), ours.state_dict())
@@ -134,7 +139,7 @@ def test_a_step_without_itc_has_no_state(tmp_path):
     assert export_state(prepare_step(captioning, TOKENIZER)) == {}
 
 
-# ------------------------------------------------------------------------------------------- a new run's start
+# ------------------------------------------------------------ a new run's start
 
 
 def recipe(init: Path, kind: str, image_size: int = 32, **objective) -> Recipe:
@@ -144,17 +149,18 @@ def recipe(init: Path, kind: str, image_size: int = 32, **objective) -> Recipe:
 
 
 def test_fine_tuning_starts_from_the_copies_and_queue_of_pretraining(tmp_path):
-    """All ids empty; the pointer, which has another name there, at the start."""
+    """All ids are empty; the pointer, which has another name there, is at the start."""
     path = save(make("pretraining"), tmp_path / "x.pth")
     start = prepare_step(recipe(path, "retrieval"), TOKENIZER)
     expected = restored(path, "pretraining")
     assert_same(start.momentum.state_dict(), expected.momentum.state_dict())
-    assert torch.equal(start.queue.image, expected.queue.image) and torch.equal(start.queue.text, expected.queue.text)
+    assert torch.equal(start.queue.image, expected.queue.image) and torch.equal(start.queue.text,
+                                                                                expected.queue.text)
     assert (start.queue.ids == -100).all() and start.queue.pointer == 0
 
 
 def test_a_second_round_keeps_the_pointer_but_not_the_ids(kind, path):
-    """Ids number the images of other data."""
+    """The ids are those of other data's images."""
     start = prepare_step(recipe(path, kind), TOKENIZER)
     assert start.queue.pointer == 4 and (start.queue.ids == -100).all()
 
@@ -186,20 +192,22 @@ def test_without_training_state_the_copy_is_the_model(tmp_path):
 
 def test_the_tokenizer_of_a_published_file(tmp_path):
     path = save(make("pretraining"), tmp_path / "x.pth")
-    with pytest.raises(ValueError, match=r"x\.pth brings no tokenizer \(x\.tokenizer\): name one with --tokenizer"):
+    with pytest.raises(ValueError, match=r"x\.pth brings no tokenizer \(x\.tokenizer\): name one with "
+                                          "--tokenizer"):
         prepare_tokenizer(recipe(path, "pretraining"), [])
     TOKENIZER.save(tmp_path / "x.tokenizer")
     assert prepare_tokenizer(recipe(path, "pretraining"), []).vocab_size == TOKENIZER.vocab_size
 
 
-# --------------------------------------------------------------------------------------------------------- faults
+# ------------------------------------------------------------ faults
 
 
 def test_state_that_does_not_fit(path, kind):
     pretraining = restored(path, kind)
     state = load_training_state(path, pretraining.model.config)
     del state["text_encoder_m.encoder.layer.1.output.dense.bias"]
-    with pytest.raises(ValueError, match=r"momentum copy.*missing: text_encoder.encoder.layer.1.output.dense.bias"):
+    with pytest.raises(ValueError, match=r"momentum copy.*missing: "
+                                          "text_encoder.encoder.layer.1.output.dense.bias"):
         restore_state(pretraining, state)
     with pytest.raises(ValueError, match=r"text_queue has shape \[16, 1\] instead of \[16, 7\]"):
         restore_state(pretraining, {"text_queue": torch.zeros(16, 1)})

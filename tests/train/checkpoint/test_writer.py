@@ -1,4 +1,5 @@
-"""Checkpoints written in the background: the run goes on, a second save waits, what fails is raised later."""
+"""Checkpoints written in the background: the run continues, a second save waits,
+and errors are raised later."""
 
 import threading
 from contextlib import nullcontext
@@ -13,7 +14,7 @@ from blip_train.checkpoint.writer import Writer
 
 @pytest.fixture
 def engine():
-    """What a writer reads of DeepSpeed's engine, in a group of one rank."""
+    """The attributes of DeepSpeed's engine that a writer reads, in a group of one rank."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield SimpleNamespace(checkpoint_engine=SimpleNamespace())
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Batches that cannot be learned from are left out, a run that sees nothing else ends, SIGTERM is noticed."""
+"""Unusable batches are left out, a run that sees no others ends, and SIGTERM is noticed."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""One batch ahead: order, the position that belongs to the batch taken, errors, the time that was waited."""
+"""Reading one batch ahead: order, the position of the batch that was taken, errors, and the waiting time."""
 
 import time
 from functools import partial
@@ -17,7 +17,7 @@ TOKENIZER = Tokenizer([*BERT_TOKENS, *"abcdefg"])
 
 
 class Source:
-    """Two epochs of three batches; each takes `seconds`, and the one numbered `broken` cannot be read."""
+    """Two epochs of three batches. Each takes `seconds`; batch number `broken` cannot be read."""
 
     def __init__(self, seconds=0.0, broken=None):
         self.seconds, self.broken, self.taken = seconds, broken, 0
@@ -100,7 +100,8 @@ def test_slots_keep_their_streams_on_any_number_of_ranks():
         return [stream for rank in range(ranks) for stream in layout.of_rank(rank)]
 
     assert streams_of_slots(1) == streams_of_slots(2) == streams_of_slots(4) == [0, 0, 1, 1, 2, 2, 3, 3]
-    with pytest.raises(ValueError, match=r"8 ranks cannot share 4 reader\(s\) of the data evenly: set runtime.ranks"):
+    with pytest.raises(ValueError, match=r"8 ranks cannot share 4 reader\(s\) of the data evenly: set "
+                                          "runtime.ranks"):
         Streams(slots=8, streams=4, ranks=8)
     with pytest.raises(ValueError, match="4 readers cannot fill the 6 batches of a step"):
         Streams(slots=6, streams=4, ranks=2)

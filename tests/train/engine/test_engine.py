@@ -1,5 +1,6 @@
-"""The step under DeepSpeed: losses and every gradient against the textbook, for each ZeRO stage and number of ranks,
-with two batches accumulated, cross-rank negatives, momentum copy and queue, over two optimiser steps."""
+"""The step under DeepSpeed: losses and every gradient against the textbook, for each ZeRO stage
+and number of ranks, with two batches accumulated, cross-rank negatives, momentum copy and
+queue, over two optimiser steps."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ from blip_train.engine.engine import TrainingEngine
 from blip_train.recipe import OptimizerRecipe, Recipe, RuntimeRecipe
 from blip_train.schedule import Schedule
 from blip_train.steps.pretraining import Objective, Pretraining
+from blip_train.steps.step import StepContext
 from ranks import join, spawn
 from reference import pretraining as textbook
 from small_pretraining import CONFIG, PAIRS, SIZES, check_gradients, everyone, make_batch, make_model, padded
@@ -28,17 +30,19 @@ STEPS, ACCUMULATION = 2, 2
 OBJECTIVE = Objective(queue_size=43, momentum=0.9, positives="id", negatives="all_ranks", negative_floor=0.0)
 VARIANTS = {"0": {"zero_stage": 0}, "1": {"zero_stage": 1}, "2": {"zero_stage": 2}, "3": {"zero_stage": 3},
             "3 recomputed": {"zero_stage": 3, "recomputed_blocks": 2},
-            "2 offloaded": {"zero_stage": 2, "offload": True}, "3 offloaded": {"zero_stage": 3, "offload": True},
-            "3 with a bad batch": {"zero_stage": 3}}
+            "2 offloaded": {"zero_stage": 2, "offload": True},
+            "3 offloaded": {"zero_stage": 3, "offload": True}, "3 with a bad batch": {"zero_stage": 3}}
 
 
 def make_recipe(**runtime) -> Recipe:
     return Recipe(model=CONFIG, objective=OBJECTIVE, schedule=Schedule(lr=0.01),
-                  runtime=RuntimeRecipe(batch_size=PAIRS, accumulation=ACCUMULATION, precision="float32", **runtime))
+                  runtime=RuntimeRecipe(batch_size=PAIRS, accumulation=ACCUMULATION, precision="float32",
+                                        **runtime))
 
 
 def slots(variant: str, step: int, rank: int, ranks: int) -> list[Iterator[SeededBatch]]:
-    """An optimiser step's batches, in one variant behind one whose images are NaN on the last rank alone."""
+    """An optimiser step's batches; one variant puts a batch before them whose images
+    are NaN on the last rank only."""
     batches = [make_batch(ACCUMULATION * step + i, rank) for i in range(ACCUMULATION)]
     if "bad batch" in variant:
         spare = make_batch(1000, rank)
@@ -47,13 +51,15 @@ def slots(variant: str, step: int, rank: int, ranks: int) -> list[Iterator[Seede
 
 
 def carry_out(ranks: int, device: torch.device, variant: str) -> list[dict]:
-    """Per optimiser step: weights before it, losses and negatives of each batch by rank, the averaged gradients."""
+    """Per optimiser step: weights before it, losses and negatives of each batch by
+    rank, the averaged gradients."""
     from deepspeed.utils import safe_get_full_grad
 
     rank, runtime = dist.get_rank(), VARIANTS[variant]
     torch.manual_seed(0)
-    engine = TrainingEngine(Pretraining(make_model(), OBJECTIVE, seed=3).train(), make_recipe(**runtime), device)
-    parameters, record, plain = dict(engine.pretraining.model.named_parameters()), [], engine.engine.step
+    engine = TrainingEngine(Pretraining(make_model(), OBJECTIVE, seed=3).train(), make_recipe(**runtime),
+                            device)
+    parameters, record, plain = dict(engine.training_step.model.named_parameters()), [], engine.engine.step
 
     def noting_gradients():
         if engine.engine.is_gradient_accumulation_boundary():
@@ -67,12 +73,15 @@ def carry_out(ranks: int, device: torch.device, variant: str) -> list[dict]:
         with engine.whole_model() as model:
             record.append({"weights": {name: p.detach().clone() for name, p in model.state_dict().items()},
                            "gradients": {}})
-        outputs = engine.step(slots(variant, step, rank, ranks), 0.2 * step, 0.01, False)
-        losses = torch.stack([torch.stack([o.losses[k].detach() for k in ("itc", "itm", "lm")]) for o in outputs])
-        drawn = torch.stack([torch.stack([o.negatives.image_for_text, o.negatives.text_for_image]) for o in outputs])
+        outputs = engine.step(slots(variant, step, rank, ranks), 0.01, StepContext(alpha=0.2 * step))
+        losses = torch.stack([torch.stack([o.losses[k].detach() for k in ("itc", "itm", "lm")])
+                              for o in outputs])
+        drawn = torch.stack([torch.stack([o.negatives.image_for_text, o.negatives.text_for_image])
+                             for o in outputs])
         record[-1] |= {"losses": everyone(losses, ranks), "negatives": everyone(drawn, ranks)}
     assert engine.agreement.skipped == (STEPS if "bad batch" in variant else 0)
-    record[-1]["queue"] = {key: value.clone() for key, value in engine.pretraining.queue.state_dict().items()}
+    record[-1]["queue"] = {key: value.clone()
+                           for key, value in engine.training_step.queue.state_dict().items()}
     return record
 
 
@@ -84,7 +93,8 @@ def _rank(rank: int, ranks: int, port: int, variants: list[str], path: str) -> N
     dist.barrier()
 
 
-@pytest.fixture(scope="module", params=[1, 2, pytest.param(4, marks=pytest.mark.slow)], ids=lambda n: f"{n} ranks")
+@pytest.fixture(scope="module", params=[1, 2, pytest.param(4, marks=pytest.mark.slow)],
+                ids=lambda n: f"{n} ranks")
 def records(request, tmp_path_factory) -> tuple[int, dict]:
     ranks, path = request.param, str(tmp_path_factory.mktemp("records") / "records.pt")
     spawn(_rank, ranks, list(VARIANTS), path)
@@ -134,8 +144,8 @@ def to_textbook(layout, weights, reference) -> dict:
 
 
 def test_weights_move_alike_under_every_stage(records):
-    """After an AdamW step, whose first is nearly the sign of the gradient: where that is rounding noise (keys' biases),
-    it may have any."""
+    """After an AdamW step, whose first is nearly the sign of the gradient: where that is rounding noise
+    (keys' biases), it may have any."""
     gradients = records[1]["0"][0]["gradients"]
     weights = {variant: record[1]["weights"] for variant, record in records[1].items()
                if "bad batch" not in variant}  # which draws negatives for it too, and then others
@@ -158,19 +168,22 @@ def test_weight_decay_can_leave_out_norms_and_biases():
     names = {id(p): name for name, p in pretraining.model.named_parameters()}
     left_out = {names[id(p)] for p in plain["params"]}
     assert {"vision.cls_token", "temperature", "vision.norm.weight", "vision.blocks.0.qkv.bias"} <= left_out
-    assert not any(name.endswith(("word_embeds.weight", "qkv.weight", "position_embeds")) for name in left_out)
+    assert not any(name.endswith(("word_embeds.weight", "qkv.weight", "position_embeds"))
+                   for name in left_out)
 
 
 def test_adamw_by_name(monkeypatch):
     """GPUs and their packages are stand-ins: which implementation is taken, and with what."""
     def made(name, device, **runtime):
-        return make_adamw(pretraining, OptimizerRecipe(weight_decay=0.1), RuntimeRecipe(adamw=name, **runtime),
-                          torch.device(device))
+        return make_adamw(pretraining, OptimizerRecipe(weight_decay=0.1),
+                          RuntimeRecipe(adamw=name, **runtime), torch.device(device))
 
     pretraining, taken = Pretraining(make_model(), OBJECTIVE, seed=3), []
-    assert isinstance(made("auto", "cpu"), torch.optim.AdamW) and isinstance(made("auto", "cuda"), torch.optim.AdamW)
+    assert isinstance(made("auto", "cpu"), torch.optim.AdamW) and isinstance(made("auto", "cuda"),
+                                                                             torch.optim.AdamW)
     for name, reason in (("deepspeed", "installed without it"), ("apex", "NVIDIA Apex is not installed")):
-        with pytest.raises(ValueError, match=f"runtime.adamw {name} cannot run: .*{reason}.*; choose auto or torch"):
+        with pytest.raises(ValueError, match=f"runtime.adamw {name} cannot run: .*{reason}.*; choose auto or "
+                                             "torch"):
             made(name, "cuda")
         with pytest.raises(ValueError, match="here the update is the CPU's"):
             made(name, "cpu")

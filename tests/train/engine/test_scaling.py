@@ -1,5 +1,5 @@
-"""What `blip_train.forecast.estimate` says of memory and traffic against what ranks really allocate and send, for each
-ZeRO stage."""
+"""What `blip_train.forecast.estimate` says of memory and traffic against what ranks really allocate
+and send, for each ZeRO stage."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from blip_train.forecast.estimate import Plan, exchange_bytes, host_memory, memo
 from blip_train.recipe import Recipe, RuntimeRecipe, TokenizerRecipe
 from blip_train.schedule import Schedule
 from blip_train.steps.pretraining import Batch, Objective, Pretraining
+from blip_train.steps.step import StepContext
 from counting import Counting, socket_bytes
 from ranks import join, spawn
 
@@ -25,8 +26,8 @@ from blip_fast.model.config import BlipConfig, SpecialTokens, TextConfig, Vision
 from blip_fast.model.packed_texts import PackedTexts
 
 CONFIG = BlipConfig(vision=VisionConfig(image_size=64, width=96, layers=2, heads=3), embed_dim=64,
-                    text=TextConfig(vocab_size=2000, width=96, layers=2, heads=3, mlp_width=384, max_positions=64,
-                                    dropout=0.0), tokens=SpecialTokens(0, 1, 2, 3, 4))
+                    text=TextConfig(vocab_size=2000, width=96, layers=2, heads=3, mlp_width=384,
+                                    max_positions=64, dropout=0.0), tokens=SpecialTokens(0, 1, 2, 3, 4))
 PAIRS, TOKENS, KEPT_WHOLE, BUCKET, STEPS = 8, 10, 1000, 300_000, 2
 # ZeRO stage, negatives, accumulation, ZeRO 3's reuse distance (0 lets every module gather its weights anew)
 VARIANTS = {"0 local": (0, "local", 1, None), "1 all ranks": (1, "all_ranks", 1, None),
@@ -51,7 +52,8 @@ def make_plan(variant: str, ranks: int) -> Plan:
 
 def make_batch(seed: int) -> Batch:
     generator = torch.Generator().manual_seed(seed)
-    texts = [[1, *torch.randint(5, 2000, (TOKENS - 2,), generator=generator).tolist(), 2] for _ in range(PAIRS)]
+    texts = [[1, *torch.randint(5, 2000, (TOKENS - 2,), generator=generator).tolist(), 2]
+             for _ in range(PAIRS)]
     return Batch(torch.randn(PAIRS, 3, 64, 64, generator=generator), PackedTexts.from_lists(texts),
                  seed * PAIRS + torch.arange(PAIRS))
 
@@ -63,14 +65,16 @@ class _Engine(TrainingEngine):
 
     def _config(self):
         config = super()._config()
-        config["zero_optimization"] |= {"reduce_bucket_size": BUCKET, "stage3_prefetch_bucket_size": self.plan.prefetch,
+        config["zero_optimization"] |= {"reduce_bucket_size": BUCKET,
+                                        "stage3_prefetch_bucket_size": self.plan.prefetch,
                                         "stage3_max_reuse_distance": self.plan.reuse_distance}
         return config
 
 
 def carry_out(plan: Plan, device: torch.device) -> dict[str, float]:
-    """Bytes of an optimiser step, averaged over `STEPS` behind three that DeepSpeed needs to learn the modules' order:
-    sent in all, by all-to-all and through sockets; allocated behind the step, in the update, at the peak."""
+    """Bytes of an optimiser step, averaged over `STEPS` after three that DeepSpeed needs to learn
+    the modules' order: sent in all, by all-to-all and through sockets; allocated after the step,
+    in the update, at the peak."""
     rank, recipe, found = dist.get_rank(), plan.recipe, {}
     torch.manual_seed(0)
     batches = [make_batch(recipe.runtime.accumulation * rank + i) for i in range(recipe.runtime.accumulation)]
@@ -85,7 +89,8 @@ def carry_out(plan: Plan, device: torch.device) -> dict[str, float]:
                 dist.barrier()
                 counting.sent.clear()
                 counting.peak, sockets = 0, socket_bytes()
-            outputs = engine.step([iter([SeededBatch(batch, seed=0)]) for batch in batches], 0.4, 1e-4, False)
+            outputs = engine.step([iter([SeededBatch(batch, seed=0)]) for batch in batches], 1e-4,
+                                  StepContext(0.4))
             if step >= 3 and outputs[0].exchanged:
                 fetched += [output.exchanged[0] for output in outputs]
             del outputs
@@ -112,7 +117,8 @@ def _rank(rank: int, ranks: int, port: int, variants: list[str], path: str) -> N
     dist.barrier()
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)], ids=lambda n: f"{n} ranks")
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)],
+                ids=lambda n: f"{n} ranks")
 def measured(request, tmp_path_factory) -> tuple[int, dict[str, dict[str, float]]]:
     """Of an average rank."""
     variants = list(VARIANTS) if request.param == 2 else [*VARIANTS, *MORE]
@@ -138,20 +144,22 @@ def test_traffic_is_what_ranks_send(measured):
 
 
 def test_sockets_carry_what_the_ring_says(measured):
-    """Gloo's all-reduces and all-gathers are rings. Its reduce-scatter is an all-reduce: twice the bytes of NCCL's."""
+    """Gloo's all-reduces and all-gathers are rings. Its reduce-scatter is an
+    all-reduce: twice the bytes of NCCL's."""
     for variant, found in measured[1].items():
         wanted = found["sent"] + found.get("_reduce_scatter_base_", 0.0)
         assert found["sockets"] == pytest.approx(wanted, rel=0.05), variant
 
 
 def test_memory_is_what_ranks_allocate(measured):
-    """Weights, optimiser, momentum copy and queue between steps, and with the gradients in the update, within 5 % (10 %
-    with offload, whose buffers of the largest parameter weigh much in a small model); the peak with activations within
-    15 %."""
+    """Weights, optimiser, momentum copy and queue between steps, and with the gradients in the update,
+    within 5 % (10 % with offload, whose buffers of the largest parameter weigh much in a small model); the
+    peak with activations within 15 %."""
     ranks, records = measured
     for variant, found in records.items():
         plan = make_plan(variant, ranks)
-        parts, held = memory(plan), plan.recipe.runtime.accumulation * (PAIRS * 3 * 64 * 64 * 4)  # the test's images
+        # The test's images.
+        parts, held = memory(plan), plan.recipe.runtime.accumulation * (PAIRS * 3 * 64 * 64 * 4)
         shard = parts["optimiser"] / 2  # of gradients, which offloaded ones have in host memory at any time
         held += sum(parts[name] for name in ("weights", "optimiser", "momentum", "queue")) + host_memory(plan)
         held += parts["gradients"] if plan.stage == 3 else 0
@@ -167,7 +175,8 @@ def test_what_deepspeed_is_taken_to_do_by_default():
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     config = DeepSpeedZeroConfig(stage=3)
-    assert (config.prefetch_bucket_size, config.max_reuse_distance) == (estimate.PREFETCH, estimate.REUSE_DISTANCE)
+    assert (config.prefetch_bucket_size, config.max_reuse_distance) == (estimate.PREFETCH,
+                                                                        estimate.REUSE_DISTANCE)
 
 
 def test_optimiser_and_gradients_shrink_with_the_ranks():
@@ -176,4 +185,5 @@ def test_optimiser_and_gradients_shrink_with_the_ranks():
              for stage in range(4)}
     for stage, (one, many) in plans.items():
         assert many["optimiser"] / one["optimiser"] == pytest.approx(1 if stage == 0 else 1 / 64, rel=0.01)
-        assert many["weights"] / one["weights"] == pytest.approx({0: 1, 1: 0.51, 2: 0.51, 3: 1 / 64}[stage], rel=0.02)
+        assert many["weights"] / one["weights"] == pytest.approx({0: 1, 1: 0.51, 2: 0.51, 3: 1 / 64}[stage],
+                                                                 rel=0.02)

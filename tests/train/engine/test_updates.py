@@ -1,5 +1,5 @@
-"""Steps whose gradients are not finite are left out on all ranks, under every ZeRO stage; float16's loss scale and
-clipping."""
+"""Steps whose gradients are not finite are left out on all ranks, under every ZeRO stage;
+float16's loss scale and clipping."""
 
 import os
 from dataclasses import replace
@@ -17,7 +17,7 @@ from blip_train.engine.environment import rank_environment
 from blip_train.engine.step_slots import Streams
 from blip_train.recipe import OptimizerRecipe, RuntimeRecipe
 from blip_train.steps.pretraining import Pretraining
-from blip_train.steps.step import StepOutput
+from blip_train.steps.step import StepContext, StepOutput
 from ranks import join, spawn
 from small_pretraining import make_batch, make_model
 from test_engine import make_recipe
@@ -41,13 +41,14 @@ class _Backward(torch.autograd.Function):
 
 
 class Poisoned(Pretraining):
-    """Its losses are what they were; gradients of LM are times `factor`."""
+    """The losses are unchanged; LM's gradients are multiplied by `factor`."""
 
     factor = 1.0
 
     def forward(self, *args) -> StepOutput:
         output = super().forward(*args)
-        return output._replace(losses=output.losses | {"lm": _Backward.apply(output.losses["lm"], self.factor)})
+        return output._replace(losses=output.losses
+                               | {"lm": _Backward.apply(output.losses["lm"], self.factor)})
 
 
 def make_engine(device, stage: int, precision="float32", patience=1, accumulation=2) -> TrainingEngine:
@@ -61,8 +62,9 @@ def make_engine(device, stage: int, precision="float32", patience=1, accumulatio
 
 def train_step(engine: TrainingEngine, step: int) -> None:
     accumulation = engine.recipe.runtime.accumulation
-    batches = (SeededBatch(make_batch(accumulation * step + i, dist.get_rank()), step) for i in range(accumulation))
-    engine.step([batches] * accumulation, 0.4, LR, False)
+    batches = (SeededBatch(make_batch(accumulation * step + i, dist.get_rank()), step)
+               for i in range(accumulation))
+    engine.step([batches] * accumulation, LR, StepContext(alpha=0.4))
 
 
 def held(engine: TrainingEngine) -> list[torch.Tensor]:
@@ -82,27 +84,28 @@ def moved(weights: list[torch.Tensor], before: list[torch.Tensor]) -> torch.Tens
 
 
 def leave_out(device, stage: int, bad: str) -> None:
-    """The last rank's gradients alone are bad, and all ranks leave the step out."""
+    """Only the last rank's gradients are bad, and all ranks leave the step out."""
     engine, last = make_engine(device, stage), dist.get_rank() == dist.get_world_size() - 1
     train_step(engine, 0)
     before = held(engine)
     assert engine.updates.applied
-    engine.pretraining.factor = BAD[bad] if last else 1.0
+    engine.training_step.factor = BAD[bad] if last else 1.0
     train_step(engine, 1)
     assert same(held(engine), before) and engine.agreement.skipped_updates == 1 and not engine.updates.applied
-    engine.pretraining.factor = 1.0
+    engine.training_step.factor = 1.0
     train_step(engine, 2)
     after = held(engine)
     assert not same(after, before) and all(tensor.isfinite().all() for tensor in after)
     assert engine.agreement.skipped_updates == 1 and engine.agreement.skipped == 0
-    engine.pretraining.factor = BAD[bad] if last else 1.0
+    engine.training_step.factor = BAD[bad] if last else 1.0
     train_step(engine, 3)
     with pytest.raises(ValueError, match="2 steps in a row had gradients that are not finite"):
         train_step(engine, 4)
 
 
 def fit_scale(device, stage: int, folder) -> None:
-    """A loss scale far too high falls, step by step, patience or not; then weights move, and a resume knows it."""
+    """A loss scale that is far too high falls step by step, whatever `patience`. Then weights move, and
+    a resume restores the scale."""
     engine, start = make_engine(device, stage, "float16", patience=0), 2.0**22
     engine.optimizer.loss_scaler.cur_scale = start
     before, steps = held(engine), 0
@@ -113,7 +116,8 @@ def fit_scale(device, stage: int, folder) -> None:
     assert steps > 3 and not same(held(engine)[: len(before)], before)
     streams = Streams(slots=4, streams=2, ranks=2)
     checkpoints.save(engine.engine, folder / str(stage), steps, streams, {},
-                     RuntimeRecipe(precision="float16", keep_checkpoints=1), Writer(engine.engine, background=False))
+                     RuntimeRecipe(precision="float16", keep_checkpoints=1),
+                     Writer(engine.engine, background=False))
     resumed = make_engine(device, stage, "float16")
     checkpoints.load(resumed.engine, folder / str(stage), streams, {})
     assert resumed.updates.loss_scale == engine.updates.loss_scale and same(held(resumed), held(engine))
@@ -136,13 +140,13 @@ def _clipped(rank: int, ranks: int, port: int) -> None:
     os.environ.update(rank_environment())
     device = engines.start_rank()
     torch.set_num_threads(1)
-    plain = make_engine(device, 0, accumulation=1).pretraining
+    plain = make_engine(device, 0, accumulation=1).training_step
     before = [weight.detach().clone() for weight in plain.model.parameters()]
     adamw = torch.optim.AdamW(plain.model.parameters(), lr=LR, eps=EPS, weight_decay=0.05)
     batch = make_batch(0, 0)
     torch.manual_seed(0)  # of `train_step`
     plain.follow()
-    plain(batch, 0.4, False).total.backward()
+    plain(batch, StepContext(alpha=0.4)).total.backward()
     torch.nn.utils.clip_grad_norm_(plain.model.parameters(), CLIP)
     adamw.step()
     expected = moved(list(plain.model.parameters()), before)

@@ -1,4 +1,4 @@
-"""`blip-fast bootstrap`: the loop in small, cut short and gone on with; its figures counted again; bad recipes."""
+"""`blip-fast bootstrap`: a small loop, interrupted and resumed; its figures recounted; bad recipes."""
 
 from __future__ import annotations
 
@@ -68,12 +68,12 @@ def recipe_of(*arguments: object) -> BootstrapRecipe:
 
 
 class Killed(BaseException):
-    """As SIGKILL ends a process: nothing catches it."""
+    """Ends the process as SIGKILL would: nothing catches it."""
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A loop that was killed before CapFilt and gone on with: its folder, and the commands of both attempts."""
+    """A loop that was killed before CapFilt and resumed: its folder, and the commands of both attempts."""
     folder = tmp_path_factory.mktemp("bootstrap")
     attempts, really = [], loops._command
 
@@ -107,7 +107,8 @@ def test_a_killed_loop_goes_on_with_the_stage_that_was_cut_short(finished):
     assert first == [("train", "pretrain"), ("train", "captioner"), ("train", "filter")]
     assert [name for name, _ in second] == ["capfilt", "train"]
     assert second[1] == ("train", "bootstrapped")
-    assert {"metrics.json", "report.html", "bootstrap.yaml", "seed-0"} == {path.name for path in run.iterdir()}
+    assert {"metrics.json", "report.html", "bootstrap.yaml", "seed-0"} == {path.name
+                                                                           for path in run.iterdir()}
     assert "whole captions right" in (run / "report.html").read_text()
 
 
@@ -126,7 +127,8 @@ def test_both_pre_trainings_differ_in_the_web_pairs_alone(finished):
 
 
 def test_figures_equal_counting_again(finished):
-    """Removal from the index of texts and the drawn truth; right texts by writing each scene's caption anew."""
+    """Removal is recounted from the index of texts and the drawn truth, right
+    texts by regenerating captions."""
     run, _ = finished
     seed, figures = run / "seed-0", figures_of(run)["seeds"]["0"]
     truth = {sample.record["image"]: sample.record for sample in iterate(seed / "scenes" / "web")}
@@ -149,11 +151,13 @@ def test_figures_equal_counting_again(finished):
 
 def test_each_model_is_measured_under_its_own_name(finished):
     run, _ = finished
-    figures, images = figures_of(run)["seeds"]["0"], annotated_images(run / "seed-0" / "scenes" / "test", "test")
+    figures, images = figures_of(run)["seeds"]["0"], annotated_images(run / "seed-0" / "scenes" / "test",
+                                                                      "test")
     assert len(images) == 5
     for name, stage in (("raw", "pretrain"), ("cleaned", "bootstrapped")):
         captioner = Captioner.from_pretrained(run / "seed-0" / stage / "model", dtype="float32")
-        found = evaluate_captions(captioner, images, GenerationConfig(beams=3, max_length=24, min_length=5), prompt="")
+        found = evaluate_captions(captioner, images, GenerationConfig(beams=3, max_length=24, min_length=5),
+                                  prompt="")
         assert figures[f"{name}_caption_loss"] == pytest.approx(found.loss)
         assert figures[f"{name}_slot_accuracy"] == found.slots.slot_accuracy
     assert figures["raw_caption_loss"] != figures["cleaned_caption_loss"]
@@ -161,7 +165,7 @@ def test_each_model_is_measured_under_its_own_name(finished):
 
 
 def test_stages_done_again_give_the_same_bytes(finished):
-    """CapFilt cut short, and a training that was killed before its first checkpoint."""
+    """CapFilt is interrupted, and a training is killed before its first checkpoint."""
     run, _ = finished
     seed, before = run / "seed-0", (run / "metrics.json").read_bytes()
     results = [seed / "bootstrapped" / "model" / "model.safetensors", seed / "cleaned" / "web" / "000000.tar",
@@ -185,7 +189,8 @@ def test_a_finished_loop_is_not_begun_again(finished, monkeypatch, capsys):
     with pytest.raises(ValueError, match="holds a run already: go on with --resume"):
         COMMAND.run(parse("bootstrap.yaml"))
     with pytest.raises(ValueError, match=r"filter was begun with another recipe \(schedule changed\)"):
-        changed = {"recipe": "tiny.yaml", "overrides": {**LOOP["filter"]["overrides"], "schedule.max_steps": 3}}
+        changed = {"recipe": "tiny.yaml",
+                   "overrides": {**LOOP["filter"]["overrides"], "schedule.max_steps": 3}}
         recipe_file(run.parents[1], filter=changed)
         COMMAND.run(parse("bootstrap.yaml", "--resume"))
     with pytest.raises(ValueError, match="holds other scenes"):
@@ -207,12 +212,13 @@ def test_a_stage_that_fails_ends_the_loop_with_its_status(monkeypatch, tmp_path,
 
 
 def test_sigterm_is_handed_on_to_the_stage(tmp_path):
-    """In place of Python a program that says when it begins, and how it was asked to end."""
+    """A stand-in for Python that prints when it starts, and by which signal it was asked to end."""
     stage = tmp_path / "stage"
     stage.write_text("#!/bin/sh\ntrap 'echo asked > asked; exit 143' TERM\necho $@ > begun\n"
                      "while :; do sleep 0.1; done\n")
     stage.chmod(0o755)
-    code = f"import sys; from blip_train import bootstrap; sys.executable = {str(stage)!r}; bootstrap._command('train')"
+    code = ("import sys; from blip_train.experiments import bootstrap; "
+            f"sys.executable = {str(stage)!r}; bootstrap._command('train')")
     with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path) as process:
         until(lambda: (tmp_path / "begun").exists() or process.poll() is not None)
         process.send_signal(signal.SIGTERM)
@@ -226,19 +232,22 @@ def test_sigterm_is_handed_on_to_the_stage(tmp_path):
 
 def changed(stage: str, **overrides):
     return {stage: {"recipe": "tiny.yaml", "overrides": {**LOOP[stage]["overrides"],
-                                                         **{k.replace("__", "."): v for k, v in overrides.items()}}}}
+                                                         **{k.replace("__", "."): v
+                                                            for k, v in overrides.items()}}}}
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"web": ["cc12m"]}, "web names cc12m, which is no source of the pre-training: its data.sources are web, human"),
+    ({"web": ["cc12m"]}, "web names cc12m, which is no source of the pre-training: its data.sources are web, "
+                         "human"),
     ({"web": []}, r"web is \[\]: name the sources"),
     ({"seeds": [1, 1]}, r"seeds are \[1, 1\]"),
-    ({"filter": {"recipe": "nowhere.yaml"}}, "filter: nowhere.yaml is neither a file nor a recipe of blip_train"),
+    ({"filter": {"recipe": "nowhere.yaml"}}, "filter: nowhere.yaml is neither a file nor a recipe of "
+                                             "blip_train"),
     (changed("filter", schedule__learning_rate=1), "filter: recipe .*schedule.learning_rate"),
     (changed("captioner", init="models/other"), "captioner: init is set by the loop itself"),
     (changed("pretrain", seed=3), "pretrain: seed is set by the loop itself"),
-    (changed("captioner", objective__losses=["itc", "itm"], model__text_stacks="tied", model__contrastive=True,
-             model__matching=True), "captioner: objective.losses lacks lm"),
+    (changed("captioner", objective__losses=["itc", "itm"], model__text_stacks="tied",
+             model__contrastive=True, model__matching=True), "captioner: objective.losses lacks lm"),
     (changed("filter", model__vision__image_size=48), "different model.vision.image_size"),
     ({"calibration": None, "capfilt": {"threshold": 1.5}}, "capfilt: threshold is 1.5"),
     ({"capfilt": {"threshold": 0.5}}, "capfilt.threshold and calibration both set"),
@@ -254,18 +263,21 @@ def test_a_bad_recipe_is_named_before_anything_starts(tmp_path, monkeypatch, cha
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RANK", raising=False)
     recipe_file(tmp_path, **changes)
-    with pytest.raises((ValueError, OSError, ArgumentError), match=message):  # what the command line tells in a line
+    # Errors that the command line prints in one line.
+    with pytest.raises((ValueError, OSError, ArgumentError), match=message):
         COMMAND.run(parse("bootstrap.yaml"))
     assert not (tmp_path / "runs").exists()
 
 
 def test_a_loop_over_data_of_ones_own(tmp_path, monkeypatch):
-    """Two packed web sources and a folder; what is missing is named, and then everything is there."""
+    """Two packed web sources and a folder. What is missing is named, one after
+    another, until all is there."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RANK", raising=False)
     write_scenes(tmp_path / "coco", 8, "train", seed=0, noise=0.0, image_size=32)
     sources = [{"name": "cc", "root": "cc"}, {"name": "coco", "root": "coco"}, {"name": "sbu", "root": "sbu"}]
-    path = recipe_file(tmp_path, scenes=None, web=["cc", "sbu"], test="held_out", test_split="train", calibration=None,
+    path = recipe_file(tmp_path, scenes=None, web=["cc", "sbu"], test="held_out", test_split="train",
+                       calibration=None,
                        pretrain={"recipe": "tiny.yaml", "overrides": {"data.sources": sources}},
                        **changed("captioner", data__root="coco"), **changed("filter", data__root="coco"))
     shutil.copytree("coco", "cc")

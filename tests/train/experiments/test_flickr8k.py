@@ -1,4 +1,5 @@
-"""The real photographs, in the two-minute form of recipes/flickr8k.yaml: two ranks, ZeRO 2, from folder to report."""
+"""Real photographs, in a two-minute form of recipes/flickr8k.yaml: two ranks, ZeRO 2,
+from the folder to the report."""
 
 import json
 import math
@@ -27,7 +28,8 @@ def test_two_minutes_on_photographs(data_root, tmp_path):
     assert all(math.isfinite(row["loss"]) for row in rows)
     assert rows[-1]["lm"] < rows[0]["lm"] - 1.5
     metrics = json.loads((run / "metrics.json").read_text())
-    assert metrics["caption_loss"] < metrics["unigram_cross_entropy"]  # better than knowing neither image nor context
+    # Better than knowing neither image nor context.
+    assert metrics["caption_loss"] < metrics["unigram_cross_entropy"]
     assert {"i2t_r10", "t2i_r10"} <= set(metrics)
     page = (run / "report.html").read_text()
     assert page.count("<img") == 24 and "Captions" in page

@@ -1,4 +1,5 @@
-"""`blip-fast tasks` in small: data, fine-tunings, clips, their evaluation end to end, the metrics and the page."""
+"""A small `blip-fast tasks`: data, fine-tunings, clips, their evaluation end to
+end, the metrics and the page."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ def save_model(folder: Path, words=WORDS, positions: int = LONGEST) -> Path:
     tokenizer = Tokenizer([*BERT_TOKENS, *words])
     torch.manual_seed(0)
     config = BlipConfig(VisionConfig(image_size=32, width=32, layers=1, heads=1),
-                        TextConfig(width=32, layers=1, heads=1, mlp_width=64, max_positions=positions), embed_dim=16)
+                        TextConfig(width=32, layers=1, heads=1, mlp_width=64, max_positions=positions),
+                        embed_dim=16)
     save_native(BlipModel(with_tokenizer(config, tokenizer)), tokenizer, folder)
     return folder
 
@@ -55,9 +57,10 @@ def test_all_tasks_end_to_end(tmp_path, capsys):
     model, output = save_model(tmp_path / "model"), tmp_path / "out"
     output.mkdir()
     (output / "report.html").write_text("an earlier one")
-    done = subprocess.run([sys.executable, "-c", SMALL, str(output), str(model)], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}, timeout=PATIENCE,
-                          check=False)
+    done = subprocess.run([sys.executable, "-c", SMALL, str(output), str(model)], capture_output=True,
+                          text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+                          timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr
     metrics = json.loads((output / "metrics.json").read_text())
     assert {*NAMES, *(f"chance_{name}" for name in NAMES)} <= set(metrics)
@@ -78,13 +81,15 @@ def test_all_tasks_end_to_end(tmp_path, capsys):
         assert same == pytest.approx({name: metrics[f"{prefix}{name}"] for name in same})
 
     clips = output / "data" / "clips" / "test"
-    for task, tried, data, names in (("video-retrieval", model, clips, {"i2t_r1": "i2t_r1", "t2i_r1": "t2i_r1"}),
+    for task, tried, data, names in (("video-retrieval", model, clips,
+                                      {"i2t_r1": "i2t_r1", "t2i_r1": "t2i_r1"}),
                                      ("video-qa", output / "questions" / "model", clips / "questions",
                                       {"accuracy": "qa_accuracy"})):
         assert main(["evaluate", task, "--dtype", "float32", "--model", str(tried), "--data", str(data),
                      "--json"]) == 0
         said = json.loads(capsys.readouterr().out)
-        assert said | {theirs: pytest.approx(metrics[f"video_{ours}"]) for theirs, ours in names.items()} == said
+        assert said | {theirs: pytest.approx(metrics[f"video_{ours}"])
+                       for theirs, ours in names.items()} == said
 
     page = (output / "report.html").read_text()
     answers = json.loads(done.stdout.splitlines()[-1])
@@ -98,7 +103,7 @@ def test_all_tasks_end_to_end(tmp_path, capsys):
 
 
 def test_without_a_model_one_is_pretrained_that_reads_the_tasks(tmp_path, monkeypatch):
-    """The recipe is scenes.yaml's but for noise, words and positions; its model is what the tasks start from."""
+    """The recipe is scenes.yaml except for noise, words and positions, and the tasks start from its model."""
     carried = []
 
     def carry_out(recipe):

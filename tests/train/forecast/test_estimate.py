@@ -1,4 +1,5 @@
-"""Parameters, FLOPs and activations of a step, as formulas, against counting: by hand, by PyTorch, by what is alive."""
+"""Formulas for a step's parameters, FLOPs and activations against counts: by hand,
+by PyTorch, by live storages."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from blip_train.forecast.step_costs import BatchSizes as Sizes
 from blip_train.forecast.step_costs import step_work
 from blip_train.recipe import Recipe, RuntimeRecipe, TokenizerRecipe, load_recipe
 from blip_train.steps.pretraining import Batch, Objective, Pretraining
+from blip_train.steps.step import StepContext
 from counting import Counting
 from scaling_tables import DOC, plans, tables, written
 from torch.utils.flop_counter import FlopCounterMode
@@ -31,13 +33,15 @@ PAIRS, TOKENS = 6, 14
 
 @pytest.mark.parametrize(("name", "vision_width", "vision_layers"), [("base", 768, 12), ("large", 1024, 24)])
 def test_parameters_by_hand(name, vision_width, vision_layers):
-    """From the paper's sizes (BLIP section 3.1): ViT-B or ViT-L at 224 px, BERT-base shared but for self-attention."""
+    """From the paper's sizes (BLIP section 3.1): ViT-B or ViT-L at 224 px, BERT-base
+    shared but for self-attention."""
     recipe = load_recipe(f"{RECIPES}/pretrain_{name}.yaml")
     plan = Plan(recipe, meta_pretraining(recipe), ranks=8, stage=1)
     d, t, vocabulary = vision_width, 768, 30524
     linear = lambda a, b: a * b + b  # noqa: E731
     vision = (linear(3 * 16 * 16, d) + 197 * d + d  # patches, positions, [CLS]
-              + vision_layers * (linear(d, 3 * d) + linear(d, d) + linear(d, 4 * d) + linear(4 * d, d) + 4 * d) + 2 * d)
+              + vision_layers * (linear(d, 3 * d) + linear(d, d) + linear(d, 4 * d) + linear(4 * d, d)
+                                 + 4 * d) + 2 * d)
     embeddings = vocabulary * t + 512 * t + 2 * t
     self_attention = 4 * linear(t, t) + 2 * t
     feed_forward = linear(t, 4 * t) + linear(4 * t, t) + 2 * t
@@ -45,25 +49,28 @@ def test_parameters_by_hand(name, vision_width, vision_layers):
     heads = linear(d, 256) + linear(t, 256)
     text = embeddings + 12 * (2 * self_attention + cross_attention + feed_forward)
     lm_head = linear(t, t) + 2 * t + vocabulary
-    assert sum(plan.trained) == vision + text + lm_head + heads + linear(t, 2) + 1  # and ITM's head, the temperature
+    # And ITM's head, the temperature.
+    assert sum(plan.trained) == vision + text + lm_head + heads + linear(t, 2) + 1
     assert sum(plan.momentum) == vision + embeddings + 12 * (self_attention + feed_forward) + heads + 1
 
 
 def make(precision: str, recomputed: int, losses=("itc", "itm", "lm")) -> tuple[Plan, Pretraining, Batch]:
     objective = Objective(queue_size=1000, losses=losses)
-    recipe = Recipe(model=CONFIG, objective=objective, tokenizer=TokenizerRecipe(vocab_size=500), runtime=RuntimeRecipe(
+    recipe = Recipe(model=CONFIG, objective=objective, tokenizer=TokenizerRecipe(vocab_size=500),
+                    runtime=RuntimeRecipe(
         batch_size=PAIRS, precision=precision, recomputed_blocks=recomputed))
     torch.manual_seed(0)
     pretraining = Pretraining(BlipModel(CONFIG), objective, seed=0)
     pretraining.model.recompute(recomputed)
-    texts = PackedTexts.from_lists([[1, *torch.randint(5, 500, (TOKENS - 2,)).tolist(), 2] for _ in range(PAIRS)])
+    texts = PackedTexts.from_lists([[1, *torch.randint(5, 500, (TOKENS - 2,)).tolist(), 2]
+                                    for _ in range(PAIRS)])
     batch = Batch(torch.randn(PAIRS, 3, 96, 96), texts, torch.arange(PAIRS))
     return Plan(recipe, meta_pretraining(recipe), 1, 0, TOKENS), pretraining, batch
 
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """Attention and LM's loss keep what their kernels keep, no weights and no logits."""
+    """Attention and LM's loss keep what their kernels keep: neither attention weights nor logits."""
     monkeypatch.setenv("BLIP_FAST_ATTENTION", "reference")
     loss = importlib.import_module("blip_kernels.linear_cross_entropy")
     monkeypatch.setattr(loss, "PLAIN", 0)
@@ -75,7 +82,7 @@ def as_on_a_gpu(monkeypatch):
 def test_flops(as_on_a_gpu, recomputed, losses):
     plan, pretraining, batch = make("float32", recomputed, losses)
     with FlopCounterMode(display=False) as counter:
-        pretraining(batch, alpha=0.4).total.backward()
+        pretraining(batch, StepContext(alpha=0.4)).total.backward()
     assert plan.work.forward + plan.work.backward == counter.get_total_flops()
 
 
@@ -88,11 +95,11 @@ def test_activations(as_on_a_gpu, precision, recomputed):
         plan, pretraining, batch = make(precision, recomputed)
         before = counting.alive()
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-            output = pretraining(batch, alpha=0.4)
+            output = pretraining(batch, StepContext(alpha=0.4))
         alive = counting.alive() - before
     one_block = (make(precision, 0)[0].work.saved - step_work(
-        dataclasses.replace(CONFIG, vision=dataclasses.replace(CONFIG.vision, layers=2)), plan.recipe.objective,
-        plan.batch).saved)  # is there only while it is computed again
+        dataclasses.replace(CONFIG, vision=dataclasses.replace(CONFIG.vision, layers=2)),
+        plan.recipe.objective, plan.batch).saved)  # is there only while it is computed again
     assert plan.work.saved - one_block * bool(recomputed) == pytest.approx(
         alive, rel=0.04 if recomputed else 0.02)
     del output
@@ -101,27 +108,31 @@ def test_activations(as_on_a_gpu, precision, recomputed):
 @pytest.mark.slow
 def test_activations_of_the_base_model(as_on_a_gpu):
     """At 224 px; the published sizes."""
-    recipe = load_recipe(f"{RECIPES}/pretrain_base.yaml", ["--runtime.batch_size=2", "--model.text.dropout=0"])
+    recipe = load_recipe(f"{RECIPES}/pretrain_base.yaml",
+                         ["--runtime.batch_size=2", "--model.text.dropout=0"])
     plan = Plan(recipe, meta_pretraining(recipe), 1, 0)
     with Counting() as counting:
         pretraining = Pretraining(BlipModel(recipe.model), recipe.objective, seed=0)
-        texts = PackedTexts.from_lists([[101, *torch.randint(1000, 30000, (12,)).tolist(), 102] for _ in range(2)])
+        texts = PackedTexts.from_lists([[101, *torch.randint(1000, 30000, (12,)).tolist(), 102]
+                                        for _ in range(2)])
         batch = Batch(torch.randn(2, 3, 224, 224), texts, torch.arange(2))
         before = counting.alive()
         with torch.autocast("cpu", torch.bfloat16):
-            output = pretraining(batch, alpha=0.4)
+            output = pretraining(batch, StepContext(alpha=0.4))
         assert plan.work.saved == pytest.approx(counting.alive() - before, rel=0.02)
     del output
 
 
 def test_a_step_of_the_base_model_takes_199_gflop_a_pair():
-    """As tests/kernels/test_flops.py counts it: eight captions of 13.9 tokens; the published code takes 306.6."""
+    """As tests/kernels/test_flops.py counts it: eight captions of 13.9 tokens; the
+    published code takes 306.6."""
     work = step_work(BlipConfig(), Objective(), Sizes(8, 111))
     assert (work.forward + work.backward) / 8 == pytest.approx(199.2e9, rel=0.005)
 
 
 def test_the_base_model_is_gathered_once_a_step_and_the_large_one_partly_twice():
-    """ZeRO 3 with DeepSpeed's defaults: the base model's backward begins before 10⁹ elements have been read."""
+    """ZeRO 3 with DeepSpeed's defaults: the base model's backward starts before
+    10⁹ elements have been read."""
     plans = []
     for name in ("base", "large"):
         recipe = load_recipe(f"{RECIPES}/pretrain_{name}.yaml")
@@ -144,7 +155,8 @@ def test_a_forecast_follows_the_data_sheet():
 
 
 def test_accumulation_and_precision():
-    """Four batches a step: ZeRO 1 exchanges gradients once, ZeRO 2 and 3 each time. float32 keeps nearly twice."""
+    """Four batches per step: ZeRO 1 exchanges gradients once, ZeRO 2 and 3 each time.
+    float32 keeps nearly twice."""
     def plan(stage: int, *options: str) -> Plan:
         recipe = load_recipe(f"{RECIPES}/pretrain_base.yaml", list(options))
         return Plan(recipe, meta_pretraining(recipe), 8, stage)

@@ -1,4 +1,5 @@
-"""Freezing by name, and LoRA adapters by peft: what is trained, gradients, merging, peft's own format, refusals."""
+"""Freezing by name, and LoRA adapters by peft: what is trained, gradients, merging,
+peft's own format, refusals."""
 
 from __future__ import annotations
 
@@ -7,18 +8,20 @@ from dataclasses import replace
 import pytest
 import torch
 from blip_train import prepare
-from blip_train.engine.adamw import parameter_groups
 from blip_train.adapters import adapt, merged, save_adapters
-from blip_train.steps.answering import Answering
+from blip_train.engine.adamw import parameter_groups
 from blip_train.freezing import freeze, named_below
-from blip_train.steps.pretraining import Objective, Pretraining
 from blip_train.recipe import AdapterRecipe, OptimizerRecipe, Recipe
+from blip_train.steps.answering import Answering
+from blip_train.steps.pretraining import Objective, Pretraining
+from blip_train.steps.step import StepContext
 from small_pretraining import CONFIG, make_batch, make_model
 
 from blip_fast.model.blip import BlipModel
 
 OBJECTIVE = Objective(queue_size=23, momentum=0.9)
-ADAPTERS = AdapterRecipe(rank=2, alpha=3, targets=(*AdapterRecipe().targets, "text.tied.image_to_kv", "lm_head"))
+ADAPTERS = AdapterRecipe(rank=2, alpha=3,
+                         targets=(*AdapterRecipe().targets, "text.tied.image_to_kv", "lm_head"))
 
 
 def adapted(seed: int = 1) -> Pretraining:
@@ -34,11 +37,12 @@ def adapted(seed: int = 1) -> Pretraining:
 
 
 def outputs(model: BlipModel) -> list[torch.Tensor]:
-    """Every way through the text stack: unimodal (its last layer for first rows alone), matching, decoding."""
+    """Every path through the text stack: unimodal (last layer only for first rows), matching, decoding."""
     batch = make_batch(0, 0)
     embeds, which = model.encode_images(batch.images), torch.arange(len(batch.ids))
     kv = model.stack("encoder").image_kv(embeds)
-    return [model.image_features(embeds), model.text_features(batch.texts), model.match_logits(batch.texts, which, kv),
+    return [model.image_features(embeds), model.text_features(batch.texts),
+            model.match_logits(batch.texts, which, kv),
             model.lm_logits(batch.texts.with_first(30522), which, kv)]
 
 
@@ -54,25 +58,27 @@ def test_patterns_are_first_parts():
     assert named_below(["text.*"], names, "option") == [name for name in names if name.startswith("text.")]
     norms = {f"{part}.norm.{kind}" for part in ("vision", "lm_head") for kind in ("weight", "bias")}
     assert set(named_below(["temperature", "*.norm"], names, "option")) == {"temperature", *norms}
-    with pytest.raises(ValueError, match=r"option: 'vision.block.0' names nothing in this model, whose parts are temp"):
+    with pytest.raises(ValueError, match=r"option: 'vision.block.0' names nothing in this model, whose parts "
+                                          "are temp"):
         named_below(["text.*", "vision.block.0"], names, "option")
 
 
 def test_frozen_weights_stay_bit_for_bit():
-    """They get no gradient and no weight decay; the momentum copy takes them as they are."""
+    """Frozen weights get no gradient and no weight decay; the momentum copy equals them."""
     step = Pretraining(make_model(), OBJECTIVE, seed=3)
     freeze(step, ["vision.blocks.0", "text.tied.word_embeds", "text.*.layers.*.self_attention"])
     before = {name: parameter.clone() for name, parameter in step.named_parameters()}
     optimizer = torch.optim.AdamW(parameter_groups(step, OptimizerRecipe(weight_decay=0.5)), lr=0.1)
     for number in range(2):
         step.follow()
-        step(make_batch(number, 0), 0.4).total.backward()
+        step(make_batch(number, 0), StepContext(alpha=0.4)).total.backward()
         optimizer.step()
         optimizer.zero_grad()
     same = {name.removeprefix("model.") for name, parameter in step.named_parameters()
             if name.startswith("model.") and torch.equal(parameter, before[name])}
     assert same == {name for name, _ in step.model.named_parameters()
-                    if name.startswith(("vision.blocks.0.", "text.tied.word_embeds.")) or ".self_attention." in name}
+                    if name.startswith(("vision.blocks.0.", "text.tied.word_embeds."))
+                    or ".self_attention." in name}
     name = "vision.blocks.0.qkv.weight"
     assert torch.equal(step.momentum.copy.get_parameter(name), step.model.get_parameter(name))
     with pytest.raises(ValueError, match="names the whole model"):
@@ -84,7 +90,7 @@ def test_adapters_alone_are_trained_and_the_copy_follows_them():
     before = {name: parameter.clone() for name, parameter in step.named_parameters()}
     optimizer = torch.optim.AdamW(parameter_groups(step, OptimizerRecipe()), lr=0.1)
     step.follow()
-    step(make_batch(0, 0), 0.4).total.backward()
+    step(make_batch(0, 0), StepContext(alpha=0.4)).total.backward()
     optimizer.step()
     step.follow()
     moved = {name for name, parameter in step.named_parameters() if not torch.equal(parameter, before[name])}
@@ -108,7 +114,7 @@ def test_the_merged_model_computes_the_same():
 
 
 def test_gradients_are_those_of_the_merged_weights():
-    """W' = W + s B A, so that dB = s dW' Aᵀ and dA = s Bᵀ dW'. A path that left an adapter out would miss its part."""
+    """W' = W + s B A, so dB = s dW' Aᵀ and dA = s Bᵀ dW'. A path without its adapter would lack its part."""
     step = adapted()
     whole = merged(step.model)
     for model in (step.model, whole):
@@ -125,7 +131,8 @@ def test_gradients_are_those_of_the_merged_weights():
             for ours, wanted in ((b.grad, 1.5 * d @ a.T), (a.grad, 1.5 * b.T @ d)):
                 assert (ours - wanted).norm() <= 1e-4 * wanted.norm() and wanted.norm() > 0, name
             checked += 1
-    assert checked == 2 + 2 * 3 + 2  # qkv of vision; of both modes and the query, in two layers; image_to_kv, lm_head
+    # qkv of vision; of both modes and the query, in two layers; image_to_kv, lm_head.
+    assert checked == 2 + 2 * 3 + 2
 
 
 def test_peft_reads_what_was_saved(tmp_path):

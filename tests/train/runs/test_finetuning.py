@@ -1,5 +1,5 @@
-"""Fine-tuning as a user does it: each recipe's published values, and a tiny run of each task from a pre-training
-checkpoint to a model that the task's own class answers with."""
+"""Fine-tuning as a user does it: each recipe's published values, and a tiny run of each task from a
+pre-training checkpoint to a model that the task's own class answers with."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from training_runs import blip_fast_train
 
 from blip_fast.checkpoint import load_model, save_native
 from blip_fast.cli import main
-from blip_fast.model.config import BlipConfig, TextConfig, VisionConfig
-from blip_fast.scenes.scenes import write_scenes
 from blip_fast.model.blip import BlipModel
+from blip_fast.model.config import BlipConfig, TextConfig, VisionConfig
+from blip_fast.model.vision import resize_positions
+from blip_fast.scenes.scenes import write_scenes
 from blip_fast.tasks.answerer import Answerer
 from blip_fast.tasks.captioner import Captioner
 from blip_fast.tasks.dialog_ranking import DialogRanker, Dialogue, Round
 from blip_fast.tasks.matcher import Matcher
 from blip_fast.tasks.reasoner import Reasoner
-from blip_fast.model.vision import resize_positions
 
 RECIPES = Path(__file__).parents[3] / "train" / "blip_train" / "recipes"
 SIZE = 48  # of the pictures; the checkpoint's is 32
 TINY = ["--model.vision.image_size", str(SIZE), "--runtime.batch_size", "3", "--runtime.precision", "float32",
-        "--runtime.log_every", "1", "--schedule.max_steps", "2", "--schedule.lr", "1e-3", "--data.threads", "1",
-        "--data.train_split", "null"]
+        "--runtime.log_every", "1", "--schedule.max_steps", "2", "--schedule.lr", "1e-3", "--data.threads",
+        "1", "--data.train_split", "null"]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,8 @@ def test_captioning(tune, pictures):
 
 
 def test_retrieval_with_adapters(tune, pictures, start):
-    """The run changes nothing but what its adapters add: the exported model is the initial one with that merged in."""
+    """The run changes only what its adapters add: the exported model is the initial
+    one with the adapters merged."""
     from peft import PeftModel
 
     run = tune("retrieval_coco", pictures[1], "--adapters.rank", "2", "--objective.queue_size", "8")
@@ -99,7 +100,7 @@ def test_retrieval_with_adapters(tune, pictures, start):
 
 
 def test_answering_on_two_ranks(tune, pictures, start):
-    """Two questions of one picture are two samples. Frozen weights leave ZeRO 2 as they were, bit for bit."""
+    """Two questions about one picture are two samples. Frozen weights are bit-identical after ZeRO 2."""
     rows = [{"image": row["image"], "question": question, "answers": answers} for row in pictures[1]
             for question, answers in (("what is left of the table?", ["a horse", "a horse", "horse"]),
                                       ("is this a dog?", {"no": 0.2}))]
@@ -110,8 +111,10 @@ def test_answering_on_two_ranks(tune, pictures, start):
     answer, = answerer([pictures[0] / "000000.png"], ["what is this?"], first_token="[ENC]")
     assert answer.token_ids[0] == answerer.tokenizer.bos_id
     tied, exported = load_file(start / "model.safetensors"), load_file(run / "model" / "model.safetensors")
-    same = {name for name, tensor in exported.items() if torch.equal(tensor, tied.get(_tied(name), torch.empty(0)))}
-    prefixes = ("vision.blocks.", *(f"text.encoder.layers.{i}." for i in range(4)), "text.encoder.word_embeds",
+    same = {name for name, tensor in exported.items()
+            if torch.equal(tensor, tied.get(_tied(name), torch.empty(0)))}
+    prefixes = ("vision.blocks.",
+                *(f"text.encoder.layers.{i}." for i in range(4)), "text.encoder.word_embeds",
                 "text.decoder.word_embeds")
     assert same == {name for name in exported if name.startswith(prefixes)}
     assert len(list((run / "shards" / "data").glob("*.tar"))) == 1 and json.loads(
@@ -120,7 +123,7 @@ def test_answering_on_two_ranks(tune, pictures, start):
 
 
 def assert_exported_alike(run: Path) -> None:
-    """`blip-fast export` gives of the last checkpoint what the run has exported itself."""
+    """`blip-fast export` of the last checkpoint equals what the run itself has exported."""
     assert main(["export", str(run), str(run / "again")]) == 0
     ours, own = (load_file(run / name / "model.safetensors") for name in ("again", "model"))
     assert ours.keys() == own.keys() and all(torch.equal(ours[name], own[name]) for name in own)
@@ -139,14 +142,16 @@ def test_reasoning(tune, pictures):
     assert_exported_alike(run)
     reasoner = Reasoner.from_pretrained(run / "model", dtype="float32")
     pair = (pictures[0] / "000000.png", pictures[0] / "000001.png")
-    one, other, again = reasoner([pair, pair[::-1], pair], ["Both show a ball.", "both show a ball", "a dog"]).tolist()
+    one, other, again = reasoner([pair, pair[::-1], pair],
+                                 ["Both show a ball.", "both show a ball", "a dog"]).tolist()
     assert one != other and 0 < one < 1 and again != one
     assert reasoner([pair], ["both show a ball"]).tolist() == pytest.approx([one])
 
 
 def test_dialogues(tune, pictures, tmp_path):
     """From a checkpoint whose images are as wide as its texts; another is refused."""
-    rounds = [{"question": "what is it?", "answer": "a ball", "candidates": ["a dog", "a ball", "two", "red", "blue"],
+    rounds = [{"question": "what is it?", "answer": "a ball",
+               "candidates": ["a dog", "a ball", "two", "red", "blue"],
                "right": 1}, {"question": "is it red?", "answer": "no"}]
     rows = [{**row, "dialog": rounds} for row in pictures[1]]
     with pytest.raises(AssertionError, match="images are 48 wide and its texts 32"):
@@ -167,8 +172,8 @@ def test_dialogues(tune, pictures, tmp_path):
 
 
 def test_the_start_of_vqa_is_the_checkpoint(start):
-    """Both untied stacks are the tied one; the decoder's keys and values, which now read text, are drawn anew, as the
-    published code leaves out what does not fit. Positions are resized."""
+    """Both untied stacks start as the tied one. The decoder's keys and values, which now read text, are
+    initialised anew, because the published code drops what does not fit. Positions are resized."""
     recipe = load_recipe(RECIPES / "vqa.yaml", ["--init", str(start), "--model.vision.image_size", str(SIZE)])
     tied = load_model(start)[0].state_dict()
     model = prepare_step(recipe, small_tokenizer()).model
@@ -191,7 +196,8 @@ PUBLISHED = {  # pixels, lr, pairs of a global batch, epochs over pairs, max tok
     "retrieval_flickr30k": (384, 1e-5, 256, 6, 35, ("itc", "itm")),
     "vqa": (480, 2e-5, 256, 10, 35, ("answer",)),
     "nlvr2": (384, 3e-5, 256, 15, 512, ("reasoning",)),
-    "visdial": (384, 2e-5, 240, 20, 512, ("dialogue",)),  # lr, batch and epochs are not confirmed: see the recipe
+    # lr, batch and epochs are not confirmed: see the recipe
+    "visdial": (384, 2e-5, 240, 20, 512, ("dialogue",)),
 }
 
 
@@ -202,7 +208,8 @@ def test_recipes_describe_the_published_fine_tuning(name):
     assert (recipe.name, recipe.model.vision.image_size, recipe.schedule.lr, recipe.objective.losses) == (
         name, pixels, lr, losses)
     assert recipe.runtime.ranks * recipe.runtime.batch_size * recipe.runtime.accumulation == batch
-    captions = 5 if name.split("_")[0] in ("caption", "retrieval") else 1  # an epoch reads one of an image's captions
+    # An epoch reads one of an image's captions.
+    captions = 5 if name.split("_")[0] in ("caption", "retrieval") else 1
     assert recipe.schedule.epochs == epochs * captions
     assert (recipe.schedule.kind, recipe.schedule.min_lr, recipe.schedule.warmup_steps) == ("cosine", 0.0, 0)
     assert (recipe.tokenizer.max_tokens, recipe.optimizer.weight_decay) == (max_tokens, 0.05)
@@ -212,8 +219,10 @@ def test_recipes_describe_the_published_fine_tuning(name):
 
 
 def test_recipes_of_retrieval_and_captioning():
-    coco, flickr = (load_recipe(RECIPES / f"retrieval_{name}.yaml").objective for name in ("coco", "flickr30k"))
-    assert (coco.positives, coco.negatives, coco.negative_floor, coco.queue_size) == ("id", "all_ranks", 0.0, 57600)
+    coco, flickr = (load_recipe(RECIPES / f"retrieval_{name}.yaml").objective
+                    for name in ("coco", "flickr30k"))
+    assert (coco.positives, coco.negatives, coco.negative_floor, coco.queue_size) == ("id", "all_ranks", 0.0,
+                                                                                      57600)
     assert flickr == replace(coco, negatives="local")
     captioning = load_recipe(RECIPES / "caption_coco.yaml")
     assert (captioning.data.prompt, captioning.objective.prompt_tokens) == ("a picture of ", 4)
@@ -222,7 +231,8 @@ def test_recipes_of_retrieval_and_captioning():
 @pytest.mark.parametrize(("options", "message"), [
     (["--objective.losses=[answer,lm]"], "answer, reasoning or dialogue alone"),
     (["--objective.losses=[answer]"], "answer, which needs a model with text_stacks: untied"),
-    (["--objective.losses=[reasoning]"], "needs a model with reasoning: true and text.twin_cross_attention: true"),
+    (["--objective.losses=[reasoning]"], "needs a model with reasoning: true and text.twin_cross_attention: "
+                                         "true"),
     (["--objective.losses=[dialogue]"], "dialogue, which needs a model with matching: true"),
     (["--adapters.rank=0"], "adapters.rank and alpha must be at least 1"),
 ])

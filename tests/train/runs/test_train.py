@@ -1,19 +1,14 @@
 """Training runs as a user starts them: the command, its files, resuming, bad recipes."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from blip_train.recipe import load_recipe
 from blip_train.schedule import Schedule, alpha_at
-from patience import PATIENCE
 from safetensors.torch import load_file
+from training_runs import blip_fast_train, losses
 
-from blip_fast.scenes.scenes import write_scenes
-from training_runs import RECIPE, blip_fast_train, drawn_scenes, losses, train_command
 
 @pytest.fixture(scope="module")
 def whole_run(scenes, tmp_path_factory):
@@ -41,20 +36,24 @@ def test_a_run_leaves_its_log_checkpoints_and_model(whole_run):
     assert rows[0]["lr"] < rows[2]["lr"] == pytest.approx(1e-3)
     assert (run / "checkpoints" / "latest").read_text() == "step-00000008"
     assert load_recipe(run / "recipe.yaml").objective.queue_size == 20
-    assert {"model.safetensors", "config.json", "vocab.txt"} <= {path.name for path in (run / "model").iterdir()}
+    assert {"model.safetensors", "config.json", "vocab.txt"} <= {path.name
+                                                                 for path in (run / "model").iterdir()}
 
 
 def test_resuming_gives_the_uninterrupted_run(scenes, whole_run, tmp_path):
-    """Killed after four of eight steps and resumed: the same batches, drop-outs, negatives, losses and weights."""
+    """Killed after four of eight steps and resumed: the same batches, dropout,
+    negatives, losses and weights."""
     first = blip_fast_train(scenes, tmp_path, "--schedule.max_steps", "8", "--runtime.save_every", "4")
     assert first.returncode == 0, first.stderr
     run = tmp_path / "tiny"
-    (run / "checkpoints" / "latest").write_text("step-00000004")  # as a run killed before its last save leaves it
+    # As a run killed before its last save leaves it.
+    (run / "checkpoints" / "latest").write_text("step-00000004")
     (run / "model" / "model.safetensors").unlink()
     resumed = blip_fast_train(scenes, tmp_path, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert losses(tmp_path) == losses(whole_run)
-    ours, theirs = (load_file(root / "tiny" / "model" / "model.safetensors") for root in (tmp_path, whole_run))
+    ours, theirs = (load_file(root / "tiny" / "model" / "model.safetensors")
+                    for root in (tmp_path, whole_run))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
@@ -68,7 +67,7 @@ def test_zero_stages_train_alike(scenes, whole_run, tmp_path, stage):
 
 @pytest.fixture(scope="module")
 def without_dropout(scenes, tmp_path_factory):
-    """In float32. Drop-outs of 16-bit tensors draw other numbers."""
+    """In float32, because dropout of 16-bit tensors draws other numbers."""
     runs = tmp_path_factory.mktemp("without_dropout")
     assert blip_fast_train(scenes, runs, "--model.text.dropout", "0").returncode == 0
     return runs
@@ -77,8 +76,8 @@ def without_dropout(scenes, tmp_path_factory):
 @pytest.mark.parametrize(("stage", "precision", "bound"), [
     ("1", "bfloat16", 2e-2), ("0", "float16", 2e-3), ("2", "float16", 2e-3), ("3", "float16", 2e-3)])
 def test_sixteen_bits_train_alike(scenes, without_dropout, tmp_path, stage, precision, bound):
-    """ITC and LM of the first steps, to 8 and 11 bits; ITM turns on the negatives, which may be drawn otherwise.
-    float16 leaves out its first updates, whose scaled gradients overflow, until the scale fits."""
+    """ITC and LM of the first steps, to 8 and 11 bits; ITM turns on the negatives, which may be drawn
+    otherwise. float16 leaves out its first updates, whose scaled gradients overflow, until the scale fits."""
     done = blip_fast_train(scenes, tmp_path, "--runtime.zero_stage", stage, "--runtime.precision", precision,
                            "--model.text.dropout", "0")
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,5 @@
-"""Watching a run as a user does: its log rows, the live view, a profile, and the estimate before it is started."""
+"""Watching a run as a user does: its log rows, the live view, a profile, and
+the estimate before it starts."""
 
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from blip_train.logs.run_log import RunLog, read_log
 from blip_train.logs.meter import Meter
+from blip_train.logs.run_log import RunLog, read_log
 from blip_train.recipe import load_recipe
 from patience import PATIENCE
 from training_runs import blip_fast_train
@@ -24,8 +25,8 @@ from blip_fast.cli import main
 BASE = "train/blip_train/recipes/pretrain_base.yaml"
 
 
-def test_a_profiled_run(scenes, tmp_path):  # noqa: F811
-    """Rows with the speed and what was left out, no MFU on a CPU, plain lines, a Chrome trace, its operators."""
+def test_a_profiled_run(scenes, tmp_path):
+    """Rows with speed and skipped batches, no MFU on a CPU, plain lines, a Chrome trace and its operators."""
     done = blip_fast_train(scenes, tmp_path, "--schedule.max_steps", "5", "--profile", "2")
     assert done.returncode == 0, done.stderr
     run = tmp_path / "tiny"
@@ -44,16 +45,16 @@ def test_a_profiled_run(scenes, tmp_path):  # noqa: F811
     assert "2 steps, own time on the CPU" in done.stderr and "ms a step" in done.stderr
 
 
-def test_two_ranks_profile_the_first(scenes, tmp_path):  # noqa: F811
-    done = blip_fast_train(scenes, tmp_path, "--runtime.ranks", "2", "--schedule.max_steps", "2", "--profile", "1",
-                           "--runtime.batch_size", "2")
+def test_two_ranks_profile_the_first(scenes, tmp_path):
+    done = blip_fast_train(scenes, tmp_path, "--runtime.ranks", "2", "--schedule.max_steps", "2", "--profile",
+                           "1", "--runtime.batch_size", "2")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("the run ended within its first 2 steps") == 1
     assert not list((tmp_path / "tiny" / "profile").glob("*"))
 
 
 def test_mfu_is_flops_over_time_and_the_data_sheet(monkeypatch):
-    """Two steps of two batches in 8 s on an A100; in a run's first steps LM alone, which costs less."""
+    """Two steps of two batches in 8 s on an A100. A run's first steps compute only LM, which costs less."""
     clock = iter([100.0, 108.0, 108.0, 116.0, 116.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
@@ -70,7 +71,8 @@ def test_mfu_is_flops_over_time_and_the_data_sheet(monkeypatch):
     assert rows[0]["mfu"] == pytest.approx(4 * 80 * 199.7e9 / 8 / 312e12, rel=1e-3)
     assert rows[1]["mfu"] < rows[0]["mfu"] * 0.75
     for row in rows:
-        assert (row["pairs_per_second"], row["tokens_per_second"], row["data_wait"]) == (40, 40 * (197 + 14), 0.5)
+        assert (row["pairs_per_second"], row["tokens_per_second"], row["data_wait"]) == (40, 40 * (197 + 14),
+                                                                                         0.5)
 
 
 def test_the_live_view_is_compact_on_a_terminal(tmp_path, monkeypatch):
@@ -81,7 +83,8 @@ def test_the_live_view_is_compact_on_a_terminal(tmp_path, monkeypatch):
         log = RunLog(tmp_path, "tiny", 0, 2, writes=True)
         for step in (1, 2):
             log.row(step, {"loss": 6.0, "itc": 3.25, "itm": 0.5, "lm": 2.25, "temperature": 0.07, "lr": 3e-4,
-                           "pairs_per_second": 1234.5, "tokens_per_second": 260000.0, "mfu": 0.4567, "data_wait": 0.0,
+                           "pairs_per_second": 1234.5, "tokens_per_second": 260000.0, "mfu": 0.4567,
+                           "data_wait": 0.0,
                            "skipped": 0, "quarantined": 3, "exchanged_mb": 12.0, "gathering_mb": 99.0})
         log.close()
         terminal.flush()
@@ -99,11 +102,13 @@ def test_the_live_view_is_compact_on_a_terminal(tmp_path, monkeypatch):
 
 
 def test_dry_run_as_json():
-    command = [sys.executable, "-m", "blip_fast", "train", "--config", BASE, "--dry-run", "--gpus", "8,512", "--json"]
+    command = [sys.executable, "-m", "blip_fast", "train", "--config", BASE, "--dry-run", "--gpus", "8,512",
+               "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [(row["gpus"], row["zero_stage"]) for row in rows] == [(n, stage) for n in (8, 512) for stage in range(4)]
+    assert [(row["gpus"], row["zero_stage"]) for row in rows] == [(n, stage) for n in (8, 512)
+                                                                  for stage in range(4)]
     for row in rows:
         assert row["parameters"] == 252_441_919 and row["global_batch"] == 80 * row["gpus"]
         assert row["memory_total"] == pytest.approx(sum(row["memory"].values()))
@@ -125,7 +130,8 @@ def test_dry_run_as_a_table_says_what_it_assumes(capsys):
 @pytest.mark.parametrize(("options", "message"), [
     (["--dry-run", "--gpus", "0"], "--gpus is 0: it must be at least 1"),
     (["--dry-run", "--gpus", "8,many"], "--gpus is '8,many': name whole numbers"),
-    (["--dry-run", "--caption-tokens", "99"], "--caption-tokens is 99: it must be 3 to tokenizer.max_tokens, 30"),
+    (["--dry-run", "--caption-tokens", "99"],
+     "--caption-tokens is 99: it must be 3 to tokenizer.max_tokens, 30"),
     (["--gpus", "8"], "belong to --dry-run"),
     (["--profile", "-1"], "--profile is -1: name how many steps"),
     (["--profile", "some"], "some"),

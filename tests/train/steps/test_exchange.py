@@ -1,4 +1,5 @@
-"""Rows taken from other ranks: the same rows and gradients as gathering everything, and no bytes but those needed."""
+"""Rows fetched from other ranks: the same rows and gradients as gathering
+everything, and only the needed bytes."""
 
 import os
 
@@ -22,7 +23,8 @@ def texts(rank: int) -> PackedTexts:
 
 
 def choices(case: str, rank: int, ranks: int) -> torch.Tensor:
-    """−1: none. `all`: every rank's every row, also its own; `one`: all ranks want rank 0's row 3, twice."""
+    """−1: none. `all`: every row of every rank, its own included; `one`: all ranks
+    want rank 0's row 3, twice."""
     if case == "all":
         return torch.arange(ranks * ROWS).flip(0)
     if case == "one":
@@ -34,7 +36,7 @@ def choices(case: str, rank: int, ranks: int) -> torch.Tensor:
 
 
 def carry_out(case: str, rank: int, ranks: int) -> dict:
-    """What one rank fetches, the gradient that its images receive, and the bytes of visual tokens that it was sent."""
+    """What one rank fetches, the gradient of its images, and the bytes of visual tokens that it received."""
     sent, plain = [], dist.all_to_all_single
 
     def counted(out, x, *splits):
@@ -52,9 +54,12 @@ def carry_out(case: str, rank: int, ranks: int) -> dict:
         weight = torch.arange(1, int(has.sum()) + 1)[:, None, None] * (rank + 1.0)
         (pool[exchange.positions[has]] * weight).sum().backward()
         candidates = PackedTexts.cat([texts(rank), exchange.fetch_texts(texts(rank))])
-        return {"images": pool[exchange.positions[has]].detach(), "grad": x.grad, "moved": moved, "asking": asking,
-                "said": exchange.received_bytes(x), "gathering": gathered_bytes(x), "positions": exchange.positions,
-                "texts": candidates.select(exchange.positions[has]).to_padded(-1)[0], "fetched": sum(exchange.received)}
+        return {"images": pool[exchange.positions[has]].detach(), "grad": x.grad, "moved": moved,
+                "asking": asking,
+                "said": exchange.received_bytes(x), "gathering": gathered_bytes(x),
+                "positions": exchange.positions,
+                "texts": candidates.select(exchange.positions[has]).to_padded(-1)[0],
+                "fetched": sum(exchange.received)}
     finally:
         dist.all_to_all_single = plain
 
@@ -97,7 +102,7 @@ def test_rows_and_gradients_are_those_of_gathering(results, case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_only_chosen_rows_move_and_each_once(results, case):
-    """At most twice the chosen rows' share of what gathering moves, the question itself included."""
+    """At most twice the chosen rows' share of what gathering moves, including the request itself."""
     for rank, result in enumerate(results):
         chosen, found = choices(case, rank, RANKS), result[case]
         away = chosen[(chosen >= 0) & (chosen // ROWS != rank)]

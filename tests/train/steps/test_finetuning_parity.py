@@ -1,5 +1,6 @@
-"""Captioning, VQA, NLVR2 and VisDial against the textbook models: the loss and every gradient of two steps, and of the
-last three under the engine on two ranks. (Retrieval's are in test_training_parity.py and test_engine.py.)"""
+"""Captioning, VQA, NLVR2 and VisDial against the textbook models: the loss and every gradient of two
+steps, and of the last three under the engine on two ranks. (Retrieval's are in
+test_training_parity.py and test_engine.py.)"""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from blip_train.steps.answering import Answering, QuestionBatch, answer_weights
 from blip_train.steps.dialogues import DialogueBatch, Dialogues
 from blip_train.steps.pretraining import Batch, Objective, Pretraining
 from blip_train.steps.reasoning import PairBatch, Reasoning
+from blip_train.steps.step import StepContext
 from ranks import join, spawn
 from reference import tasks
 from reference.model import Sizes
@@ -25,7 +27,8 @@ from blip_fast.checkpoint.names import original_layout
 from blip_fast.model.config import BlipConfig, TextConfig, VisionConfig
 from blip_fast.model.packed_texts import PackedTexts
 
-STEPS, BATCH, LR, LAYERS = 2, 3, 0.2, 8  # layers: NLVR2 averages its two eyes in the first six, merges them in the rest
+# layers: NLVR2 averages its two eyes in the first six, merges them in the rest
+STEPS, BATCH, LR, LAYERS = 2, 3, 0.2, 8
 CONFIG = BlipConfig(
     vision=VisionConfig(image_size=32, patch_size=16, width=32, layers=2, heads=2),
     text=TextConfig(width=32, layers=LAYERS, heads=2, mlp_width=64, max_positions=32, dropout=0.0),
@@ -38,17 +41,18 @@ PROMPT = 4
 
 def make_texts(first: int, lengths: list[int], generator: torch.Generator) -> PackedTexts:
     """Texts of that many words between the first token and [SEP]."""
-    return PackedTexts.from_lists([[first, *torch.randint(1000, 2000, (n,), generator=generator).tolist(), 102]
+    return PackedTexts.from_lists([[first, *torch.randint(1000, 2000, (n,), generator=generator).tolist(),
+                                    102]
                                    for n in lengths])
 
 
 def captioning():
-    """Captions behind a prompt of three words, whose tokens carry no loss."""
+    """Captions after a prompt of three words, whose tokens have no loss."""
     step = Pretraining(make_model(CONFIG), Objective(losses=("lm",), prompt_tokens=PROMPT), seed=0)
 
     def batch(generator):
-        return Batch(torch.randn(BATCH, 3, 32, 32, generator=generator), make_texts(101, [4, 9, 6], generator),
-                     torch.arange(BATCH))
+        return Batch(torch.randn(BATCH, 3, 32, 32, generator=generator),
+                     make_texts(101, [4, 9, 6], generator), torch.arange(BATCH))
 
     def loss(textbook, batch):
         ids, mask = padded(batch.texts.with_first(tasks.DEC))
@@ -64,12 +68,12 @@ def answering():
     def batch(generator):
         return QuestionBatch(torch.randn(BATCH, 3, 32, 32, generator=generator),
                              make_texts(tasks.ENC, [5, 2, 7], generator),
-                             make_texts(tasks.DEC, [1, 3, 1, 2, 1, 1], generator), torch.tensor([0, 0, 1, 2, 2, 2]),
-                             torch.tensor([0.7, 0.3, 0.2, 0.5, 0.4, 0.1]))
+                             make_texts(tasks.DEC, [1, 3, 1, 2, 1, 1], generator),
+                             torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([0.7, 0.3, 0.2, 0.5, 0.4, 0.1]))
 
     def loss(textbook, batch):
-        return textbook.loss(batch.images, *padded(batch.questions), *padded(batch.answers), batch.question_of,
-                             batch.weights)
+        return textbook.loss(batch.images, *padded(batch.questions), *padded(batch.answers),
+                             batch.question_of, batch.weights)
 
     return step, "answer", tasks.QuestionAnswerer(SIZES), batch, loss
 
@@ -98,11 +102,12 @@ def dialogues():
     def batch(generator):
         return DialogueBatch(torch.randn(BATCH, 3, 32, 32, generator=generator),
                              make_texts(tasks.CLS, [4, 1, 8], generator),
-                             make_texts(tasks.ENC, [5, 2, 7, 1, 9, 9], generator), torch.tensor([0, 0, 0, 1, 2, 2]),
-                             torch.tensor([1, 0, 0, 1, 1, 0]))
+                             make_texts(tasks.ENC, [5, 2, 7, 1, 9, 9], generator),
+                             torch.tensor([0, 0, 0, 1, 2, 2]), torch.tensor([1, 0, 0, 1, 1, 0]))
 
     def loss(textbook, batch):
-        return textbook.loss(batch.images, *padded(batch.captions), *padded(batch.texts), batch.image_of, batch.labels)
+        return textbook.loss(batch.images, *padded(batch.captions), *padded(batch.texts), batch.image_of,
+                             batch.labels)
 
     return step, "dialogue", tasks.DialogueEncoder(SIZES), batch, loss
 
@@ -112,7 +117,8 @@ def padded(texts: PackedTexts) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, mask.long()
 
 
-@pytest.mark.parametrize("task", [captioning, answering, reasoning, dialogues], ids=lambda task: task.__name__)
+@pytest.mark.parametrize("task", [captioning, answering, reasoning, dialogues],
+                         ids=lambda task: task.__name__)
 def test_losses_and_gradients_equal_the_textbook(task):
     step, name, textbook, make_batch, textbook_loss = task()
     layout, parameters = original_layout(step.model.config), dict(step.model.named_parameters())
@@ -121,7 +127,7 @@ def test_losses_and_gradients_equal_the_textbook(task):
     for number in range(STEPS):
         batch = make_batch(torch.Generator().manual_seed(number))
         step.follow()
-        output = step(batch, 0.0, False)
+        output = step(batch, StepContext())
         step.zero_grad()
         output.total.backward()
         step.enqueue(output)
@@ -130,7 +136,8 @@ def test_losses_and_gradients_equal_the_textbook(task):
         expected.backward()
         assert list(output.losses) == [name]
         torch.testing.assert_close(output.losses[name], expected, rtol=1e-4, atol=0)
-        check_gradients(layout.split({key: p.grad for key, p in parameters.items()}), dict(textbook.named_parameters()))
+        check_gradients(layout.split({key: p.grad for key, p in parameters.items()}),
+                        dict(textbook.named_parameters()))
         with torch.no_grad():
             for parameter in (*parameters.values(), *textbook.parameters()):
                 parameter -= LR * parameter.grad
@@ -146,7 +153,7 @@ def note_gradients(engine: engines.TrainingEngine, stage: int) -> dict[str, torc
     gradients, plain = {}, engine.engine.step
 
     def noting():
-        for name, parameter in engine.pretraining.model.named_parameters():
+        for name, parameter in engine.training_step.model.named_parameters():
             gradients[name] = (parameter.grad if stage == 0 else safe_get_full_grad(parameter)).clone()
         plain()
 
@@ -155,7 +162,8 @@ def note_gradients(engine: engines.TrainingEngine, stage: int) -> dict[str, torc
 
 
 def _rank(rank: int, ranks: int, port: int, path: str) -> None:
-    """One step of each task under each ZeRO stage: the losses by rank and the gradients averaged over ranks."""
+    """One step of each task under each ZeRO stage: the losses by rank and the
+    gradients averaged over ranks."""
     device, record = join(rank, ranks, port), {}
     for task in (answering, reasoning, dialogues):
         for stage in STAGES:
@@ -165,7 +173,7 @@ def _rank(rank: int, ranks: int, port: int, path: str) -> None:
             engine = engines.TrainingEngine(step.train(), recipe, device)
             gradients = note_gradients(engine, stage)
             batch = SeededBatch(make_batch(torch.Generator().manual_seed(rank)), seed=rank)
-            (output,) = engine.step([iter([batch])], 0.0, 0.01, False)
+            (output,) = engine.step([iter([batch])], 0.01, StepContext())
             record[task.__name__, stage] = everyone(output.losses[name].detach(), ranks), gradients
     if rank == 0:
         torch.save(record, path)
@@ -196,7 +204,7 @@ def test_two_ranks_under_every_stage_equal_the_textbook(two_ranks, task, stage):
 
 
 def test_answers_weigh_their_votes():
-    """The published rule: a tenth a vote of ten people; Visual Genome's single answers 0.2."""
+    """The published rule: a tenth per vote of ten people; 0.2 for Visual Genome's single answers."""
     votes = ["red", "red", "dark red", "red", "red", "red", "maroon", "red", "red", "dark red"]
     assert answer_weights(votes) == pytest.approx({"red": 0.7, "dark red": 0.2, "maroon": 0.1})
     assert answer_weights({"cat": 0.2}) == {"cat": 0.2}

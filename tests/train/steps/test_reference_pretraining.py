@@ -1,4 +1,5 @@
-"""The yardstick itself: the textbook losses and the pre-training step against torch's own functions and arithmetic."""
+"""The yardstick itself: the textbook losses and the pre-training step against torch's
+own functions and arithmetic."""
 
 import numpy as np
 import pytest
@@ -35,7 +36,8 @@ def test_contrastive_loss_is_cross_entropy_with_soft_targets():
     wanted = F.cross_entropy(query @ keys.T / temperature, targets)
     assert_close(soft, wanted)
     for ours, theirs in zip(
-        torch.autograd.grad(soft, (query, temperature)), torch.autograd.grad(wanted, (query, temperature)), strict=True
+        torch.autograd.grad(soft, (query, temperature)), torch.autograd.grad(wanted, (query, temperature)),
+        strict=True
     ):
         assert_close(ours, theirs)
 
@@ -126,8 +128,10 @@ def test_step_by_published_formulas():
         losses.append(F.cross_entropy(query @ keys / model.temp, targets.detach()))
     assert_close(output.itc[0], (losses[0] + losses[1]) / 2)
     off_diagonal = 1 - torch.eye(4)
-    assert_close(output.weights_t2i[0], (F.softmax(text @ image_m.T / model.temp, dim=1) + 1e-4) * off_diagonal)
-    assert_close(output.weights_i2t[0], (F.softmax(image @ text_m.T / model.temp, dim=1) + 1e-4) * off_diagonal)
+    assert_close(output.weights_t2i[0],
+                 (F.softmax(text @ image_m.T / model.temp, dim=1) + 1e-4) * off_diagonal)
+    assert_close(output.weights_i2t[0],
+                 (F.softmax(image @ text_m.T / model.temp, dim=1) + 1e-4) * off_diagonal)
 
     enc, following = with_first_token(ids, ENC), [1, 2, 3, 0]
     logits = torch.cat([
@@ -180,7 +184,8 @@ def test_queue_wraps_where_it_does_not_divide():
 
 def test_retrieval_step():
     """Equal ids are positives in batch and queue and are never drawn; all ranks' pairs are candidates."""
-    model = roughened(TextbookPretraining(SMALL, queue_length=7, retrieval=True, all_ranks=True, decoder=False))
+    model = roughened(TextbookPretraining(SMALL, queue_length=7, retrieval=True, all_ranks=True,
+                                          decoder=False))
     batches = ranks_batches(2, 3, ids=[[1, 2, 1], [2, 3, 4]])
     negatives = [Negatives(torch.tensor([3, 0, 4]), torch.tensor([5, 4, 1])),
                  Negatives(torch.tensor([0, 0, 3]), torch.tensor([0, 3, 4]))]  # fmt: skip
@@ -194,7 +199,8 @@ def test_retrieval_step():
     assert torch.equal(output.weights_t2i[0] > 0, torch.tensor(wanted).bool())
     with torch.no_grad():
         images, pair_texts = zip(
-            *((model.image_features(model.visual_encoder(b.images)), model.text_features(*b[1:3])) for b in batches),
+            *((model.image_features(model.visual_encoder(b.images)), model.text_features(*b[1:3]))
+              for b in batches),
             strict=True,
         )
         to_texts = F.softmax(images[1] @ torch.cat(pair_texts).T / model.temp, dim=1)
@@ -227,7 +233,8 @@ def test_gradients_reach_images_of_other_ranks():
 
 def test_three_optimiser_steps_and_their_moving_average():
     model = TextbookPretraining(SMALL, queue_length=11, momentum=0.9)
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.05)
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3,
+                                  weight_decay=0.05)
     average = model.text_proj.weight.detach().clone()
     losses = []
     batches, negatives = ranks_batches(2, 3), next_pair(2, 3)
@@ -244,7 +251,8 @@ def test_three_optimiser_steps_and_their_moving_average():
 
 
 def test_loading_weights_names_what_is_missing_and_restarts_the_momentum():
-    source, model = roughened(TextbookPretraining(SMALL, queue_length=8)), TextbookPretraining(SMALL, queue_length=8)
+    source, model = roughened(TextbookPretraining(SMALL, queue_length=8)), TextbookPretraining(SMALL,
+                                                                                               queue_length=8)
     own = {k: v for k, v in source.state_dict().items() if "_m." not in k and "queue" not in k}
     model.load_weights(own)
     assert torch.equal(model.vision_proj_m.weight, source.vision_proj.weight)

@@ -1,4 +1,5 @@
-"""The two-pass training step against the textbook model: losses and every gradient, three steps, one and two ranks."""
+"""The two-pass training step against the textbook model: losses and every gradient,
+three steps, one and two ranks."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from blip_train.steps.pretraining import Batch, Objective, Pretraining
+from blip_train.steps.step import StepContext
 from ranks import spawn
 from reference import losses
 from reference import pretraining as textbook
@@ -19,7 +21,8 @@ STEPS, LR = 3, 0.5  # a large rate: EMA, queue and weights must really move betw
 OBJECTIVES = {
     "pretraining": Objective(queue_size=23, momentum=0.9),
     "ids": Objective(queue_size=23, momentum=0.9, positives="id", negative_floor=0.0),
-    "ids-all-ranks": Objective(queue_size=23, momentum=0.9, positives="id", negatives="all_ranks", negative_floor=0.0),
+    "ids-all-ranks": Objective(queue_size=23, momentum=0.9, positives="id", negatives="all_ranks",
+                               negative_floor=0.0),
 }
 
 
@@ -31,7 +34,7 @@ def run_product(name: str, ranks: int) -> list[dict]:
     torch.manual_seed(rank)
     for step in range(STEPS):
         pretraining.follow()
-        output = pretraining(make_batch(step, rank), alpha=0.2 * step)
+        output = pretraining(make_batch(step, rank), StepContext(alpha=0.2 * step))
         pretraining.zero_grad()
         output.total.backward()
         pretraining.enqueue(output)
@@ -70,7 +73,7 @@ def product_record(name: str, ranks: int, tmp_path) -> list[dict]:
 
 @pytest.mark.slow
 def test_compiled_blocks_learn_the_same(monkeypatch):
-    """Each block is one graph, whatever the lengths of its texts; the backend alone is not a GPU's."""
+    """Each block is one graph for any text lengths. Only the backend differs from a GPU's."""
     monkeypatch.setenv("BLIP_FAST_ATTENTION", "reference")
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -81,7 +84,7 @@ def test_compiled_blocks_learn_the_same(monkeypatch):
             pretraining.model.compile_blocks(backend="aot_eager")
         for step in range(2):
             torch.manual_seed(step)
-            output = pretraining(make_batch(step, 0), alpha=0.3)
+            output = pretraining(make_batch(step, 0), StepContext(alpha=0.3))
             output.total.backward()
             pretraining.enqueue(output)
         found[compiled] = {name: p.grad for name, p in pretraining.model.named_parameters()}
@@ -102,7 +105,8 @@ def test_losses_and_gradients_equal_the_textbook(name, ranks, tmp_path):
     state = layout.split(dict(model.state_dict()))
     state |= layout.stored_twice(state)
     buffers = {key: value for key, value in reference.state_dict().items() if key.endswith("position_ids")}
-    reference.load_weights({key: value for key, value in (state | buffers).items() if key in reference.state_dict()})
+    reference.load_weights({key: value for key, value in (state | buffers).items()
+                            if key in reference.state_dict()})
     queue = Pretraining(model, objective, seed=3).queue
     reference.image_queue.copy_(queue.image.T)
     reference.text_queue.copy_(queue.text.T)
@@ -136,7 +140,8 @@ def check_drawn(negatives: textbook.Negatives, expected: textbook.StepOutput, ra
 
 
 def test_gradients_reach_images_of_another_rank(tmp_path):
-    """With negatives of all ranks some are drawn from the other rank's batch; the parity above then covers them."""
+    """With negatives of all ranks some come from the other rank's batch, so that the
+    parity test above covers them."""
     record = product_record("ids-all-ranks", 2, tmp_path)
     crossing = sum(int(((drawn[0] // PAIRS) != rank).sum()) for step in record
                    for rank, drawn in enumerate(step["negatives"]))
@@ -144,27 +149,30 @@ def test_gradients_reach_images_of_another_rank(tmp_path):
 
 
 def test_a_batch_of_one_image_trains_without_negatives():
-    """All ids equal: no pair is a negative, ITM sees the positives alone and nothing fails."""
+    """All ids are equal: no pair is a negative, ITM sees only positives, and nothing fails."""
     batch = make_batch(0, 0)
     batch = Batch(batch.images, batch.texts, torch.zeros_like(batch.ids))
-    output = Pretraining(make_model(), OBJECTIVES["ids"], seed=3)(batch, alpha=0.4)
+    output = Pretraining(make_model(), OBJECTIVES["ids"], seed=3)(batch, StepContext(alpha=0.4))
     assert (output.negatives.image_for_text == -1).all()
     assert output.total.isfinite()
 
 
 @pytest.mark.parametrize("kind", ["pretraining", "ids"])
 def test_negatives_are_drawn_from_the_published_weights(kind):
-    """χ² of 3,000 draws: pre-training ranks by the momentum features, fine-tuning by the model's own, equal ids out."""
+    """χ² of 3,000 draws. Pre-training ranks by the momentum features, fine-tuning by the
+    model's own without equal ids."""
     torch.manual_seed(0)
     batch, pretraining = make_batch(0, 0), Pretraining(make_model(), OBJECTIVES[kind], seed=3)
     batch = Batch(batch.images, batch.texts, torch.tensor([0, 1, 2, 1, 3]))
     features = pretraining._features(batch, pretraining.model.encode_images(batch.images))
-    image, text, image_m, text_m = (torch.nn.functional.normalize(torch.randn(5, 16), dim=1) for _ in range(4))
+    image, text, image_m, text_m = (torch.nn.functional.normalize(torch.randn(5, 16), dim=1)
+                                    for _ in range(4))
     features = type(features)(image, text, image_m, text_m)
     with torch.no_grad():
         pretraining.model.temperature.fill_(0.5)
     if kind == "pretraining":
-        weights = [losses.pretraining_negative_weights(q @ k.T / 0.5) for q, k in ((text, image_m), (image, text_m))]
+        weights = [losses.pretraining_negative_weights(q @ k.T / 0.5)
+                   for q, k in ((text, image_m), (image, text_m))]
     else:
         weights = [losses.fine_tuning_negative_weights(q @ k.T / 0.5, batch.ids, batch.ids)
                    for q, k in ((text, image), (image, text))]
@@ -181,12 +189,13 @@ def test_negatives_are_drawn_from_the_published_weights(kind):
 
 
 def test_language_first_trains_lm_alone():
-    """The same LM loss, no gradient outside vision and decoder, a momentum copy that follows and a queue that waits."""
+    """The same LM loss, no gradient outside vision and decoder; the momentum copy
+    follows, the queue does not change."""
     batch, pretraining = make_batch(0, 0), Pretraining(make_model(), OBJECTIVES["pretraining"], seed=3)
-    both = Pretraining(make_model(), OBJECTIVES["pretraining"], seed=3)(batch, alpha=0.0)
+    both = Pretraining(make_model(), OBJECTIVES["pretraining"], seed=3)(batch, StepContext())
     queue = pretraining.queue.image.clone()
     pretraining.follow()
-    output = pretraining(batch, alpha=0.0, language_only=True)
+    output = pretraining(batch, StepContext(language_only=True))
     assert list(output.losses) == ["lm"]
     torch.testing.assert_close(output.losses["lm"], both.losses["lm"])
     output.total.backward()
@@ -199,4 +208,5 @@ def test_language_first_trains_lm_alone():
         model.vision.cls_token.add_(1.0)
     moved = pretraining.momentum.copy.vision.cls_token.clone()
     pretraining.follow()
-    torch.testing.assert_close(pretraining.momentum.copy.vision.cls_token, moved + 0.1, atol=1e-5, rtol=0)  # m = 0.9
+    # m = 0.9
+    torch.testing.assert_close(pretraining.momentum.copy.vision.cls_token, moved + 0.1, atol=1e-5, rtol=0)

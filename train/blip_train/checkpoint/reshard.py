@@ -1,4 +1,5 @@
-"""A checkpoint that other ranks, or another ZeRO stage, wrote: put together from its shards and shared out anew."""
+"""Loads a checkpoint that another number of ranks or another ZeRO stage wrote: merges its
+shards and divides them anew."""
 
 from __future__ import annotations
 
@@ -20,29 +21,30 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, per parameter
 
 
 def load_resharded(engine: Any, folder: Path, written_stage: int, updates: int) -> None:
-    """Restore weights, momentum copy, queue, and AdamW's moments and step. All ranks call together.
+    """Restore weights, momentum copy, queue, and AdamW's moments and step. All ranks call it together.
 
-    Every rank puts the weights together in host memory, one copy for each rank of a machine, and reads the moments one
-    parameter at a time.
+    Every rank assembles the weights in host memory (one copy per rank of a machine) and reads the
+    moments one parameter at a time.
 
     Args:
         engine: DeepSpeed's engine, with ZeRO stage 1, 2 or 3 and PyTorch's AdamW.
         folder: a checkpoint's directory.
-        written_stage: the stage that it was written with.
-        updates: the optimiser's, until then.
+        written_stage: the stage that wrote it.
+        updates: the optimiser's updates until then.
 
     Raises:
-        ValueError: one of the two stages is 0, or the optimiser another: their state is kept in another form.
+        ValueError: one of the two stages is 0, or the optimiser is not
+            PyTorch's: their state has another form.
     """
     import deepspeed
 
     stage = engine.zero_optimization_stage()
     if 0 in (stage, written_stage):
-        raise ValueError(f"{folder} was written with ZeRO stage {written_stage}, and this run has {stage}: from or to "
-                         f"0 a run cannot change, resume with --runtime.zero_stage {written_stage}")
+        raise ValueError(f"{folder} was written with ZeRO stage {written_stage}, and this run has {stage}: "
+                         f"from or to 0 a run cannot change, resume with --runtime.zero_stage {written_stage}")
     if not isinstance(engine.basic_optimizer, torch.optim.AdamW):
-        raise ValueError(f"{folder} was written on other ranks, or with another optimiser, than this run's: go on with "
-                         "--runtime.adamw torch, which can take its state over")
+        raise ValueError(f"{folder} was written on other ranks, or with another optimiser, than this run's: "
+                         "go on with --runtime.adamw torch, which can take its state over")
     whole = folder / "whole"
     if collectives.world()[0] == 0:
         _convert(folder, whole)
@@ -59,7 +61,7 @@ def load_resharded(engine: Any, folder: Path, written_stage: int, updates: int) 
         if parameter.requires_grad:
             _restore(parameter, weights[name], None)
             for moment in MOMENTS:
-                _restore(parameter, _stored(whole / "zero" / name / f"{moment}.pt"), moment)
+                _restore(parameter, _read_tensor(whole / "zero" / name / f"{moment}.pt"), moment)
     dist.barrier()
     if collectives.world()[0] == 0:
         shutil.rmtree(whole)
@@ -77,38 +79,43 @@ def whole_weights(folder: Path, written_stage: int) -> dict[str, Tensor]:
 
 
 def _convert(folder: Path, whole: Path) -> None:
-    """DeepSpeed's universal form of a checkpoint: a file a parameter and moment."""
+    """Write a checkpoint in DeepSpeed's universal form: one file per parameter and moment."""
     from deepspeed.checkpoint import ds_to_universal
 
     shutil.rmtree(whole, ignore_errors=True)
     with _silent():
-        ds_to_universal.main(Namespace(input_folder=str(folder), output_folder=str(whole), num_extract_workers=1,
+        ds_to_universal.main(Namespace(input_folder=str(folder), output_folder=str(whole),
+                                       num_extract_workers=1,
                                        num_merge_workers=1, keep_temp_folder=False, strict=True,
                                        inject_missing_state=True))
     (folder / "latest_universal").unlink(missing_ok=True)
 
 
-def _stored(path: Path) -> Tensor:
-    # weights_only=False: the files are this run's own and hold more than tensors; stages differ in how they wrap it.
+def _read_tensor(path: Path) -> Tensor:
+    # weights_only=False: the files are this run's own, and hold more than tensors. Some
+    # stages wrap the tensor in a dict.
     stored = torch.load(path, weights_only=False)
     return stored["param"] if isinstance(stored, dict) else stored
 
 
 def _make_moments(optimizer: Any, stage: int, updates: int) -> None:
-    """AdamW's state of this rank's shards, which it would make itself in its first step."""
+    """Create AdamW's state of this rank's shards, which AdamW itself would create in its first step."""
     for flat in optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups:
         step = torch.tensor(float(updates), device=flat.device)
-        optimizer.optimizer.state[flat] = {"step": step} | {moment: torch.zeros_like(flat) for moment in MOMENTS}
+        optimizer.optimizer.state[flat] = {"step": step} | {moment: torch.zeros_like(flat)
+                                                            for moment in MOMENTS}
     if stage < 3:
         optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def _restore(parameter: Any, value: Tensor, moment: str | None) -> None:
-    """This rank's shard of a parameter's float32 weight or moment from the whole `value`."""
+    """Set this rank's shard of a parameter's float32 weight (`moment` None) or
+    moment from the whole `value`."""
     from deepspeed import utils
 
     value = value.flatten().to(parameter.device)
-    if hasattr(parameter, "ds_tensor"):  # ZeRO 3; DeepSpeed's setter of whole tensors knows no padded shards
+    # ZeRO 3; DeepSpeed's setter of whole tensors does not support padded shards.
+    if hasattr(parameter, "ds_tensor"):
         size, rank = parameter.ds_tensor.ds_numel, collectives.world()[0]
         padded = torch.nn.functional.pad(value, (0, size * collectives.world()[1] - len(value)))
         value = padded[rank * size : (rank + 1) * size]
@@ -123,6 +130,6 @@ def _restore(parameter: Any, value: Tensor, moment: str | None) -> None:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Without what DeepSpeed's converters print; what they raise comes through."""
+    """Suppress what DeepSpeed's converters print, but not what they raise."""
     with Path(os.devnull).open("w") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         yield

@@ -15,48 +15,56 @@ from torch import Tensor
 
 from blip_fast.checkpoint.names import original_layout
 from blip_fast.model.blip import BlipModel
-from blip_train.steps.pretraining import Pretraining
+from blip_train.steps.step import TrainingStep
 
 MOMENTUM_PARTS = ("visual_encoder", "text_encoder", "vision_proj", "text_proj")
-POINTERS = {"pair": "queue_ptr", "id": "ptr_queue"}  # by the objective's positives: pre-training, retrieval
+POINTERS = {False: "queue_ptr", True: "ptr_queue"}  # by `MomentumState.by_id`: pre-training, retrieval
 
 
-def export_state(pretraining: Pretraining) -> dict[str, Tensor]:
-    """Everything but the model that the published code stores; empty for a step without ITC, which needs none of it."""
-    if "itc" not in pretraining.objective.losses:
+def export_state(step: TrainingStep) -> dict[str, Tensor]:
+    """Everything that the published code stores besides the model; empty for a
+    step without momentum state."""
+    own = step.momentum_state()
+    if own is None:
         return {}
-    model, queue = _published(pretraining.model), pretraining.queue
-    # The copy has no cross-attention: its features need none. Where the published code stores it, the model's stands.
-    copies = model | _published(pretraining.momentum.copy)
+    model, queue = _published_tensors(step.model), own.queue
+    # The copy has no cross-attention, because its features need none. Where the published code
+    # stores one, it is the model's.
+    copies = model | _published_tensors(own.encoders.copy)
     state = {key.replace(".", "_m.", 1): copies[key] for key in model if key.split(".")[0] in MOMENTUM_PARTS}
     state |= {"image_queue": queue.image.T.clone(), "text_queue": queue.text.T.clone(),
-              POINTERS[pretraining.objective.positives]: queue.pointer.view(1).clone()}
-    if pretraining.objective.positives == "id":
+              POINTERS[own.by_id]: queue.pointer.view(1).clone()}
+    if own.by_id:
         state["idx_queue"] = queue.ids[None].clone()
     return state
 
 
 @torch.no_grad()
-def restore_state(pretraining: Pretraining, state: dict[str, Tensor]) -> None:
-    """The inverse of `export_state`. What `state` does not hold stays as it is, as with the published code's loading.
+def restore_state(step: TrainingStep, state: dict[str, Tensor]) -> None:
+    """The inverse of `export_state`. What `state` lacks is left unchanged, as in the published code.
 
     Args:
-        pretraining: a step with ITC.
-        state: from `blip_fast.checkpoint.load_training_state`. A pointer under the name that the other objective gives
-            it is left aside, as published.
+        step: a step with momentum state.
+        state: from `blip_fast.checkpoint.load_training_state`. A pointer under the other objective's
+            name is ignored, as published.
 
     Raises:
-        ValueError: a part of the momentum copies is missing, or a queue is of another shape.
+        ValueError: a part of the momentum copies is missing, or a queue has another shape.
     """
-    momentum = {key.replace("_m.", ".", 1): tensor for key, tensor in state.items() if key.split(".")[0].endswith("_m")}
+    own = step.momentum_state()
+    assert own is not None
+    momentum = {key.replace("_m.", ".", 1): tensor for key, tensor in state.items()
+                if key.split(".")[0].endswith("_m")}
     if momentum:
-        copy = pretraining.momentum.copy
-        own, shapes = _published(copy), {name: tensor.shape for name, tensor in copy.state_dict().items()}
-        stored = {key: momentum[key] for key in own if key in momentum} | {"temp": own["temp"]}
-        copy.load_state_dict(original_layout(copy.config).join(stored, shapes, "the training state's momentum copy"))
-    queue = pretraining.queue
+        copy = own.encoders.copy
+        plain, shapes = _published_tensors(copy), {name: tensor.shape
+                                                   for name, tensor in copy.state_dict().items()}
+        stored = {key: momentum[key] for key in plain if key in momentum} | {"temp": plain["temp"]}
+        copy.load_state_dict(original_layout(copy.config).join(stored, shapes,
+                                                               "the training state's momentum copy"))
+    queue = own.queue
     for name, ours in {"image_queue": queue.image.T, "text_queue": queue.text.T, "idx_queue": queue.ids[None],
-                       POINTERS[pretraining.objective.positives]: queue.pointer.view(1)}.items():
+                       POINTERS[own.by_id]: queue.pointer.view(1)}.items():
         if name not in state:
             continue
         if state[name].shape != ours.shape:
@@ -65,7 +73,7 @@ def restore_state(pretraining: Pretraining, state: dict[str, Tensor]) -> None:
         ours.copy_(state[name])
 
 
-def _published(model: BlipModel) -> dict[str, Tensor]:
+def _published_tensors(model: BlipModel) -> dict[str, Tensor]:
     layout = original_layout(model.config)
     tensors = layout.split(model.state_dict())
     return tensors | layout.stored_twice(tensors)

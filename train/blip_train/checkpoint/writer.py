@@ -1,4 +1,4 @@
-"""Writes the files of a checkpoint, at once or in a thread while the run goes on."""
+"""Writes the files of a checkpoint, at once or in a thread while training continues."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from blip_train.collectives import world
 
 
 class Writer:
-    """What a rank writes of its checkpoints, one after another.
+    """Writes this rank's files of one checkpoint after another.
 
-    In the background, `put` copies to host memory, in the form that the file will have, and `finish` starts the thread;
-    at once, they write. Either way a file has reached the disk before the checkpoint becomes the latest.
+    In the background, `put` copies to host memory, in the form of the file, and `finish` starts the thread.
+    At once, `put` writes. Either way all files are on the disk before the checkpoint becomes the latest.
 
     Args:
-        engine: DeepSpeed's, whose own files then come this way too.
+        engine: DeepSpeed's engine, whose own files this writer then writes too.
         background: write in a thread.
     """
 
     def __init__(self, engine: Any, background: bool) -> None:
         engine.checkpoint_engine.save = self.put
         self._thread = ThreadPoolExecutor(1, "checkpoints") if background else None
-        # The thread's own: on the ranks' common one its barrier would meet the step's collectives.
+        # A group for the thread: in the common one its barrier would collide with the step's collectives.
         self._group: Any = dist.new_group(backend="gloo") if background else None
         self._files: list[tuple[Path, io.BytesIO]] = []
         self._writing: Future[None] | None = None
@@ -46,34 +46,36 @@ class Writer:
         torch.save(state_dict, copy)
         self._files.append((Path(path), copy))
 
-    def finish(self, saying: Callable[[], AbstractContextManager[None]], latest: Callable[[], None]) -> None:
-        """When all ranks have written their files, `saying` around what may fail, rank 0 calls `latest`."""
+    def finish(self, explaining: Callable[[], AbstractContextManager[None]],
+               latest: Callable[[], None]) -> None:
+        """Write the files within `explaining`, which wraps errors; when all ranks
+        have, rank 0 calls `latest`."""
         files, self._files = self._files, []
         if self._thread is None:
-            self._write(files, saying, latest)
+            self._write(files, explaining, latest)
         else:
-            self._writing = self._thread.submit(self._write, files, saying, latest)
+            self._writing = self._thread.submit(self._write, files, explaining, latest)
 
     def wait(self) -> None:
-        """Until what was put is written. Raises what kept it from being."""
+        """Wait until what was put is written. Raises the thread's error."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
     def close(self) -> None:
-        """Wait, and end the thread."""
+        """Wait, then end the thread."""
         self.wait()
         if self._thread is not None:
             self._thread.shutdown()
 
     def check(self) -> None:
-        """Raise what kept a thread that has ended from writing."""
+        """Raise the error of a thread that has ended."""
         if self._writing is not None and self._writing.done():
             self.wait()
 
-    def _write(self, files: list[tuple[Path, io.BytesIO]], saying: Callable[[], AbstractContextManager[None]],
-               latest: Callable[[], None]) -> None:
-        with saying():
+    def _write(self, files: list[tuple[Path, io.BytesIO]],
+               explaining: Callable[[], AbstractContextManager[None]], latest: Callable[[], None]) -> None:
+        with explaining():
             for path, copy in files:
                 with path.open("wb") as file:
                     file.write(copy.getbuffer())

@@ -1,4 +1,4 @@
-"""`blip-fast bootstrap`: pre-train, clean web pairs with what was learnt (CapFilt), pre-train anew."""
+"""`blip-fast bootstrap`: pre-train, clean web pairs with that model (CapFilt), pre-train anew."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from blip_train.commands.needs import require_training
 
 
 def _arguments(parser: ArgumentParser) -> None:
-    require_training()  # the recipe's class stands on it
+    require_training()  # importing the recipe's class needs it
     from blip_train.experiments.bootstrap_recipe import BootstrapRecipe
     from blip_train.recipe import add_recipe_arguments
 
     add_recipe_arguments(parser, BootstrapRecipe)
     parser.add_argument("--resume", action="store_true",
                         help="go on with runs/NAME where it was cut short; finished stages are not done again")
-    parser.add_argument("--json", action="store_true", help="print what metrics.json holds instead of the tables")
+    parser.add_argument("--json", action="store_true",
+                        help="print what metrics.json holds instead of the tables")
 
 
 def _run(args: Namespace) -> None:

@@ -9,8 +9,8 @@ from blip_train.commands.needs import require_training
 
 
 def _arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--output", default="runs/demo", help="directory of the runs and the report; an earlier demo "
-                                                              "there is replaced")
+    parser.add_argument("--output", default="runs/demo", help="directory of the runs and the report; an "
+                                                              "earlier demo there is replaced")
     parser.add_argument("--recipe", choices=["scenes.yaml", "scenes_long.yaml"], default="scenes.yaml",
                         help="pre-training: minutes, or up to half an hour")
 

@@ -1,4 +1,4 @@
-"""`blip-fast export`: a run's checkpoint, sharded or not, as a model to use."""
+"""`blip-fast export`: write a run's checkpoint, sharded or not, as a model."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def _arguments(parser: ArgumentParser) -> None:
 def _run(args: Namespace) -> None:
     check_destination(Path(args.destination), args.to)
     if args.training_state and (args.to == "hf" or args.task is not None):
-        raise ValueError(f"{'transformers' if args.to == 'hf' else 'a single task'} has no place for training state: "
-                         "leave out --training-state, or export to native or original")
+        raise ValueError(f"{'transformers' if args.to == 'hf' else 'a single task'} has no place for "
+                         "training state: leave out --training-state, or export to native or original")
     from blip_fast.model.blip import task_model
     from blip_train.export import read_checkpoint, training_state
 

@@ -1,4 +1,4 @@
-"""What commands print that end in figures and a page."""
+"""Printing for commands that end with figures and a page."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from blip_fast.report.page import Metric
 
 
 def print_figures(metrics: Sequence[Metric], seconds: float, page: Path) -> None:
-    """Shares beside their targets and, where there are any, chance levels; how long it took; where the page is."""
+    """Print shares with their targets, and chance levels if there are any; the time
+    taken; and where the page is."""
     table = Table("figure", "value", "target", "chance")
     for metric in metrics:
         chance = "" if metric.chance is None else f"{metric.chance:.1%}"

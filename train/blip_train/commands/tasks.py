@@ -10,11 +10,11 @@ from blip_train.commands.needs import require_training
 
 def _arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("--output", default="runs/tasks", help="directory of data, runs and report; what an earlier call left there is "
-                                               "replaced")
+    add("--output", default="runs/tasks", help="directory of data, runs and report; what an earlier call "
+                                               "left there is replaced")
     add("--model", type=str | None, metavar="DIR",
-        help="fine-tune this model, pre-trained by an earlier call (its OUTPUT/pretrain/model); without it one is "
-             "pre-trained")
+        help="fine-tune this model, pre-trained by an earlier call (its OUTPUT/pretrain/model); without it "
+             "one is pre-trained")
     add("--ranks", type=int | None, metavar="N", help="processes of each training (default: the recipes')")
 
 
@@ -34,7 +34,8 @@ def _run(arguments: Namespace) -> None:
 
 
 COMMAND = Command(
-    help="fine-tune on questions, pairs and dialogues about drawn scenes in minutes, try clips, and write a report",
+    help="fine-tune on questions, pairs and dialogues about drawn scenes in minutes, try clips, and write a "
+         "report",
     example="blip-fast tasks --output runs/tasks",
     arguments=_arguments,
     run=_run,

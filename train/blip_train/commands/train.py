@@ -14,12 +14,17 @@ def _arguments(parser: ArgumentParser) -> None:
     add_recipe_arguments(parser, Recipe)
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of runs/NAME")
     parser.add_argument("--profile", type=int, nargs="?", const=3, default=0, metavar="STEPS",
-                        help="trace the run's third and following steps into runs/NAME/profile (3 unless given)")
+                        help="trace the run's third and following steps into runs/NAME/profile (3 unless "
+                             "given)")
     parser.add_argument("--dry-run", action="store_true",
-                        help="start nothing, and say what the recipe would ask of each GPU, stage by ZeRO stage")
-    parser.add_argument("--gpus", help="for --dry-run: numbers of GPUs, 8,64,512 (runtime.ranks unless given)")
-    parser.add_argument("--caption-tokens", type=float, help="for --dry-run: tokens of a mean caption (default: 14)")
-    parser.add_argument("--json", action="store_true", help="for --dry-run: a JSON object a line instead of the table")
+                        help="start nothing, and say what the recipe would ask of each GPU, stage by ZeRO "
+                             "stage")
+    parser.add_argument("--gpus",
+                        help="for --dry-run: numbers of GPUs, 8,64,512 (runtime.ranks unless given)")
+    parser.add_argument("--caption-tokens", type=float,
+                        help="for --dry-run: tokens of a mean caption (default: 14)")
+    parser.add_argument("--json", action="store_true",
+                        help="for --dry-run: a JSON object a line instead of the table")
 
 
 def _run(arguments: Namespace) -> None:
@@ -33,14 +38,16 @@ def _run(arguments: Namespace) -> None:
         _dry_run(arguments, recipe)
         return
     if arguments.gpus or arguments.caption_tokens or arguments.json:
-        raise ValueError("--gpus, --caption-tokens and --json belong to --dry-run: add it, or set --runtime.ranks")
+        raise ValueError("--gpus, --caption-tokens and --json belong to --dry-run: add it, or set "
+                         "--runtime.ranks")
     if arguments.profile < 0:
         raise ValueError(f"--profile is {arguments.profile}: name how many steps to trace, at least 1")
 
     from blip_train.launch import carry_out
 
     model = carry_out(recipe, arguments.resume, arguments.profile)
-    if os.environ.get("RANK") == "0":  # one rank speaks for all; a process that only launched them is none
+    # One rank prints for all; a process that only launched them is not a rank.
+    if os.environ.get("RANK") == "0":
         print(model)
 
 

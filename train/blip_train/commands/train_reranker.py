@@ -1,4 +1,5 @@
-"""`blip-fast train-reranker`: BERT-CNN for `blip-fast caption --rerank bert-cnn`, from pairs of labels and captions."""
+"""`blip-fast train-reranker`: BERT-CNN for `blip-fast caption --rerank bert-cnn`, from
+pairs of labels and captions."""
 
 from __future__ import annotations
 
@@ -22,13 +23,15 @@ def _arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("pairs", metavar="FILE.tsv", help="a label, a caption, and 1 where they belong together or 0, a line")
     add("--bert", required=True, metavar="DIR",
-        help="a BERT on this machine: config.json, weights, and vocab.txt or tokenizer.json, as transformers saves it")
+        help="a BERT on this machine: config.json, weights, and vocab.txt or tokenizer.json, as transformers "
+             "saves it")
     add("--output", required=True, metavar="DIR", help="directory to write, for --reranker of caption")
     add("--epochs", type=int, default=5, help="times that all pairs are gone over")
     add("--batch-size", type=int, default=128, help="pairs a step")
     add("--lr", type=float, default=1e-5, help="Adam's learning rate")
     add("--held-out", type=float, default=0.2, help="share of the pairs that is not trained on but measured")
-    add("--seed", type=int, default=0, help="of the pairs that are held out, their order, drop-out and new weights")
+    add("--seed", type=int, default=0, help="of the pairs that are held out, their order, drop-out and new "
+                                            "weights")
     add("--device", type=str | None, help="cpu or cuda (default: cuda where there is one)")
     add("--json", action="store_true", help="print the figures as one JSON object")
 
@@ -45,7 +48,8 @@ def _run(args: Namespace) -> None:
     bert, tokenizer = load_bert(args.bert)
     steps = recipe.epochs * -(-len(pairs) // recipe.batch_size)
     with progress_bar("steps", "steps", lambda: steps) as advance:
-        model, epochs = train_reranker(bert.to(device), tokenizer, pairs, held_out, recipe, told=_tell, advance=advance)
+        model, epochs = train_reranker(bert.to(device), tokenizer, pairs, held_out, recipe,
+                                       on_epoch=_print_epoch, advance=advance)
     save_bert_cnn(model, tokenizer, args.output)
     commoner = sum(pair.belong for pair in held_out) / len(held_out)
     _report(args, {"pairs": len(pairs), "held_out": len(held_out), "loss": epochs[-1].loss,
@@ -54,9 +58,9 @@ def _run(args: Namespace) -> None:
                    "epochs": [asdict(epoch) for epoch in epochs]})
 
 
-def _tell(epoch: Epoch) -> None:
-    print(f"epoch {epoch.number}: loss {epoch.loss:.4f}; of the held-out pairs: accuracy {epoch.accuracy:.1%}, AUC "
-          f"{epoch.auc:.4f}", file=sys.stderr)
+def _print_epoch(epoch: Epoch) -> None:
+    print(f"epoch {epoch.number}: loss {epoch.loss:.4f}; of the held-out pairs: accuracy "
+          f"{epoch.accuracy:.1%}, AUC {epoch.auc:.4f}", file=sys.stderr)
 
 
 def _report(args: Namespace, figures: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""AdamW in the implementation that a machine has: PyTorch's fused one, DeepSpeed's or NVIDIA Apex's."""
+"""AdamW in an implementation that the machine has: PyTorch's fused one, DeepSpeed's or NVIDIA Apex's."""
 
 from __future__ import annotations
 
@@ -12,20 +12,23 @@ from blip_train.recipe import OptimizerRecipe, RuntimeRecipe
 from blip_train.steps.step import TrainingStep
 
 
-def make_adamw(pretraining: TrainingStep, optimizer: OptimizerRecipe, runtime: RuntimeRecipe,
+def make_adamw(step: TrainingStep, optimizer: OptimizerRecipe, runtime: RuntimeRecipe,
                device: torch.device) -> Any:
-    """The recipe's optimiser over what is trained.
+    """The recipe's optimiser over the trained parameters.
 
-    `runtime.adamw` names the implementation; `auto` is DeepSpeed's where its kernel is built, else Apex's where it is
-    installed, both on GPUs alone, else PyTorch's. With `runtime.offload` the update runs on the CPU, in PyTorch's.
+    `runtime.adamw` names the implementation. On GPUs `auto` means DeepSpeed's if its kernel
+    is built, else Apex's if it is installed; otherwise it means PyTorch's. With
+    `runtime.offload` PyTorch's updates on the CPU.
 
     Raises:
         ValueError: the named implementation cannot run here; the message says why.
     """
-    options = {"lr": 0.0, "betas": optimizer.betas, "eps": optimizer.eps}  # the learning rate is set each step
-    groups, name = parameter_groups(pretraining, optimizer), runtime.adamw
+    # The learning rate is set each step.
+    options = {"lr": 0.0, "betas": optimizer.betas, "eps": optimizer.eps}
+    groups, name = parameter_groups(step, optimizer), runtime.adamw
     if name == "auto":
-        name = next((other for other in ("deepspeed", "apex") if not adamw_cannot(other, device, runtime.offload)),
+        name = next((other for other in ("deepspeed", "apex")
+                     if not adamw_cannot(other, device, runtime.offload)),
                     "torch")
     elif reason := adamw_cannot(name, device, runtime.offload):
         raise ValueError(f"runtime.adamw {name} cannot run: {reason}; choose auto or torch")
@@ -37,7 +40,7 @@ def make_adamw(pretraining: TrainingStep, optimizer: OptimizerRecipe, runtime: R
 
 
 def adamw_cannot(name: str, device: torch.device, offload: bool) -> str | None:
-    """Why the implementation `name` cannot run; None where it can."""
+    """Why the implementation `name` cannot run; None if it can."""
     if name == "torch":
         return None
     if device.type != "cuda" or offload:
@@ -52,9 +55,9 @@ def adamw_cannot(name: str, device: torch.device, offload: bool) -> str | None:
     return None
 
 
-def parameter_groups(pretraining: TrainingStep, optimizer: OptimizerRecipe) -> list[dict[str, Any]]:
-    """What is trained, with the weight decay that it gets."""
-    trained = [p for p in pretraining.parameters() if p.requires_grad]
+def parameter_groups(step: TrainingStep, optimizer: OptimizerRecipe) -> list[dict[str, Any]]:
+    """The trained parameters, grouped by weight decay."""
+    trained = [p for p in step.parameters() if p.requires_grad]
     if optimizer.decay == "all":
         return [{"params": trained, "weight_decay": optimizer.weight_decay}]
     return [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": optimizer.weight_decay},

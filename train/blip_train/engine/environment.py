@@ -10,7 +10,7 @@ import torch
 
 
 def rank_environment() -> dict[str, str]:
-    """The environment that DeepSpeed needs: on a CPU its accelerator is named, and `ninja` must be on the path."""
+    """The environment that DeepSpeed needs: `ninja` on the path, and on a CPU the name of its accelerator."""
     environment = dict(os.environ)
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
     if not torch.cuda.is_available():

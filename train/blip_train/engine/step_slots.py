@@ -1,9 +1,10 @@
 """Which batches a rank computes: the slots of a step, and the readers that fill them.
 
-A step has `ranks × accumulation` slots, one batch each, and the data is shared out among readers, called streams. Slot
-i belongs to rank i // accumulation and is filled by stream i × streams // slots. Both numbers are the run's, not the
-machine's: on other ranks a slot keeps its stream, and a batch the seed that it brings, so that a run goes on with the
-same batches, negatives and drop-outs, whoever computes them.
+A step has `ranks × accumulation` slots of one batch each. The data is divided among readers, called
+streams. Slot i belongs to rank i // accumulation and is filled by stream i × streams // slots. The numbers
+of slots and streams belong to the run, not to the machine: on other ranks a slot keeps its stream, and
+each batch brings its own seed. So a resumed run continues with the same batches, negatives and dropout
+masks, whichever rank computes them.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Streams:
-    """`slots` batches a step, from `streams` readers.
+    """`slots` batches per step, from `streams` readers.
 
-    Raises ValueError where `ranks` ranks cannot share them evenly.
+    Raises ValueError if `ranks` ranks cannot share them evenly.
     """
 
     slots: int
@@ -24,11 +25,12 @@ class Streams:
 
     def __post_init__(self) -> None:
         if self.streams % self.ranks:
-            raise ValueError(f"{self.ranks} ranks cannot share {self.streams} reader(s) of the data evenly: set "
-                             "runtime.ranks to a number that divides them, or runtime.streams to a multiple of ranks")
+            raise ValueError(f"{self.ranks} ranks cannot share {self.streams} reader(s) of the data evenly: "
+                             "set runtime.ranks to a number that divides them, or runtime.streams to a "
+                             "multiple of ranks")
         if self.slots % self.streams:
-            raise ValueError(f"{self.streams} readers cannot fill the {self.slots} batches of a step (ranks × "
-                             "runtime.accumulation) evenly: choose a multiple of streams / ranks")
+            raise ValueError(f"{self.streams} readers cannot fill the {self.slots} batches of a step (ranks "
+                             "× runtime.accumulation) evenly: choose a multiple of streams / ranks")
 
     def of_rank(self, rank: int) -> list[int]:
         """The stream of each of a rank's slots."""

@@ -1,9 +1,9 @@
-"""The optimiser's steps: taken, or left out on all ranks together where a gradient is not finite; float16's loss scale.
+"""Optimiser steps, which all ranks leave out together if a gradient is not finite, and float16's loss scale.
 
-DeepSpeed's stages 1 to 3 take the norm of all ranks' gradients and leave a step out where it is not finite. Two things
-it lacks (0.19): stage 0 looks at nothing, and with autocast to float16 it scales losses by a `GradScaler` that is told
-of no overflow, so that its scale never falls and every later step is left out. Its own loss scaler does fall, clips
-gradients at their true size, and is saved.
+DeepSpeed's stages 1 to 3 compute the norm of all ranks' gradients and leave a step out if it is not finite.
+DeepSpeed 0.19 lacks two things. Stage 0 checks nothing. And with autocast to float16 it scales losses by a
+`GradScaler` that learns of no overflow: its scale never falls, and every later step is left out. DeepSpeed's
+own loss scaler does fall, clips gradients at their true size, and is saved, so it is used instead.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ LOSS_SCALE = {"init_scale": 2.0**16, "scale_window": 2000, "min_scale": 1.0, "de
 class Updates:
     """Backward and optimiser step of a DeepSpeed engine of any ZeRO stage.
 
-    Attributes: `applied`, whether the last optimiser step changed the weights; where not, they, the optimiser's state
-    and the scheduled rest of the run stand as they were.
+    Attributes:
+        applied: whether the last optimiser step changed the weights. If not, weights, optimiser
+            state and schedule are as before.
 
     Args:
-        engine: DeepSpeed's.
+        engine: DeepSpeed's engine.
         float16: scale losses, so that small gradients survive in 16 bits.
-        clip: gradient norm at stage 0, 0: none; the other stages have theirs from DeepSpeed's configuration.
+        clip: gradient norm at stage 0; 0: no clipping. The other stages clip by DeepSpeed's configuration.
     """
 
     def __init__(self, engine: Any, float16: bool, clip: float) -> None:
@@ -36,7 +37,8 @@ class Updates:
         self._engine, self._clip, self.applied = engine, clip, True
         self._sharded = engine.zero_optimization_stage() > 0
         optimizer = engine.optimizer
-        optimizer.loss_scaler = CreateLossScaler(torch.float16 if float16 else torch.float32, 1.0, float16, LOSS_SCALE)
+        optimizer.loss_scaler = CreateLossScaler(torch.float16 if float16 else torch.float32, 1.0, float16,
+                                                 LOSS_SCALE)
         if self._sharded:
             optimizer.dynamic_loss_scale, optimizer.torch_autocast_gradscaler = float16, None
         else:
@@ -50,7 +52,7 @@ class Updates:
         self._engine.backward(loss if self._sharded else loss * self.loss_scale)
 
     def step(self) -> None:
-        """Does nothing before the last batch of an accumulation."""
+        """A no-op before the last batch of an accumulation."""
         last = self._engine.is_gradient_accumulation_boundary()
         finite = self._sharded or not last or self._finish_gradients()
         self._engine.step()
@@ -58,8 +60,8 @@ class Updates:
             self.applied = finite and self._engine.was_step_applied()
 
     def _finish_gradients(self) -> bool:
-        """Stage 0: gradients, which all ranks hold alike, at their true size and clipped, or none where one is not
-        finite. (DeepSpeed's own clipping needs some.)"""
+        """Stage 0, where all ranks hold the same gradients: unscale and clip them, or drop all if one is not
+        finite. Returns whether they are finite. (DeepSpeed's own clipping fails without gradients.)"""
         gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients)) / self.loss_scale
         finite = math.isfinite(norm)

@@ -1,7 +1,7 @@
-"""Ends a rank that stands still, with the name of the step, the phase, and the ranks that did not arrive.
+"""Ends a rank that hangs, and names the step, the phase, and the ranks that did not arrive.
 
-A collective waits for its last rank. Where that rank is frozen, gloo's own time-out often does not fire, and NCCL's
-names an operation but no step.
+A collective waits for its last rank. If that rank is frozen, gloo's own time-out often does not fire, and
+NCCL's names an operation but no step.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from blip_train.collectives import world
 
 STDERR = 2
-TICK = 5.0  # at most so many seconds between two looks, and between two words to the other ranks
-STORE_TIMEOUT = 5.0  # seconds that the other ranks' places may take to come
-FALLBACK = 30.0  # seconds behind the time-out in which faulthandler ends a process whose threads cannot run
+TICK = 5.0  # most seconds between two checks, and between two reports to the other ranks
+STORE_TIMEOUT = 5.0  # seconds to wait for the other ranks' places
+FALLBACK = 30.0  # seconds after the time-out at which faulthandler ends a process whose threads cannot run
 
 
 @dataclass
 class Place:
-    """Where a rank stands: `phase` of `step`, the run's `entered`th phase. `heard`: when it last said so, UNIX time."""
+    """Where a rank is: in `phase` of `step`, the run's `entered`th phase. `heard`:
+    UNIX time of its last report."""
 
     step: int = 0
     phase: str = "start"
@@ -41,12 +42,14 @@ class Place:
 
 
 class Watchdog:
-    """A thread that ends this process, so that the launcher ends the others, when a phase takes too long.
+    """A thread that ends this process when a phase takes too long, so that the launcher ends the other ranks.
 
-    It counts its own looks, not the time: a process that was stopped and goes on is not blamed for the time between,
-    unless that was longer than `timeout` and `FALLBACK` together, when faulthandler's timer has run out.
+    It counts its own ticks instead of reading the clock, so that a process that was suspended and
+    continues is not ended for the time in between. (If that exceeds `timeout` + `FALLBACK`,
+    faulthandler's timer ends it all the same.)
 
-    Attributes: `step`, the optimiser step that the phases belong to, from 1.
+    Attributes:
+        step: the optimiser step that the phases belong to, from 1.
 
     Args:
         timeout: seconds that each phase may take.
@@ -58,13 +61,13 @@ class Watchdog:
         self._store: TCPStore | None = None
 
     def enter(self, phase: str) -> None:
-        """This rank begins a phase of its step; all ranks enter the same phases in the same order."""
+        """Begin a phase of the step. All ranks enter the same phases in the same order."""
         self._place = Place(self.step, phase, self._place.entered + 1)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Within, phases may take `timeout` seconds each."""
-        if world()[1] > 1:  # a connection of its own: the process group's may be waiting for something
+        """Within, each phase may take `timeout` seconds."""
+        if world()[1] > 1:  # a connection of its own, because the process group's may be busy waiting
             self._store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
                                    timeout=timedelta(seconds=STORE_TIMEOUT))
         ended = threading.Event()
@@ -80,22 +83,23 @@ class Watchdog:
     def _watch(self, ended: threading.Event) -> None:
         tick = min(self.timeout / 4, TICK)
         seen, quiet = self._place.entered, 0.0
-        self._tell()
+        self._report()
         while not ended.wait(tick):
-            # Where the interpreter's lock or the store holds this thread up, a thread without either ends the process.
+            # If the interpreter's lock or the store blocks this thread, faulthandler's, which
+            # needs neither, ends the process.
             faulthandler.dump_traceback_later(self.timeout + FALLBACK, exit=True)
             quiet = quiet + tick if self._place.entered == seen else 0.0
             seen = self._place.entered
-            self._tell()
+            self._report()
             if quiet >= self.timeout:
                 self._end()
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         if self._store is None:
             return
         try:
             self._store.set(_key(world()[0]), json.dumps(asdict(self._place) | {"heard": time.time()}))
-        except RuntimeError:  # the store's process is gone: the collectives will say so
+        except RuntimeError:  # the store's process is gone; the collectives will report that
             self._store = None
 
     def _end(self) -> None:
@@ -103,11 +107,11 @@ class Watchdog:
         reading = threading.Thread(target=self._read, args=(places,), daemon=True)
         reading.start()
         reading.join(STORE_TIMEOUT)
-        said = describe(world()[0], self._place, self.timeout, dict(places), time.time())
-        # Straight to the file: the progress bar has put itself in front of sys.stderr.
-        os.write(STDERR, f"\nblip-fast: {said}\nblip-fast: where rank {world()[0]} stands:\n".encode())
+        sentence = describe(world()[0], self._place, self.timeout, dict(places), time.time())
+        # Written to the file descriptor, because the progress bar redirects sys.stderr.
+        os.write(STDERR, f"\nblip-fast: {sentence}\nblip-fast: where rank {world()[0]} stands:\n".encode())
         faulthandler.dump_traceback(STDERR)
-        get_error_handler().record_exception(TimeoutError(said))  # for the launcher
+        get_error_handler().record_exception(TimeoutError(sentence))  # for the launcher
         os._exit(1)
 
     def _read(self, places: dict[int, Place]) -> None:
@@ -119,12 +123,15 @@ class Watchdog:
 
 
 def describe(rank: int, place: Place, timeout: float, places: dict[int, Place], now: float) -> str:
-    """What to say of a phase that did not end: ranks whose last word is old, or of an earlier phase, did not arrive."""
-    behind = [f"rank {other} did not arrive within {timeout:g} s (last heard of {now - at.heard:.0f} s ago in {at})"
+    """The message for a phase that did not end. Ranks whose last report is old, or of an
+    earlier phase, did not arrive."""
+    behind = [f"rank {other} did not arrive within {timeout:g} s (last heard of {now - at.heard:.0f} s ago "
+              f"in {at})"
               for other, at in sorted(places.items())
               if other != rank and (at.entered < place.entered or now - at.heard > timeout / 2)]
     return f"{place}: " + ("; ".join(behind) if behind else
-                           f"rank {rank} did not get through within {timeout:g} s, and no other rank is behind it")
+                           f"rank {rank} did not get through within {timeout:g} s, and no other rank is "
+                           "behind it")
 
 
 def _key(rank: int) -> str:

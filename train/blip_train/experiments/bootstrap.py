@@ -1,14 +1,14 @@
-"""The whole loop of BLIP (section 3.3, figure 3): pre-train, fine-tune a captioner and a filter, clean the web pairs by
-them (CapFilt), pre-train anew on what was kept, and measure both pre-trained models.
+"""The whole loop of BLIP (section 3.3, figure 3): pre-train, fine-tune a captioner and a filter, clean the
+web pairs with them (CapFilt), pre-train anew on what was kept, and measure both pre-trained models.
 
     runs/NAME/bootstrap.yaml      the recipe
-    runs/NAME/seed-N/scenes       what was drawn for it, if anything
-    runs/NAME/seed-N/pretrain …   a run a training stage: captioner, filter, bootstrapped
-    runs/NAME/seed-N/cleaned/WEB  what CapFilt wrote of each web source
+    runs/NAME/seed-N/scenes       the scenes drawn for it, if any
+    runs/NAME/seed-N/pretrain …   one run per training stage: captioner, filter, bootstrapped
+    runs/NAME/seed-N/cleaned/WEB  CapFilt's output for each web source
     runs/NAME/metrics.json        the figures of all seeds; report.html
 
-A stage is a process of `blip-fast train` or `blip-fast capfilt`, which leaves no memory in use and goes on where it was
-cut short.
+Each stage is a process of `blip-fast train` or `blip-fast capfilt`, which frees its memory at the end and
+continues where it was interrupted.
 """
 
 from __future__ import annotations
@@ -59,11 +59,12 @@ from blip_train.prepare import EXPORT
 from blip_train.recipe import Recipe
 from blip_train.run_report import MAX_LENGTH, MIN_LENGTH
 
-RECIPE, STAGE = "bootstrap.yaml", "stage.yaml"  # as asked for: of the run, and of a training stage in its folder
-DATA, THRESHOLD, MEASURED = "data.json", "threshold.json", "measured.json"  # beside what they are about
-TRAINED = "report.html"  # a run writes it last
-ONE_OBJECT = {"train": 0.15, "test": 0.0}  # share of scenes with one object; in the test no two captions are alike
-MODELS = {"raw": PRETRAIN, "cleaned": ANEW}  # what the two pre-trained models learnt from
+RECIPE, STAGE = "bootstrap.yaml", "stage.yaml"  # the loop's recipe, and a training stage's in its folder
+# Files in the folders that they describe.
+DATA, THRESHOLD, MEASURED = "data.json", "threshold.json", "measured.json"
+TRAINED = "report.html"  # the last file that a run writes
+ONE_OBJECT = {"train": 0.15, "test": 0.0}  # share of scenes with one object; no two test captions are alike
+MODELS = {"raw": PRETRAIN, "cleaned": ANEW}  # the pairs that the two pre-trained models learnt from
 
 Figures = dict[str, float]
 
@@ -72,27 +73,28 @@ def bootstrap(recipe: BootstrapRecipe, resume: bool = False) -> dict[int, Figure
     """Carry out the loop for every seed.
 
     Args:
-        resume: go on with what `runs/NAME` holds; stages that are finished are not done again.
+        resume: continue what `runs/NAME` holds; finished stages are not repeated.
 
     Returns:
-        Of each seed its figures (see `measure`).
+        Each seed's figures (see `measure`).
 
     Raises:
-        ValueError, FileNotFoundError, OSError: as `plan`, or `runs/NAME` was begun and `resume` is not set or a stage's
-            recipe is another one; before anything starts.
-        SystemExit: a stage failed, as it has said itself, or was stopped by a signal.
+        ValueError, FileNotFoundError, OSError: as `plan`; or `runs/NAME` exists and `resume` is not set, or a
+            stage's recipe has changed. Raised before anything starts.
+        SystemExit: a stage failed, and has printed why, or was stopped by a signal.
     """
-    recipe = _settled(recipe, resume)
+    recipe = _with_precision(recipe, resume)
     loops = plan(recipe)
     for loop in loops:
-        _check_begun(loop, resume)
+        _check_resumable(loop, resume)
     recipe.directory.mkdir(parents=True, exist_ok=True)
     replace_file(recipe.directory / RECIPE, yaml.safe_dump(asdict(recipe), sort_keys=False).encode())
     return {loop.seed: _carry_out(loop) for loop in loops}
 
 
-def _settled(recipe: BootstrapRecipe, resume: bool) -> BootstrapRecipe:
-    """The recipe with the precision that the loop began with, or that `auto` means on this machine."""
+def _with_precision(recipe: BootstrapRecipe, resume: bool) -> BootstrapRecipe:
+    """The recipe with the precision of the loop that is resumed, or with what
+    `auto` means on this machine."""
     saved = recipe.directory / RECIPE
     if recipe.precision == "auto" and resume and saved.is_file():
         precision = yaml.safe_load(saved.read_text()).get("precision", "auto")
@@ -100,22 +102,24 @@ def _settled(recipe: BootstrapRecipe, resume: bool) -> BootstrapRecipe:
     return replace(recipe, precision=resolve(recipe.precision, chosen_device(None)))
 
 
-def _check_begun(loop: Loop, resume: bool) -> None:
-    """Raise ValueError where the run's folder is taken, or a stage there is of another recipe."""
+def _check_resumable(loop: Loop, resume: bool) -> None:
+    """Raise ValueError if the run's folder is taken, or a stage in it has another recipe."""
     if (loop.recipe.directory / RECIPE).exists() and not resume:
-        raise ValueError(f"{loop.recipe.directory} holds a run already: go on with --resume, or choose another --name")
+        raise ValueError(f"{loop.recipe.directory} holds a run already: go on with --resume, or choose "
+                         "another --name")
     for stage in loop.stages.values():
         saved = stage.directory / STAGE
         before = yaml.safe_load(saved.read_text()) if saved.is_file() else {}
         now = yaml.safe_load(stage.to_yaml())
         if changed := [key for key in before if before[key] != now[key]]:
-            raise ValueError(f"{stage.directory} was begun with another recipe ({', '.join(changed)} changed): give "
-                             "the same, choose another --name, or remove it and the stages behind it")
+            raise ValueError(f"{stage.directory} was begun with another recipe ({', '.join(changed)} "
+                             "changed): give the same, choose another --name, or remove it and the stages "
+                             "behind it")
     drawn = loop.directory / SCENES / DATA
     asked = None if loop.recipe.scenes is None else asdict(loop.recipe.scenes)
     if drawn.is_file() and json.loads(drawn.read_text()) != asked:
-        raise ValueError(f"{drawn.parent} holds other scenes than the recipe's: give the same, or choose another "
-                         "--name")
+        raise ValueError(f"{drawn.parent} holds other scenes than the recipe's: give the same, or choose "
+                         "another --name")
 
 
 def _carry_out(loop: Loop) -> Figures:
@@ -127,31 +131,32 @@ def _carry_out(loop: Loop) -> Figures:
     _train(loop, loop.stages[ANEW])
     asked = {"test": loop.recipe.test, "split": loop.recipe.test_split,
              **{name: asdict(loop.stages[stage].evaluation) for name, stage in MODELS.items()}}
-    return _remembered(loop, "measure", loop.stages[ANEW].directory / MEASURED, asked, lambda: measure(loop))
+    return _cached(loop, "measure", loop.stages[ANEW].directory / MEASURED, asked, lambda: measure(loop))
 
 
-def _remembered(loop: Loop, stage: str, path: Path, asked: dict[str, Any], find: Callable[[], Any]) -> Any:
-    """What was found when the same was asked, from its file, or found now. It is JSON."""
+def _cached(loop: Loop, stage: str, path: Path, asked: dict[str, Any], find: Callable[[], Any]) -> Any:
+    """The result of `find`, which is JSON: from its file if it was found for the
+    same `asked`, else found now."""
     if path.is_file() and (stored := json.loads(path.read_text()))["asked"] == asked:
         return stored["found"]
-    _say(loop, stage)
+    _print_stage(loop, stage)
     path.parent.mkdir(parents=True, exist_ok=True)
     found = find()
-    torch.cuda.empty_cache()  # for the processes of the stages to come
+    torch.cuda.empty_cache()  # for the processes of later stages
     replace_file(path, (json.dumps({"asked": asked, "found": found}, indent=2) + "\n").encode())
     return found
 
 
-def _say(loop: Loop, stage: str) -> None:
+def _print_stage(loop: Loop, stage: str) -> None:
     print(f"blip-fast: seed {loop.seed}: {stage}", file=sys.stderr, flush=True)
 
 
 def _draw(loop: Loop) -> None:
-    """Draw and pack the scenes that are not there yet."""
+    """Draw and pack the scenes that do not exist yet."""
     scenes = loop.recipe.scenes
     if scenes is None:
         return
-    root, seed = loop.directory / SCENES, 4 * loop.seed  # four sets a seed
+    root, seed = loop.directory / SCENES, 4 * loop.seed  # four sets per seed
     root.mkdir(parents=True, exist_ok=True)
     replace_file(root / DATA, json.dumps(asdict(scenes)).encode())
     sets = {"web": (scenes.web, "train", seed, scenes.noise, False),
@@ -160,17 +165,18 @@ def _draw(loop: Loop) -> None:
             "test": (scenes.test, "test", seed + 3, 0.0, False)}
     for name, (count, split, own_seed, noise, twins) in sets.items():
         if not (root / name / INDEX).is_file():
-            _say(loop, f"draw {name}")
+            _print_stage(loop, f"draw {name}")
             drawn, packed = root / "drawn", root / name
-            for begun in (drawn, packed):
-                shutil.rmtree(begun, ignore_errors=True)
+            for unfinished in (drawn, packed):
+                shutil.rmtree(unfinished, ignore_errors=True)
             write_scenes(drawn, count, split, own_seed, noise, scenes.image_size, ONE_OBJECT[split], twins)
             pack(drawn, drawn / ANNOTATIONS, packed)
             shutil.rmtree(drawn)
 
 
 def _train(loop: Loop, stage: Recipe) -> None:
-    """`blip-fast train` of a stage that is not finished. One that was ended before its first checkpoint begins anew."""
+    """Run `blip-fast train` for a stage that is not finished. One that ended before its
+    first checkpoint starts anew."""
     if (stage.directory / TRAINED).is_file():
         return
     resume = bool(whole(stage.directory / "checkpoints"))
@@ -179,22 +185,22 @@ def _train(loop: Loop, stage: Recipe) -> None:
     stage.directory.mkdir(parents=True, exist_ok=True)
     saved = stage.directory / STAGE
     replace_file(saved, stage.to_yaml().encode())
-    _say(loop, stage.name)
+    _print_stage(loop, stage.name)
     _command("train", "--config", str(saved), *(["--resume"] if resume else []))
 
 
 def _clean(loop: Loop, name: str) -> None:
-    """`blip-fast capfilt` of one source, which leaves out the shards that are finished."""
+    """Run `blip-fast capfilt` for one source; it skips finished shards."""
     arguments = loop.capfilt[name]
     if (calibration := loop.recipe.calibration) is not None:
         arguments = [*arguments, f"--threshold={_threshold(loop, capfilt_options(arguments), calibration)}"]
-    _say(loop, f"capfilt {name}")
+    _print_stage(loop, f"capfilt {name}")
     _command("capfilt", *arguments)
 
 
 def _command(*arguments: str) -> None:
-    """Carry out a command in a process of its own, which gives all memory back, and exit with its status if it fails.
-    What it prints goes to the error stream. SIGTERM is handed on, and Ctrl-C reaches both."""
+    """Run a command in a process of its own, which frees all memory at its end, and exit with its status if
+    it fails. Its output goes to stderr. SIGTERM is passed on to it; Ctrl-C reaches both processes."""
     with sigterm_interrupts(), subprocess.Popen([sys.executable, "-m", "blip_fast", *arguments],
                                                 stdout=sys.stderr) as process:
         try:
@@ -205,37 +211,39 @@ def _command(*arguments: str) -> None:
             process.wait()
             sys.exit(exit_status(stop))
     if status:
-        sys.exit(128 - status if status < 0 else status)  # below 0: the number of the signal that killed it
+        sys.exit(128 - status if status < 0 else status)  # a negative status is the signal that killed it
 
 
 def _threshold(loop: Loop, options: Namespace, calibration: Calibration) -> float:
-    """The calibrated threshold; remembered, because a resumed CapFilt must not see another, however slightly."""
+    """The calibrated threshold. It is stored, because a resumed CapFilt must get exactly the same one."""
     def find() -> float:
         matcher = Matcher.from_pretrained(options.filter, **model_options(options))
         images = annotated_images(loop.located(calibration.data), calibration.split)
         return calibrate(matcher, images, calibration.keep, options.first_token)
 
-    return _remembered(loop, "calibrate", loop.directory / CLEANED / THRESHOLD, asdict(calibration), find)
+    return _cached(loop, "calibrate", loop.directory / CLEANED / THRESHOLD, asdict(calibration), find)
 
 
 def measure(loop: Loop) -> Figures:
-    """What a finished loop reached, and what it is compared with.
+    """A finished loop's figures, with chance levels.
 
     Returns:
-        Of drawn scenes `removal_precision`, `removal_recall` (`FilterQuality`), `right_raw` and `right_cleaned`, the
-        shares of right texts among those before and after. With a test set, of the model that was pre-trained on the
-        raw pairs (`raw_…`) and of the one on the cleaned ones (`cleaned_…`): `i2t_r1`, `t2i_r1`, `caption_loss` (nats
-        per token) and, where scenes are captioned, `slot_accuracy` and `exact_match`; `chance_…` of all that has it.
+        With drawn scenes: `removal_precision` and `removal_recall` (`FilterQuality`), and `right_raw` and
+        `right_cleaned`, the shares of right texts before and after. With a test set, for the model
+        pre-trained on raw pairs (`raw_…`) and the one on cleaned pairs (`cleaned_…`): `i2t_r1`, `t2i_r1`,
+        `caption_loss` (nats per token) and, if scenes are captioned, `slot_accuracy` and `exact_match`.
+        `chance_…` of every figure that has one.
     """
-    figures = _cleaning(loop) if loop.recipe.scenes is not None else {}
+    figures = _removal_figures(loop) if loop.recipe.scenes is not None else {}
     if loop.recipe.test is not None:
         for name, stage in MODELS.items():
-            found = _model(loop, loop.stages[stage])
-            figures |= {key if key.startswith("chance_") else f"{name}_{key}": value for key, value in found.items()}
+            found = _model_figures(loop, loop.stages[stage])
+            figures |= {key if key.startswith("chance_") else f"{name}_{key}": value
+                        for key, value in found.items()}
     return figures
 
 
-def _cleaning(loop: Loop) -> Figures:
+def _removal_figures(loop: Loop) -> Figures:
     kept, right, after = [], [], []
     for name in loop.recipe.web:
         folder = loop.directory / CLEANED / name
@@ -256,8 +264,9 @@ def _cleaning(loop: Loop) -> Figures:
             "right_raw": sum(right) / len(right), "right_cleaned": sum(after) / max(len(after), 1)}
 
 
-def _model(loop: Loop, stage: Recipe) -> Figures:
-    """A pre-trained model on the held-out images, in float32, as the stage's `evaluation` says (`rerank`, `beams`)."""
+def _model_figures(loop: Loop, stage: Recipe) -> Figures:
+    """A pre-trained model's figures on the held-out images, in float32, with the stage's
+    `evaluation.rerank` and `beams`."""
     assert loop.recipe.test is not None
     images = annotated_images(loop.located(loop.recipe.test), loop.recipe.test_split)
     captioner = Captioner.from_pretrained(stage.directory / EXPORT, dtype="float32")
@@ -270,5 +279,6 @@ def _model(loop: Loop, stage: Recipe) -> Figures:
                for name in ("i2t_r1", "t2i_r1")} | {"caption_loss": captions.loss}
     if (slots := captions.slots) is not None:
         figures |= {"slot_accuracy": slots.slot_accuracy, "exact_match": slots.exact_match,
-                    "chance_slot_accuracy": slots.chance_slot_accuracy, "chance_exact_match": slots.chance_exact_match}
+                    "chance_slot_accuracy": slots.chance_slot_accuracy,
+                    "chance_exact_match": slots.chance_exact_match}
     return figures

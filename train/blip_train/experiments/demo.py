@@ -1,5 +1,6 @@
-"""BLIP's whole story in minutes, on drawn scenes: pre-train on noisy pairs, fine-tune a captioner and a filter, clean
-the noisy pairs with them (CapFilt), and measure all of it on scenes with combinations never seen in training."""
+"""BLIP's whole method in minutes, on drawn scenes: pre-train on noisy pairs, fine-tune a captioner
+and a filter, clean the noisy pairs with them (CapFilt), and measure everything on scenes with
+combinations never seen in training."""
 
 from __future__ import annotations
 
@@ -30,17 +31,17 @@ from blip_train.prepare import source_folder
 from blip_train.recipe import Recipe, load_recipe
 
 STAGES = ("pretrain", "captioner", "filter")
-CLEANED = 2000  # noisy pairs that CapFilt goes through
+CLEANED = 2000  # noisy pairs that CapFilt filters
 CALIBRATION = 500  # clean pairs, in no training set, that set the filter's threshold
-KEPT = 0.97  # of them pass it
-CALIBRATION_SEED = 2  # training scenes have the recipes' seeds 0 and 1
+KEPT = 0.97  # share of them that passes it
+CALIBRATION_SEED = 2  # training scenes have the recipes' seeds, 0 and 1
 BATCH = 100
 CAPTIONING = GenerationConfig(beams=3, max_length=24, min_length=5)
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo measured, and what its report shows."""
+    """The demo's measurements, and what its report shows."""
 
     recipes: dict[str, Recipe]
     test: list[AnnotatedImage]
@@ -58,7 +59,7 @@ class DemoResult:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The figures of `metrics.json`, shares from 0 to 1, with chance levels where there are any."""
+        """The figures of `metrics.json`, shares from 0 to 1, with chance levels if there are any."""
         recalls, chances = self.retrieval.recalls(self.image_of_text), self.retrieval.chances(self.image_of_text)
         slots, quality = self.captions.slots, self.quality
         assert slots is not None  # every test image is a drawn scene
@@ -78,14 +79,14 @@ class DemoResult:
 
 
 def demo(directory: Path, pretrain: str = "scenes.yaml") -> DemoResult:
-    """Run all stages into `directory` (an earlier demo there is replaced) and write its `metrics.json`.
+    """Run all stages into `directory` (replacing an earlier demo) and write its `metrics.json`.
 
     Args:
         directory: for the three runs, the report and the metrics.
         pretrain: the pre-training recipe, one of `blip_train/recipes`.
 
     Raises:
-        ValueError: the directory holds something that is not a demo.
+        ValueError: the directory holds something other than a demo.
     """
     _clear(directory)
     recipes, seconds = _recipes(directory, pretrain), {}
@@ -95,16 +96,18 @@ def demo(directory: Path, pretrain: str = "scenes.yaml") -> DemoResult:
         seconds[stage] = time.perf_counter() - started
     started = time.perf_counter()
     measured = _measure(recipes)
-    result = DemoResult(recipes=recipes, seconds=seconds | {"evaluation": time.perf_counter() - started}, **measured)
+    result = DemoResult(recipes=recipes, seconds=seconds | {"evaluation": time.perf_counter() - started},
+                        **measured)
     result.cleaned.write_jsonl(directory / "capfilt.jsonl")
     (directory / "metrics.json").write_text(json.dumps(result.metrics, indent=2) + "\n")
     return result
 
 
 def _clear(directory: Path) -> None:
-    """Remove an earlier demo, and nothing else."""
+    """Remove an earlier demo and nothing else."""
     if directory.exists() and any(directory.iterdir()) and not (directory / STAGES[0]).is_dir():
-        raise ValueError(f"{directory} holds files that are not a demo's: name another directory with --output")
+        raise ValueError(f"{directory} holds files that are not a demo's: name another directory with "
+                         "--output")
     for stage in STAGES:
         shutil.rmtree(directory / stage, ignore_errors=True)
     for name in ("metrics.json", "report.html", "capfilt.jsonl"):
@@ -112,7 +115,7 @@ def _clear(directory: Path) -> None:
 
 
 def _recipes(directory: Path, pretrain: str) -> dict[str, Recipe]:
-    """The three recipes, their runs within `directory`; the two fine-tunings start from the pre-trained model."""
+    """The three recipes, with runs in `directory`. Both fine-tunings start from the pre-trained model."""
     folder = files("blip_train") / "recipes"
     start = f"--init={directory / STAGES[0] / 'model'}"
     names = {"pretrain": pretrain, "captioner": "scenes_captioner.yaml", "filter": "scenes_filter.yaml"}
@@ -120,18 +123,20 @@ def _recipes(directory: Path, pretrain: str) -> dict[str, Recipe]:
                                                             *([] if stage == "pretrain" else [start])])
                for stage, name in names.items()}
     size = recipes["pretrain"].model.vision.image_size
-    # The demo measures once, at its end, on one test set.
+    # The demo measures only once, at its end, on one test set.
     return {stage: dataclasses.replace(
         recipe, evaluation=dataclasses.replace(recipe.evaluation, images=0),
-        model=dataclasses.replace(recipe.model, vision=dataclasses.replace(recipe.model.vision, image_size=size)))
+        model=dataclasses.replace(recipe.model,
+                                  vision=dataclasses.replace(recipe.model.vision, image_size=size)))
         for stage, recipe in recipes.items()}
 
 
 def _measure(recipes: dict[str, Recipe]) -> dict:
-    """Captions and retrieval before and after fine-tuning on held-out scenes, then CapFilt on noisy pairs."""
+    """Measure captions and retrieval on held-out scenes before and after fine-tuning,
+    then CapFilt on noisy pairs."""
     pretrain, models = recipes["pretrain"], {stage: recipes[stage].directory / "model" for stage in STAGES}
     test = annotated_images(source_folder(pretrain, "test"), None)
-    # Figures are float32's on any machine, which the last captions are held against.
+    # Figures are computed in float32 on any machine; captions in bfloat16 are compared with them.
     before, captioner = (Captioner.from_pretrained(models[stage], dtype="float32")
                          for stage in ("pretrain", "captioner"))
     in_bfloat16 = Captioner.from_pretrained(models["captioner"], dtype="bfloat16")
@@ -142,11 +147,12 @@ def _measure(recipes: dict[str, Recipe]) -> dict:
     web = annotated_images(source_folder(pretrain, "train"), None)[:CLEANED]
     image_size = pretrain.model.vision.image_size
     threshold = _threshold(matcher, pretrain.directory / "scenes" / "calibration", image_size)
-    cleaned = capfilt(captioner, matcher, _batches(web, image_size), CapFiltConfig(prompt=prompt, threshold=threshold))
+    cleaned = capfilt(captioner, matcher, _batches(web, image_size),
+                      CapFiltConfig(prompt=prompt, threshold=threshold))
     kept = [row.kept for row in cleaned.of_origin("web")]
     return {
-        "test": test, "image_of_text": image_of_text, "retrieval_before": retrieval_before, "retrieval": retrieval,
-        "captions_before": evaluate_captions(before, test, CAPTIONING, prompt=""),
+        "test": test, "image_of_text": image_of_text, "retrieval_before": retrieval_before,
+        "retrieval": retrieval, "captions_before": evaluate_captions(before, test, CAPTIONING, prompt=""),
         "captions": evaluate_captions(captioner, test, CAPTIONING, prompt=prompt),
         "captions_bfloat16": [caption.caption for caption in in_bfloat16(
             [image.load() for image in test], prompt, CAPTIONING, strip_prompt=True)],
@@ -164,5 +170,6 @@ def _threshold(matcher: Matcher, folder: Path, image_size: int) -> float:
 def _batches(images: list[AnnotatedImage], image_size: int) -> Iterator[WebBatch]:
     for start in range(0, len(images), BATCH):
         part = images[start : start + BATCH]
-        yield WebBatch([image.name for image in part], evaluation_transform([i.load() for i in part], image_size),
+        yield WebBatch([image.name for image in part],
+                       evaluation_transform([i.load() for i in part], image_size),
                        [image.captions for image in part])

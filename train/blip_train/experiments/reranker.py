@@ -1,7 +1,7 @@
-"""BERT-CNN trained to tell captions that belong to a label from those that do not (Sabir et al. 2023).
+"""Trains BERT-CNN to tell captions that belong to a label from those that do not (Sabir et al. 2023).
 
-As published: binary cross-entropy, Adam at 1e-5, 5 epochs with 128 pairs a batch, a fifth of the pairs held out, BERT's
-layers trained and its embeddings left as they are.
+As published: binary cross-entropy, Adam at 1e-5, 5 epochs with 128 pairs per batch, a fifth of the pairs held
+out; BERT's layers are trained, its embeddings are not.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class RerankerRecipe:
-    """How to train; defaults are the published ones. `held_out` is a share of the pairs."""
+    """How to train; the defaults are the published values. `held_out` is a share of the pairs."""
 
     epochs: int = 5
     batch_size: int = 128
@@ -45,7 +45,8 @@ class RerankerRecipe:
 
     def __post_init__(self) -> None:
         if min(self.epochs, self.batch_size) < 1:
-            raise ValueError(f"epochs and batch_size must be at least 1, got {self.epochs} and {self.batch_size}")
+            raise ValueError(f"epochs and batch_size must be at least 1, got {self.epochs} and "
+                             f"{self.batch_size}")
         if not 0 < self.lr < float("inf"):
             raise ValueError(f"lr must be above 0, got {self.lr}")
         if not 0 < self.held_out < 1:
@@ -54,7 +55,8 @@ class RerankerRecipe:
 
 @dataclass(frozen=True)
 class Epoch:
-    """Mean loss of an epoch's batches, and what the model is then worth on the held-out pairs; numbers start at 1."""
+    """Mean loss of an epoch's batches, and the model's figures on the held-out pairs
+    after it. `number` starts at 1."""
 
     number: int
     loss: float
@@ -63,10 +65,10 @@ class Epoch:
 
 
 def read_pairs(path: str | Path) -> list[Pair]:
-    """Rows of a TSV file: label, caption, 0 or 1. If its first line names columns as the published file's does, those
-    called `visual`, `caption` and `is_related` are read.
+    """Rows of a TSV file: label, caption, 0 or 1. If its first line names columns, as in the published file,
+    the columns `visual`, `caption` and `is_related` are read.
 
-    Raises ValueError naming the first line that is none, or where there is no row.
+    Raises ValueError naming the first malformed line, or if there is no row.
     """
     lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     header, columns = [field.strip() for field in lines[0].split("\t")], [0, 1, 2]
@@ -84,7 +86,8 @@ def read_pairs(path: str | Path) -> list[Pair]:
 def _pair(line: str, columns: Sequence[int], width: int, where: str) -> Pair:
     fields = [field.strip() for field in line.split("\t")]
     if len(fields) != width:
-        raise ValueError(f"{where} has {len(fields)} fields between tabs, not {width}: a label, a caption, 0 or 1")
+        raise ValueError(f"{where} has {len(fields)} fields between tabs, not {width}: a label, a caption, 0 "
+                         "or 1")
     label, caption, answer = (fields[column] for column in columns)
     if not label or not caption:
         raise ValueError(f"{where} has no {'caption' if label else 'label'}")
@@ -94,17 +97,17 @@ def _pair(line: str, columns: Sequence[int], width: int, where: str) -> Pair:
 
 
 def split_pairs(pairs: Sequence[Pair], held_out: float, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """(to train on, held out), each with the same share of both answers.
+    """Returns (pairs to train on, held-out pairs), each with the same share of both answers.
 
-    Raises ValueError where there are not two pairs at least of each answer.
+    Raises ValueError if there are fewer than two pairs of one answer.
     """
     generator = torch.Generator().manual_seed(seed)
     parts: tuple[list[Pair], list[Pair]] = [], []
     for answer in (False, True):
         mine = [pair for pair in pairs if pair.belong == answer]
         if len(mine) < 2:
-            raise ValueError(f"{len(mine)} of the pairs are marked {int(answer)}: two at least of 0 and of 1 are "
-                             "needed, one to train on and one to hold out")
+            raise ValueError(f"{len(mine)} of the pairs are marked {int(answer)}: two at least of 0 and of 1 "
+                             "are needed, one to train on and one to hold out")
         count = min(max(1, round(held_out * len(mine))), len(mine) - 1)
         order = torch.randperm(len(mine), generator=generator).tolist()
         parts[1].extend(mine[place] for place in order[:count])
@@ -113,23 +116,23 @@ def split_pairs(pairs: Sequence[Pair], held_out: float, seed: int) -> tuple[list
 
 
 def train_reranker(bert: Bert, tokenizer: Tokenizer, pairs: Sequence[Pair], held_out: Sequence[Pair],
-                   recipe: RerankerRecipe, *, told: Callable[[Epoch], None] = lambda epoch: None,
+                   recipe: RerankerRecipe, *, on_epoch: Callable[[Epoch], None] = lambda epoch: None,
                    advance: Callable[[], None] = lambda: None) -> tuple[BertCnn, list[Epoch]]:
     """Train on `pairs`, on the device that `bert` is on. The same seed gives the same model on a CPU.
 
     Args:
-        told: gets each epoch as it ends.
-        advance: called behind every step.
+        on_epoch: called with each epoch as it ends.
+        advance: called after every step.
 
     Returns:
-        The model behind the last epoch, in evaluation mode, and all epochs.
+        The model after the last epoch, in evaluation mode, and all epochs.
 
     Raises:
-        ValueError: the loss or a score is not finite; there are not held-out pairs of both answers.
+        ValueError: the loss or a score is not finite; the held-out pairs lack one of the answers.
     """
     device, truth = bert.norm.weight.device, torch.tensor([pair.belong for pair in held_out])
     answers = torch.tensor([float(pair.belong) for pair in pairs])
-    packed, unseen = _packed(tokenizer, pairs), _packed(tokenizer, held_out)
+    packed, unseen = _pack(tokenizer, pairs), _pack(tokenizer, held_out)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(recipe.seed)
         model = BertCnn(bert).to(device)
@@ -156,11 +159,11 @@ def train_reranker(bert: Bert, tokenizer: Tokenizer, pairs: Sequence[Pair], held
             _require_finite(scores, number)
             epochs.append(Epoch(number, sum(losses) / len(losses), accuracy(scores, truth),
                                 area_under_roc(scores, truth)))
-            told(epochs[-1])
+            on_epoch(epochs[-1])
     return model.requires_grad_(True), epochs
 
 
-def _packed(tokenizer: Tokenizer, pairs: Sequence[Pair]) -> tuple[PackedTexts, Tensor]:
+def _pack(tokenizer: Tokenizer, pairs: Sequence[Pair]) -> tuple[PackedTexts, Tensor]:
     return pack_pairs(tokenizer, [pair.caption for pair in pairs], [pair.label for pair in pairs])
 
 

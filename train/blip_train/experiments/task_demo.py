@@ -1,8 +1,9 @@
-"""VQA, NLVR2, VisDial and video end to end, in minutes, on drawn scenes: one pre-trained model, fine-tuned on
-questions, pairs with statements and dialogues, and measured on scenes with combinations never seen in training.
+"""VQA, NLVR2, VisDial and video end to end in minutes, on drawn scenes: one pre-trained model,
+fine-tuned on questions, on pairs with statements and on dialogues, and measured on scenes with
+combinations never seen in training.
 
-On clips nothing is trained, as in the paper (section 5.6): the pre-trained model finds them by their captions, and the
-one that learnt questions about pictures answers those about clips.
+As in the paper (section 5.6), nothing is trained on clips: the pre-trained model retrieves them by their
+captions, and the model fine-tuned on questions about pictures answers questions about clips.
 """
 
 from __future__ import annotations
@@ -34,18 +35,20 @@ from blip_train.recipe import Recipe, load_recipe
 PRETRAINING, CLIPS = "pretrain", "clips"
 FILES = ("metrics.json", "report.html")
 RECIPES = {"questions": "scenes_vqa.yaml", "pairs": "scenes_nlvr2.yaml", "dialogues": "scenes_visdial.yaml"}
-# To train and to test on.
+# Numbers of pictures to train and to test on.
 PICTURES = {"questions": (6000, 400), "pairs": (24000, 400), "dialogues": (6000, 150), CLIPS: (0, 200)}
-PREFIXES = {"questions": "", "pairs": "nlvr2_", "dialogues": "visdial_", CLIPS: "video_"}  # of a task's figures
-SEED = 3  # of the tasks' pictures; those of pre-training have their recipe's
-RETRIEVAL_FRAMES, ANSWERING_FRAMES, RERANKED = 8, 16, 64  # of a clip; candidates: as `blip-fast evaluate`
+# Prefixes of the tasks' figures.
+PREFIXES = {"questions": "", "pairs": "nlvr2_", "dialogues": "visdial_", CLIPS: "video_"}
+SEED = 3  # of the tasks' pictures; pre-training's have their recipe's
+# Frames per clip, and candidates that ITM re-ranks: as in `blip-fast evaluate`.
+RETRIEVAL_FRAMES, ANSWERING_FRAMES, RERANKED = 8, 16, 64
 
 
 @dataclass(frozen=True)
 class TaskDemoResult:
-    """What was measured. By task: the recipe (of clips none), the test rows, the figures as `blip-fast evaluate` prints
-    them, what somebody who sees nothing reaches (`scene_tasks.chance`), and the answers (to questions, also about
-    clips). `seconds` is by stage."""
+    """The measurements. By task: the recipe (none for clips), the test rows, the figures that `blip-fast
+    evaluate` prints, the chance levels without seeing anything (`scene_tasks.chance`), and the answers to
+    questions, also about clips. By stage: `seconds`."""
 
     recipes: dict[str, Recipe]
     test: dict[str, list[AnnotatedImage]]
@@ -56,7 +59,7 @@ class TaskDemoResult:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The figures of `metrics.json`, with chance levels where there are any."""
+        """The figures of `metrics.json`, with chance levels if there are any."""
         found = {f"{PREFIXES[task]}{name}": value for task, figures in self.figures.items()
                  for name, value in figures.items()}
         chances = {f"chance_{PREFIXES[task]}{name}": value for task, levels in self.chances.items()
@@ -66,18 +69,19 @@ class TaskDemoResult:
 
 def task_demo(directory: Path, model: Path | None = None, pictures: Mapping[str, tuple[int, int]] = PICTURES,
               options: Sequence[str] = ()) -> TaskDemoResult:
-    """Pre-train, fine-tune on each task and measure it, all into `directory` (what an earlier call left there is
-    replaced), and write its `metrics.json`.
+    """Pre-train, fine-tune on each task and measure it, all in `directory` (replacing an earlier call's
+    files), and write its `metrics.json`.
 
     Args:
-        model: a model pre-trained on scenes, in place of a pre-training by `scenes.yaml`; what is in `directory` of an
-            earlier pre-training then stays.
-        pictures: how many to train and to test on, by task; pairs of them for pairs.
-        options: of all recipes, as `blip-fast train` takes them (`["--runtime.ranks=1"]`).
+        model: a model pre-trained on scenes, to use instead of pre-training with `scenes.yaml`. An earlier
+            pre-training in `directory` is then kept.
+        pictures: how many to train and to test on, by task; for pairs, how many pairs.
+        options: options of `blip-fast train` for all recipes (`["--runtime.ranks=1"]`).
 
     Raises:
-        ValueError: PyAV is not installed; the directory holds something else; the model's vocabulary lacks the tasks'
-            words, or it has too few positions. Before anything is removed or trained.
+        ValueError: PyAV is not installed; the directory holds something else; the model's
+            vocabulary lacks the tasks' words, or the model has too few positions. Raised before
+            anything is removed or trained.
     """
     require_av()
     if model is not None:
@@ -99,7 +103,8 @@ def task_demo(directory: Path, model: Path | None = None, pictures: Mapping[str,
         carry_out(result.recipes[task])
         result.test[task] = annotated_images(held_out, None)
         _measure(task, result)
-        result.chances[task] = chance(*(read_annotations(folder / ANNOTATIONS) for folder in (train, held_out)))
+        result.chances[task] = chance(*(read_annotations(folder / ANNOTATIONS)
+                                        for folder in (train, held_out)))
         result.seconds[task] = time.perf_counter() - started
     started = time.perf_counter()
     _measure_clips(model, directory / "data", pictures[CLIPS][1], size, result)
@@ -109,23 +114,24 @@ def task_demo(directory: Path, model: Path | None = None, pictures: Mapping[str,
 
 
 def _check(model: Path) -> None:
-    """Raise ValueError where a model cannot read the tasks' texts."""
+    """Raise ValueError if a model cannot read the tasks' texts."""
     loaded, tokenizer = load_for_task(model, dtype="float32")
     pieces = {word: tokenizer.encode(word)[1:-1] for word in WORDS}
     if lacking := [word for word, ids in pieces.items() if len(ids) > 1 or tokenizer.unk_id in ids]:
-        raise ValueError(f"{model} lacks the words {', '.join(lacking)}: leave --model out, and one that has them is "
-                         "pre-trained")
+        raise ValueError(f"{model} lacks the words {', '.join(lacking)}: leave --model out, and one that has "
+                         "them is pre-trained")
     if loaded.config.text.max_positions < LONGEST:
-        raise ValueError(f"{model} has {loaded.config.text.max_positions} text positions, dialogues need {LONGEST}: "
-                         "leave --model out, and one that has them is pre-trained")
+        raise ValueError(f"{model} has {loaded.config.text.max_positions} text positions, dialogues need "
+                         f"{LONGEST}: leave --model out, and one that has them is pre-trained")
 
 
 def _clear(directory: Path, folders: Set[str]) -> None:
-    """Remove the folders and files that an earlier call wrote, and nothing else."""
+    """Remove the folders and files that an earlier call wrote and nothing else."""
     own = {PRETRAINING, "words", "data", *RECIPES, *FILES}
-    if directory.exists() and (others := sorted(path.name for path in directory.iterdir() if path.name not in own)):
-        raise ValueError(f"{directory} holds {others[0]}, which is not of these tasks: name another directory with "
-                         "--output")
+    if directory.exists() and (others := sorted(path.name for path in directory.iterdir()
+                                                if path.name not in own)):
+        raise ValueError(f"{directory} holds {others[0]}, which is not of these tasks: name another "
+                         "directory with --output")
     for name in folders:
         shutil.rmtree(directory / name, ignore_errors=True)
     for name in FILES:
@@ -133,7 +139,8 @@ def _clear(directory: Path, folders: Set[str]) -> None:
 
 
 def _pretraining(directory: Path, options: Sequence[str]) -> Recipe:
-    """`scenes.yaml` without wrong captions, with the tasks' words in its vocabulary and positions for a dialogue."""
+    """`scenes.yaml` without wrong captions, with the tasks' words in its vocabulary and
+    enough positions for dialogues."""
     Tokenizer([*BERT_TOKENS, *WORDS]).save(directory / "words")
     return _recipe("scenes.yaml", f"--name={PRETRAINING}", f"--runs={directory}",
                    f"--tokenizer.source={directory / 'words'}", f"--model.text.max_positions={LONGEST}",
@@ -145,7 +152,7 @@ def _recipe(name: str, *options: str) -> Recipe:
 
 
 def _measure(task: str, result: TaskDemoResult) -> None:
-    """The figures that `blip-fast evaluate --dtype float32` prints, and of questions the answers."""
+    """Store the figures that `blip-fast evaluate --dtype float32` prints, and the answers to questions."""
     model, images = result.recipes[task].directory / EXPORT, result.test[task]
     if task == "questions":
         found = evaluate_answers(Answerer.from_pretrained(model, dtype="float32"), images)
@@ -161,7 +168,8 @@ def _measure(task: str, result: TaskDemoResult) -> None:
 
 
 def _measure_clips(model: Path, data: Path, count: int, size: int, result: TaskDemoResult) -> None:
-    """Draw clips, find them by the pre-trained model, and ask the one that learnt to answer questions."""
+    """Draw clips, retrieve them with the pre-trained model, and answer questions
+    about them with the VQA model."""
     folder = data / CLIPS / "test"
     write_clips(folder, count, "test", SEED, size)
     videos = as_videos(annotated_images(folder, None), RETRIEVAL_FRAMES)

@@ -1,4 +1,5 @@
-"""The tasks' page: figures beside targets and chance, pictures and clips with what was asked and said, losses."""
+"""The tasks' page: figures with targets and chance levels, pictures and clips with
+questions and answers, losses."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from blip_train.experiments.task_demo import CLIPS, TaskDemoResult
 from blip_train.prepare import EXPORT
 from blip_train.run_report import loss_plots, named_metrics
 
-SHOWN = 12  # pictures a section
+SHOWN = 12  # pictures per section
 GAP = 4  # pixels between pictures side by side
 NAMES = {
     "vqa_accuracy": ("VQA accuracy, answers written", 0.80),
@@ -42,9 +43,10 @@ def task_figures(result: TaskDemoResult) -> list[Metric]:
 def write_task_report(result: TaskDemoResult, path: Path) -> Path:
     """Write the page. Returns its path."""
     counts = {task: f"{len(images):,}" for task, images in result.test.items()}
-    report = Report("Questions, pairs, dialogues and clips about drawn scenes", "One pre-trained model, fine-tuned on "
-                    "each task but clips, measured on combinations of things that were never in training. Chance is "
-                    "what somebody reaches who has read all of training but sees no picture.",
+    report = Report("Questions, pairs, dialogues and clips about drawn scenes",
+                    "One pre-trained model, fine-tuned on each task but clips, measured on combinations of "
+                    "things that were never in training. Chance is what somebody reaches who has read all of "
+                    "training but sees no picture.",
                     facts={"held-out questions": counts["questions"], "held-out pairs": counts["pairs"],
                            "held-out dialogues": counts["dialogues"], "questions about clips": counts[CLIPS],
                            "minutes": f"{sum(result.seconds.values()) / 60:.1f}"})
@@ -56,31 +58,37 @@ def write_task_report(result: TaskDemoResult, path: Path) -> Path:
     for task, title in (("questions", "VQA"), ("pairs", "NLVR2"), ("dialogues", "VisDial")):
         report.section(f"Loss of {title}").plots(loss_plots(result.recipes[task].directory / "log.jsonl"))
     report.section("Where the time went").table(["Stage", "Seconds"],
-                                               [[stage, round(value, 1)] for stage, value in result.seconds.items()])
+                                               [[stage, round(value, 1)]
+                                                for stage, value in result.seconds.items()])
     return report.write(path)
 
 
 def _questions(report: Report, result: TaskDemoResult) -> None:
-    report.section("Questions", "The official accuracy over ten votes, by what the answer is. A cross is followed by "
-                   "the right answer.")
+    report.section("Questions",
+                   "The official accuracy over ten votes, by what the answer is. A cross is followed by the "
+                   "right answer.")
     kinds = [f"vqa_accuracy_{kind}" for kind in VALUES]
     figures, chances = result.figures["questions"], result.chances["questions"]
     report.metrics([Metric(name.removeprefix("vqa_accuracy_"), figures[name], chance=chances[name])
                     for name in kinds if name in figures])
     images = result.test["questions"]
-    report.cards(_answered(images, result.answers["questions"], [image.load() for image in _first_asked(images)]))
+    report.cards(_question_cards(images, result.answers["questions"],
+                                 [image.load() for image in _row_per_picture(images)]))
 
 
-def _first_asked(images: Sequence[AnnotatedImage]) -> Sequence[AnnotatedImage]:
-    """One row of each of the first pictures, `QUESTIONS_EACH` of which ask about the same one."""
+def _row_per_picture(images: Sequence[AnnotatedImage]) -> Sequence[AnnotatedImage]:
+    """One row per picture, for the first pictures; `QUESTIONS_EACH` rows in a row
+    ask about the same picture."""
     return images[: SHOWN * QUESTIONS_EACH : QUESTIONS_EACH]
 
 
-def _answered(asked: Sequence[AnnotatedImage], answers: Sequence[str], shown: Sequence[ImageSource]) -> list[Card]:
-    """A card a picture with the questions about it, which stand together."""
+def _question_cards(asked: Sequence[AnnotatedImage], answers: Sequence[str],
+                    shown: Sequence[ImageSource]) -> list[Card]:
+    """One card per picture, with all questions about it."""
     lines = [_line(image.row["question"], answer, commonest_answer(image.row["answers"]))
              for image, answer in zip(asked, answers, strict=True)]
-    return [Card(picture, lines[i * QUESTIONS_EACH : (i + 1) * QUESTIONS_EACH]) for i, picture in enumerate(shown)]
+    return [Card(picture, lines[i * QUESTIONS_EACH : (i + 1) * QUESTIONS_EACH])
+            for i, picture in enumerate(shown)]
 
 
 def _pairs(report: Report, result: TaskDemoResult) -> None:
@@ -88,7 +96,8 @@ def _pairs(report: Report, result: TaskDemoResult) -> None:
     reasoner = Reasoner.from_pretrained(result.recipes["pairs"].directory / EXPORT, dtype="float32")
     pairs = [(image.load(), image.second.load()) for image in images if image.second is not None]
     judged = reasoner(pairs, [image.captions[0] for image in images]).tolist()
-    report.section("Pairs", "Each statement is true of one pair and false of one that differs from it in one slot.")
+    report.section("Pairs", "Each statement is true of one pair and false of one that differs from it in one "
+                            "slot.")
     report.cards([Card(_side_by_side(*pair), [_line(image.captions[0], *(
         "true" if true else "false" for true in (probability > 0.5, image.row["label"])))])
         for pair, image, probability in zip(pairs, images, judged, strict=True)])
@@ -96,7 +105,8 @@ def _pairs(report: Report, result: TaskDemoResult) -> None:
 
 def _dialogues(report: Report, result: TaskDemoResult) -> None:
     ranker = DialogRanker.from_pretrained(result.recipes["dialogues"].directory / EXPORT, dtype="float32")
-    report.section("Dialogues", "The best of the candidate answers of every round, which is read together with the "
+    report.section("Dialogues",
+                   "The best of the candidate answers of every round, which is read together with the "
                    "caption and the rounds before.")
     report.cards([_dialogue_card(ranker, image) for image in result.test["dialogues"][:SHOWN]])
 
@@ -104,21 +114,26 @@ def _dialogues(report: Report, result: TaskDemoResult) -> None:
 def _dialogue_card(ranker: DialogRanker, image: AnnotatedImage) -> Card:
     dialogue = Dialogue.from_rows(image.captions[0], image.row["dialog"])
     scores = ranker(image.load(), dialogue)
-    said = [one.candidates[int(values.argmax())] for one, values in zip(dialogue.rounds, scores, strict=True)]
-    lines = [_line(one.question, best, one.answer) for one, best in zip(dialogue.rounds, said, strict=True)]
+    answers = [one.candidates[int(values.argmax())]
+               for one, values in zip(dialogue.rounds, scores, strict=True)]
+    lines = [_line(one.question, best, one.answer)
+             for one, best in zip(dialogue.rounds, answers, strict=True)]
     return Card(image.load(), [Line(dialogue.caption, "caption"), *lines])
 
 
 def _clips(report: Report, result: TaskDemoResult) -> None:
-    report.section("Clips", "Questions about videos in which one thing moves, answered by the model that learnt them "
-                   "from pictures; it sees the tokens of all frames as those of one picture. Three frames are shown.")
+    report.section("Clips",
+                   "Questions about videos in which one thing moves, answered by the model that learnt them "
+                   "from pictures; it sees the tokens of all frames as those of one picture. Three frames "
+                   "are shown.")
     clips = result.test[CLIPS]
-    shown = [_side_by_side(*read_frames(clip.where, 3)) for clip in _first_asked(clips) if isinstance(clip.where, Path)]
-    report.cards(_answered(clips, result.answers[CLIPS], shown))
+    shown = [_side_by_side(*read_frames(clip.where, 3)) for clip in _row_per_picture(clips)
+             if isinstance(clip.where, Path)]
+    report.cards(_question_cards(clips, result.answers[CLIPS], shown))
 
 
-def _line(asked: str, said: str, truth: str) -> Line:
-    return Line(said if said == truth else f"{said} ({truth})", asked, right=said == truth)
+def _line(question: str, answer: str, truth: str) -> Line:
+    return Line(answer if answer == truth else f"{answer} ({truth})", question, right=answer == truth)
 
 
 def _side_by_side(*pictures: ImageSource) -> Image.Image:

@@ -1,1 +1,1 @@
-"""What a run will ask of each GPU, as formulas."""
+"""What a run will need of each GPU, by formulas."""

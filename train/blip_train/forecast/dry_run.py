@@ -1,4 +1,5 @@
-"""`blip-fast train --dry-run`: what a recipe would ask of each GPU, as a table or JSON lines. Nothing is started."""
+"""`blip-fast train --dry-run`: what a recipe would ask of each GPU, as a table or
+JSON lines. Nothing is started."""
 
 from __future__ import annotations
 
@@ -26,12 +27,13 @@ from blip_train.recipe import Recipe
 
 
 def plans(recipe: Recipe, gpus: Sequence[int], caption_tokens: float) -> Iterator[Plan]:
-    """For each number of GPUs, the recipe under each ZeRO stage that it can have.
+    """For each number of GPUs, the recipe under each ZeRO stage that it allows.
 
     Raises:
-        ValueError: a number of GPUs or tokens that cannot be; a recipe of VQA or NLVR2, or with adapters.
+        ValueError: a number of GPUs or tokens is impossible; the recipe is not one of
+            ITC, ITM and LM, or has adapters.
     """
-    if not recipe.objective.of_pairs or recipe.adapters is not None:
+    if not recipe.step_kind.of_pairs or recipe.adapters is not None:
         raise ValueError(f"--dry-run knows ITC, ITM and LM over whole weights, not what {recipe.name} trains")
     for ranks in gpus:
         if ranks < 1:
@@ -40,13 +42,14 @@ def plans(recipe: Recipe, gpus: Sequence[int], caption_tokens: float) -> Iterato
         raise ValueError(f"--caption-tokens is {caption_tokens:g}: it must be 3 to tokenizer.max_tokens, "
                          f"{recipe.tokenizer.max_tokens}")
     pretraining, runtime = meta_pretraining(recipe), recipe.runtime
-    # As the recipe's own checks have it: offloading takes shards, compiled blocks whole weights.
+    # As in the recipe's own checks: offloading needs shards, compiled blocks need whole weights.
     stages = range(1 if runtime.offload else 0, 3 if runtime.compile else 4)
     return (Plan(recipe, pretraining, ranks, stage, caption_tokens) for ranks in gpus for stage in stages)
 
 
 def row(plan: Plan) -> dict[str, Any]:
-    """A plan's figures, for JSON: bytes of one GPU, FLOPs of one of its steps, pairs/s of one GPU by GPU."""
+    """A plan's figures for JSON: bytes of one GPU, FLOPs of one of its steps, and
+    pairs/s of each kind of GPU."""
     held, sent, work = memory(plan), traffic(plan), plan.work
     batches = plan.recipe.runtime.accumulation
     return {
@@ -69,14 +72,14 @@ def print_json(chosen: Iterator[Plan]) -> None:
 
 
 def print_table(chosen: Iterator[Plan]) -> None:
-    """Memory of one GPU by part, then what it sends and the speed that the roofline expects; the recipe's own stage in
-    bold."""
+    """Print one GPU's memory by part, then what it sends and the speed that the roofline expects, with the
+    recipe's own stage in bold."""
     rows = list(chosen)
     first, runtime, work = rows[0], rows[0].recipe.runtime, rows[0].work
     console = Console()
     console.print(f"[bold]{first.recipe.name}[/bold]: {sum(first.trained):,} trained parameters, "
-                  f"{sum(first.momentum):,} in the momentum copy; {runtime.batch_size} pairs × {runtime.accumulation} "
-                  f"a GPU and step, {first.precision}, "
+                  f"{sum(first.momentum):,} in the momentum copy; {runtime.batch_size} pairs × "
+                  f"{runtime.accumulation} a GPU and step, {first.precision}, "
                   f"{(work.forward + work.backward) / runtime.batch_size / 1e9:.1f} GFLOP a pair")
     console.print(_table("memory of a GPU, GB (10⁹ bytes)", _memory_columns, rows))
     console.print(_table("sent by a GPU a step, and pairs/s of a GPU as a roofline expects them (published: "
@@ -92,7 +95,7 @@ def _memory_columns(plan: Plan) -> dict[str, str]:
     parts = {"weights": weights, "gradients": gradients, "AdamW": held.pop("optimiser"), **held}
     total = {"total": f"{sum(parts.values()) / 1e9:.1f}"}
     if plan.recipe.runtime.offload:
-        parts.pop("AdamW")  # it is there
+        parts.pop("AdamW")  # it is in host memory
         total["host"] = f"{host_memory(plan) / 1e9:.2f}"
     return {name: f"{value / 1e9:.2f}" for name, value in parts.items()} | total
 
@@ -109,6 +112,6 @@ def _table(title: str, columns: Callable[[Plan], dict[str, str]], rows: list[Pla
         column.justify = "right"
     for plan in rows:
         own = plan.stage == plan.recipe.runtime.zero_stage
-        table.add_row(f"{plan.ranks:,}", str(plan.stage), *columns(plan).values(), style="bold" if own else None,
-                      end_section=plan.stage == rows[-1].stage)
+        table.add_row(f"{plan.ranks:,}", str(plan.stage), *columns(plan).values(),
+                      style="bold" if own else None, end_section=plan.stage == rows[-1].stage)
     return table

@@ -1,4 +1,4 @@
-"""Data sheets of the GPUs that runs are planned for and measured against."""
+"""Data sheets of the GPUs for which runs are planned and against which they are measured."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ GPUS_PER_NODE = 8
 
 @dataclass(frozen=True)
 class Gpu:
-    """Rates are a data sheet's, dense: FLOP/s by precision (`tf32` where PyTorch may round float32 products to it),
-    bytes/s of its memory, of NVLink and of the network card that it has in an eight-GPU node, each one way."""
+    """A data sheet's dense rates: FLOP/s by precision (`tf32` if PyTorch may round float32 products to it),
+    and bytes/s of the memory, of NVLink and of the GPU's network card in an eight-GPU node, each one way."""
 
     name: str
     memory: float
@@ -22,13 +22,14 @@ class Gpu:
     network: float
 
     def peak(self, precision: str) -> float:
-        """FLOP/s of matrix products in a recipe's `precision`, as PyTorch is set up now."""
+        """FLOP/s of matrix products in a recipe's `precision`, by PyTorch's current settings."""
         if precision == "float32" and torch.get_float32_matmul_precision() != "highest":
             precision = "tf32"
         return self.peaks[precision]
 
     def link(self, ranks: int) -> float:
-        """Bytes/s that one GPU sends in a ring of `ranks`: NVLink within a node, its network card across nodes."""
+        """Bytes/s that one GPU sends in a ring of `ranks`: NVLink within a node,
+        its network card across nodes."""
         return self.nvlink if ranks <= GPUS_PER_NODE else self.network
 
 
@@ -36,7 +37,8 @@ def _peaks(half: float, tf32: float, float32: float) -> dict[str, float]:
     return {"bfloat16": half, "float16": half, "tf32": tf32, "float32": float32}
 
 
-# NVIDIA's data sheets of the SXM boards; network: a DGX's cards, 200 Gbit/s a GPU for A100 and 400 after it.
+# NVIDIA's data sheets of the SXM boards; network: a DGX's cards, 200 Gbit/s per GPU
+# for A100, 400 for later ones.
 GPUS = [
     Gpu("A100", 80e9, _peaks(312e12, 156e12, 19.5e12), 2.04e12, 300e9, 25e9),
     Gpu("H100", 80e9, _peaks(989e12, 494e12, 67e12), 3.35e12, 450e9, 50e9),
@@ -46,8 +48,8 @@ GPUS = [
 
 
 def gpu_of(device_name: str) -> Gpu | None:
-    """The GPU that `torch.cuda.get_device_name` names; None for one whose data sheet is not here, as PCIe and NVL
-    boards'."""
+    """The GPU that `torch.cuda.get_device_name` names; None if its data sheet is not here,
+    as for PCIe and NVL boards."""
     if "PCIe" in device_name or "NVL" in device_name:
         return None
     return next((gpu for gpu in GPUS if gpu.name in device_name.replace("-", " ").split()), None)

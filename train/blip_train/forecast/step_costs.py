@@ -1,9 +1,9 @@
-"""What one batch of a training step computes and keeps, as formulas of its sizes: FLOPs, and bytes that autograd saves.
+"""FLOPs of one batch of a training step, and bytes that autograd saves for it, as formulas of its sizes.
 
-FLOPs as `blip_kernels.flops` counts them: matrix products alone, a multiply-add as two, nothing on padding, attention's
-and LM's backward with what they compute anew. Saved bytes are those of a GPU, without dropout's masks where there is no
-dropout: what the products read is kept in the run's precision, what layer norms read in float32, but what is computed
-again. Texts are taken as equally long.
+FLOPs are counted as in `blip_kernels.flops`: only matrix products, a multiply-add as two, nothing on padding;
+the backward of attention and LM includes what it recomputes. Saved bytes are a GPU's, with dropout masks only
+if there is dropout: inputs of products in the run's precision, inputs of layer norms in float32, except what
+is recomputed. All texts are assumed to have the same length.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from blip_train.steps.pretraining import Objective
 
 FLOAT32 = 4
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-NORM_STATISTICS = 8  # bytes a row: mean and reciprocal standard deviation
+NORM_STATISTICS = 8  # bytes per row: mean and reciprocal standard deviation
 
 
 class Work(NamedTuple):
@@ -35,8 +35,9 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """Sizes of one rank's batch: `pairs`, text `tokens` of all its captions together ([CLS] and [SEP] included), bytes
-    of an element (`size`) in the run's precision, and images and texts `fetched` from other ranks as negatives."""
+    """Sizes of one rank's batch: `pairs`; `tokens`, the text tokens of all captions together ([CLS] and
+    [SEP] included); `size`, bytes per element in the run's precision; `fetched`, images and as many texts
+    from other ranks, as negatives."""
 
     pairs: float
     tokens: float
@@ -45,7 +46,7 @@ class BatchSizes:
 
 
 class _Texts(NamedTuple):
-    """Texts of one mode in one pass: how many, their rows, and pairs of rows that see each other in self-attention."""
+    """Texts of one mode in one pass: how many, their rows, and pairs of rows that attend to each other."""
 
     texts: float
     rows: float
@@ -56,7 +57,8 @@ def step_work(config: BlipConfig, objective: Objective, batch: BatchSizes, recom
     """Forward, losses and backward of one batch on one rank.
 
     Args:
-        recomputed: `runtime.recomputed_blocks`. The backward's second forward of those blocks is counted.
+        recomputed: `runtime.recomputed_blocks`. The second forward of those
+            blocks, in the backward, is counted.
     """
     contrastive = "itc" in objective.losses
     total = vision_work(config, batch, recomputed)
@@ -88,18 +90,20 @@ def vision_work(config: BlipConfig, batch: BatchSizes, recomputed: int = 0) -> W
     embed = _linear(patches, 3 * vision.patch_size**2, vision.width, batch.size)
     block = _vision_block(config, batch, rows, rows * vision.tokens)
     blocks = _blocks(block, vision.layers, recomputed, FLOAT32 * rows * vision.width)
-    if recomputed:  # while a block is computed again, what it keeps is there: vision's keep most
+    if recomputed:  # while a block is recomputed, its saved bytes are present; vision blocks keep most
         blocks += Work(saved=block.saved)
     return Work(embed.forward, embed.forward, embed.saved) + blocks + _norm(rows, vision.width)
 
 
 def momentum_work(config: BlipConfig, batch: BatchSizes) -> Work:
-    """Features of the momentum copy: forward alone, nothing kept; of the last vision block [CLS] alone."""
+    """Features of the momentum copy: only forward, nothing kept; the last
+    vision block computes only [CLS]."""
     vision = config.vision
     full = vision_work(config, batch).forward
     rows = batch.pairs * vision.tokens
     last = _vision_block(config, batch, rows, rows * vision.tokens).forward
-    qkv_rows = rows - batch.pairs  # [CLS] goes through the whole block, the others through its first product alone
+    # [CLS] goes through the whole block, other rows only through its first product.
+    qkv_rows = rows - batch.pairs
     one = (_vision_block(config, batch, batch.pairs, rows).forward
            + _linear(qkv_rows, vision.width, 3 * vision.width, 0).forward)
     texts = _pass(config, batch, [_texts(batch, 1)], [True], 0.0, 0).forward
@@ -114,7 +118,8 @@ def _texts(batch: BatchSizes, copies: int) -> _Texts:
 def _vision_block(config: BlipConfig, batch: BatchSizes, rows: float, pairs: float) -> Work:
     vision, size = config.vision, batch.size
     width, hidden = vision.width, round(vision.width * vision.mlp_ratio)
-    # Norms and GELU are computed again (blip_fast/model/linear_layer.py): their inputs are kept, their outputs not.
+    # Norms and GELU are recomputed (blip_fast/model/linear_layer.py): their inputs are
+    # kept, their outputs are not.
     stream, before_gelu = Work(saved=FLOAT32 * rows * width), Work(saved=size * rows * hidden)
     return (stream + _linear(rows, width, 3 * width, 0)
             + _attention(rows, rows, pairs, width, vision.heads, size) + _linear(rows, width, width, 0)
@@ -123,7 +128,8 @@ def _vision_block(config: BlipConfig, batch: BatchSizes, rows: float, pairs: flo
 
 def _pass(config: BlipConfig, batch: BatchSizes, streams: list[_Texts], first_rows: list[bool], images: float,
           recomputed: int) -> Work:
-    """Texts through the stack together. `images` whose keys and values they read; 0: no cross-attention."""
+    """Texts together through the stack, reading the keys and values of `images`
+    images; 0: no cross-attention."""
     text, tokens, size = config.text, config.vision.tokens, batch.size
     rows = sum(stream.rows for stream in streams)
     inner = _text_layer(config, size, streams, [False] * len(streams), images)
@@ -138,28 +144,32 @@ def _pass(config: BlipConfig, batch: BatchSizes, streams: list[_Texts], first_ro
     return total
 
 
-def _text_layer(config: BlipConfig, size: int, streams: list[_Texts], first_rows: list[bool], images: float) -> Work:
+def _text_layer(config: BlipConfig, size: int, streams: list[_Texts], first_rows: list[bool],
+                images: float) -> Work:
     text, total, read = config.text, Work(), 0.0
     width = text.width
     for stream, first in zip(streams, first_rows, strict=True):
         asking = stream.texts if first else stream.rows
         pairs = stream.rows if first else stream.pairs
-        total += _linear(stream.rows, width, 2 * width, size) + _linear(asking, width, width, size if first else 0)
-        total += _attention(asking, stream.rows, pairs, width, text.heads, size) + _linear(asking, width, width, 0)
+        total += (_linear(stream.rows, width, 2 * width, size)
+                  + _linear(asking, width, width, size if first else 0))
+        total += (_attention(asking, stream.rows, pairs, width, text.heads, size)
+                  + _linear(asking, width, width, 0))
         total += _norm(asking, width)
         read += asking
     if images:
         total += _linear(read, width, width, size) + _attention(read, 0.0, read * config.vision.tokens, width,
                                                                 text.heads, size)
         total += _linear(read, width, width, size) + _norm(read, width)  # the unsorted copy is kept
-    total += _linear(read, width, text.mlp_width, size) + Work(saved=size * read * text.mlp_width)  # GELU's input
+    # Besides the layer's own input, GELU's input is saved.
+    total += _linear(read, width, text.mlp_width, size) + Work(saved=size * read * text.mlp_width)
     total += _linear(read, text.mlp_width, width, 0) + _norm(read, width)
     masks = read * width * (3 if images else 2) * (text.dropout > 0)
     return total + Work(saved=masks)
 
 
 def _contrastive(config: BlipConfig, objective: Objective, batch: BatchSizes) -> Work:
-    """ITC of both directions, its projections, and the draw of negatives."""
+    """ITC in both directions, its projections, and drawing negatives."""
     keys = batch.pairs + objective.queue_size
     product = 2 * 2 * batch.pairs * config.embed_dim * keys
     draws = 2 * 2 * batch.pairs * batch.pairs * config.embed_dim if "itm" in objective.losses else 0.0
@@ -172,28 +182,29 @@ def _projections(config: BlipConfig, batch: BatchSizes) -> Work:
 
 
 def _language(text: TextConfig, batch: BatchSizes, rows: float) -> Work:
-    """LM's head and loss; its backward computes the logits again."""
+    """LM's head and loss, whose backward recomputes the logits."""
     logits = 2 * rows * text.width * text.vocab_size
     head = _linear(rows, text.width, text.width, batch.size) + _norm(rows, text.width)
-    kept = rows * text.width * (batch.size + FLOAT32)  # GELU's input, the loss's
+    kept = rows * text.width * (batch.size + FLOAT32)  # inputs of GELU and of the loss
     return head + Work(logits, 3 * logits, kept)
 
 
 def _blocks(block: Work, layers: int, recomputed: int, kept: float) -> Work:
-    """`layers` equal blocks, of which the last `recomputed` keep `kept` bytes each, their input, and run twice."""
+    """`layers` equal blocks, of which the last `recomputed` keep only their input,
+    `kept` bytes, and run twice."""
     twice = min(recomputed, layers)
     again = Work(block.forward, block.forward + block.backward, kept)
     return block * (layers - twice) + again * twice
 
 
 def _linear(rows: float, wide_in: int, wide_out: int, size: int) -> Work:
-    """`size` bytes an element of what it reads are kept; 0 where another op keeps them."""
+    """A linear layer. It keeps its input, `size` bytes per element; 0 if another op keeps it."""
     flops = 2.0 * rows * wide_in * wide_out
     return Work(flops, 2 * flops, size * rows * wide_in)
 
 
 def _attention(rows: float, key_rows: float, pairs: float, width: int, heads: int, size: int) -> Work:
-    """Keeps queries, keys and values, output and log-sum-exp."""
+    """Attention. It keeps queries, keys, values, output and log-sum-exp."""
     kept = size * width * (2 * rows + 2 * key_rows) + FLOAT32 * heads * rows
     return Work(4.0 * pairs * width, 10.0 * pairs * width, kept)
 

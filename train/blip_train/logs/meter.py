@@ -1,4 +1,4 @@
-"""What a run's log says of its speed: rates of the steps since the last row."""
+"""The speeds in a run's log: rates over the steps since the last row."""
 
 from __future__ import annotations
 
@@ -20,24 +20,25 @@ class Meter:
     """Counts steps from row to row.
 
     Args:
-        recipe: the run's.
-        config: of the model as it is trained, with its tokenizer's vocabulary.
+        recipe: the run's recipe.
+        config: the trained model's, with its tokenizer's vocabulary.
         batches: what this rank reads from.
     """
 
-    def __init__(self, recipe: Recipe, config: BlipConfig, batches: Collection[Batches], device: torch.device) -> None:
+    def __init__(self, recipe: Recipe, config: BlipConfig, batches: Collection[Batches],
+                 device: torch.device) -> None:
         self._recipe, self._config, self._batches = recipe, config, batches
         gpu = gpu_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-        # `step_work` knows the FLOPs of no other task.
-        self._peak = gpu.peak(recipe.runtime.precision) if gpu and recipe.objective.of_pairs else None
-        self._begin()
+        # `step_work` knows the FLOPs of no other step.
+        self._peak = gpu.peak(recipe.runtime.precision) if gpu and recipe.step_kind.of_pairs else None
+        self._reset()
 
     def step(self, language_only: bool) -> None:
-        """Count an optimiser step; `language_only` ones compute LM alone."""
+        """Count an optimiser step; those that are `language_only` compute LM alone."""
         self._steps, self._language_only = self._steps + 1, self._language_only + language_only
 
     def row(self) -> dict[str, float]:
-        """Rates of the steps counted since the last call; all ranks' together but for `data_wait` and `mfu`."""
+        """Rates over the steps since the last call: of all ranks together, except `data_wait` and `mfu`."""
         seconds, pairs = time.perf_counter() - self._since, self._pairs(self._steps)
         text, waited = self._tokens() - self._tokens_before, self._waited() - self._waited_before
         ranks = collectives.world()[1]
@@ -46,10 +47,10 @@ class Meter:
                "data_wait": waited / self._steps}
         if self._peak:
             row["mfu"] = self._flops(text / pairs) / seconds / self._peak
-        self._begin()
+        self._reset()
         return row
 
-    def _begin(self) -> None:
+    def _reset(self) -> None:
         self._steps = self._language_only = 0
         self._since = time.perf_counter()
         self._waited_before, self._tokens_before = self._waited(), self._tokens()
@@ -64,7 +65,7 @@ class Meter:
         return steps * self._recipe.runtime.batch_size * self._recipe.runtime.accumulation
 
     def _flops(self, caption_tokens: float) -> float:
-        """Of this rank's steps; blocks computed a second time are no model FLOPs."""
+        """FLOPs of this rank's steps. Recomputing blocks does not count as model FLOPs."""
         objective, pairs = self._recipe.objective, self._recipe.runtime.batch_size
         batch = BatchSizes(pairs, pairs * caption_tokens)
         alone = dataclasses.replace(objective, losses=("lm",))

@@ -1,5 +1,5 @@
-"""`blip-fast train --profile`: a trace of a few steps for TensorBoard or chrome://tracing, and the operators that took
-most time."""
+"""`blip-fast train --profile`: a trace of a few steps for TensorBoard or chrome://tracing, and a table of the
+operators that took most time."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, schedule, tensorboard_trace_handler
 
-WARM_UP = 2  # steps of a run that are not traced: allocations, autotuning, ZeRO 3's first look at the modules
-OPERATORS = 12  # that are printed
+WARM_UP = 2  # first steps, which are not traced: allocations, autotuning, ZeRO 3's tracing of the modules
+OPERATORS = 12  # rows of the printed table
 
 
 class StepProfiler:
-    """Traces `steps` optimiser steps of rank 0 behind the first `WARM_UP`; none with 0. Call `step` behind each."""
+    """Traces `steps` optimiser steps of rank 0 after the first `WARM_UP`; with 0 none.
+    Call `step` after each step."""
 
     def __init__(self, steps: int, directory: Path) -> None:
         self.steps, self.directory, self._done, self._profile = steps, directory, 0, None
@@ -33,12 +34,12 @@ class StepProfiler:
             self._profile.step()
 
     def close(self) -> None:
-        """A trace that the run's end cut short is written too."""
+        """Also writes a trace that the run's end cut short."""
         if self._profile is not None:
             self._profile.stop()
             if self._done <= WARM_UP:
-                Console(stderr=True).print(f"--profile: the run ended within its first {WARM_UP} steps, which are not "
-                                           "traced")
+                Console(stderr=True).print(f"--profile: the run ended within its first {WARM_UP} steps, "
+                                           "which are not traced")
 
     def _finish(self, traced: Any) -> None:
         steps = min(self._done - WARM_UP, self.steps)
@@ -51,7 +52,7 @@ class StepProfiler:
 
 
 def _table(averages: Any, steps: int) -> Table:
-    """Operators by their own time, on the GPU where there is one."""
+    """Operators by their own time: on the GPU if there is one, else on the CPU."""
     on_gpu = torch.cuda.is_available()
 
     def own(event: Any) -> float:
@@ -59,8 +60,8 @@ def _table(averages: Any, steps: int) -> Table:
 
     events = sorted(averages, key=own, reverse=True)
     total = sum(map(own, events)) or 1.0
-    table = Table("operator", "calls", "ms a step", "share", box=SIMPLE_HEAD, title=f"{steps} steps, own time on the "
-                  f"{'GPU' if on_gpu else 'CPU'}")
+    table = Table("operator", "calls", "ms a step", "share", box=SIMPLE_HEAD,
+                  title=f"{steps} steps, own time on the {'GPU' if on_gpu else 'CPU'}")
     for column in table.columns[1:]:
         column.justify = "right"
     for event in events[:OPERATORS]:

@@ -1,4 +1,4 @@
-"""What a run tells while it goes: a live view (or plain lines), `log.jsonl` and TensorBoard."""
+"""What a run reports while it trains: a live view (or plain lines), `log.jsonl` and TensorBoard."""
 
 from __future__ import annotations
 
@@ -13,26 +13,33 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
-# What the live view shows of a row: title, key and format, in its order; keys that a row has not are left out.
+# What the live view shows of a row, in this order: title, key, format. Keys that the row lacks are left out.
 SHOWN = (("loss", "loss", ".3f"), ("ITC", "itc", ".3f"), ("ITM", "itm", ".3f"), ("LM", "lm", ".3f"),
          ("τ", "temperature", ".4f"), ("lr", "lr", ".2e"), ("pairs/s", "pairs_per_second", ",.1f"),
-         ("tokens/s", "tokens_per_second", ",.0f"), ("MFU", "mfu", ".1%"), ("data wait s", "data_wait", ".3f"),
-         ("memory GB", "memory_gb", ".1f"), ("exchanged MB", "exchanged_mb", ".1f"), ("skipped", "skipped", ".0f"),
-         ("quarantined", "quarantined", ".0f"))
-COLUMNS = 4  # of the live view
+         ("tokens/s", "tokens_per_second", ",.0f"), ("MFU", "mfu", ".1%"),
+         ("data wait s", "data_wait", ".3f"),
+         ("memory GB", "memory_gb", ".1f"), ("exchanged MB", "exchanged_mb", ".1f"),
+         ("skipped", "skipped", ".0f"), ("quarantined", "quarantined", ".0f"))
+COLUMNS = 4  # columns of the live view
 
 
 class RunLog:
     """Writes one row per `log_every` steps on rank 0; the other ranks write nothing.
 
-    Rows: `step`, `epoch`, `lr`, `temperature`, the losses by name and `loss` (means over the step's batches and ranks),
-    `pairs_per_second`, `tokens_per_second` (all ranks' visual and caption tokens, each counted once; no padding),
-    `data_wait` (seconds a step that rank 0 waited for its batches), `skipped` batches, `skipped_updates` and rank 0's
-    `quarantined` images so far, float16's `loss_scale`, `memory_gb` (rank 0's peak); on a GPU whose data sheet is known
-    `mfu`, rank 0's FLOPs by formula (`work.step_work`, blocks computed again left out) over the dense peak of the run's
-    precision; with negatives of all ranks `exchanged_mb`, visual tokens that one batch's negatives brought to rank 0,
-    beside `gathering_mb`, what gathering everyone's would have.
-    A resumed run goes on in the same file, behind the rows of the checkpoint that it resumes from.
+    A row has these fields:
+
+    - `step`, `epoch`, `lr`, `temperature`; the losses by name and `loss` (means over
+      the step's batches and ranks);
+    - `pairs_per_second`, `tokens_per_second` (all ranks' visual and caption tokens, each counted once; no
+      padding), `data_wait` (seconds per step that rank 0 waited for its batches);
+    - so far: `skipped` batches, `skipped_updates`, and rank 0's `quarantined` images;
+    - float16's `loss_scale`; `memory_gb` (rank 0's peak);
+    - on a GPU with a known data sheet `mfu`: rank 0's FLOPs by formula (`step_costs.step_work`, without
+      recomputed blocks) divided by the dense peak of the run's precision;
+    - with negatives of all ranks `exchanged_mb`, the visual tokens that one batch's negatives brought to rank
+      0, and `gathering_mb`, what gathering those of all ranks would have brought.
+
+    A resumed run continues the same file, after the rows of the checkpoint that it resumes from.
     """
 
     def __init__(self, directory: Path, name: str, first_step: int, total_steps: int, writes: bool) -> None:
@@ -46,11 +53,12 @@ class RunLog:
         self.view = _View(name, first_step, total_steps)
 
     def row(self, step: int, values: dict[str, float]) -> None:
-        """Write one row; `step` is the number of steps done."""
+        """Write one row; `step` is the number of finished steps."""
         if not self.writes:
             return
         values = {**values, "memory_gb": _peak_memory_gb()}
-        row = {"step": step, "time": round(time.time(), 3), **{key: round(value, 8) for key, value in values.items()}}
+        row = {"step": step, "time": round(time.time(), 3),
+               **{key: round(value, 8) for key, value in values.items()}}
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
         for key, value in values.items():
@@ -65,12 +73,13 @@ class RunLog:
 
 
 class _View:
-    """Progress and the newest row on stderr: in place on a terminal, elsewhere a line a row."""
+    """Progress and the newest row on stderr: in place on a terminal, elsewhere one line per row."""
 
     def __init__(self, name: str, first_step: int, total_steps: int) -> None:
         self.console, self.name, self.total = Console(stderr=True), name, total_steps
         self.bar = Progress(TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(),
-                            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self.console)
+                            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+                            console=self.console)
         self.task = self.bar.add_task(name, total=total_steps, completed=first_step)
         self.live = Live(self.bar, console=self.console, refresh_per_second=4) if self.console.is_terminal else None
         if self.live is not None:
@@ -91,7 +100,7 @@ class _View:
 
 
 def _grid(figures: list[tuple[str, str]]) -> Table:
-    """Figures behind their titles, `COLUMNS` a line."""
+    """Figures after their titles, `COLUMNS` per line."""
     grid = Table.grid(*["" for _ in range(COLUMNS)], padding=(0, 3))
     for start in range(0, len(figures), COLUMNS):
         line = figures[start : start + COLUMNS]
@@ -106,23 +115,23 @@ def read_log(path: Path, key: str) -> list[tuple[float, float]]:
 
 
 def _drop_rows_after(path: Path, step: int) -> None:
-    """Steps after the checkpoint are run again, so their rows go; also a row that was cut short."""
+    """Remove the rows of steps after the checkpoint, which run again, and a row that was cut short."""
     if not path.exists():
         return
-    kept = []
+    rows = []
     for line in path.read_text().splitlines():
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue  # the run was killed while it wrote this line
         if row["step"] <= step:
-            kept.append(line + "\n")
-    path.write_text("".join(kept))
+            rows.append(line + "\n")
+    path.write_text("".join(rows))
 
 
 def _peak_memory_gb() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    import resource  # Windows has none; it does not train, but imports this
+    import resource  # not above: Windows has no such module; it does not train, but imports this file
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

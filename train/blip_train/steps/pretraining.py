@@ -1,8 +1,8 @@
-"""One training step of BLIP: images and captions in, the three losses out, in two passes through the text stack.
+"""One training step of BLIP: images and captions in, three losses out, in two passes through the text stack.
 
-Pass 1 takes the captions alone (ITC needs their features to choose negatives). Pass 2 takes ITM's positives, both kinds
-of negatives and the LM captions together: they share every parameter but self-attention, and they read the same image
-keys and values, projected once per image.
+Pass 1 takes the captions alone, because ITC needs their features to choose negatives. Pass 2 takes ITM's
+positives, both kinds of negatives and the LM captions together: they share all parameters except
+self-attention, and read the same image keys and values, projected once per image.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from blip_train import collectives
 from blip_train.steps.exchange import Exchange, gathered_bytes
 from blip_train.steps.momentum import MomentumEncoders
 from blip_train.steps.queue import KeyQueue
-from blip_train.steps.step import Negatives, StepOutput, TrainingStep
+from blip_train.steps.step import MomentumState, Negatives, StepContext, StepOutput, TrainingStep
 
 if TYPE_CHECKING:
     from blip_fast.data.input.decoding import ReadBatch
 
 TEMPERATURE_RANGE = (0.001, 0.5)
-IGNORED = -100  # LM's target where a token carries no loss
+IGNORED = -100  # LM's target for tokens without loss
 
 
 @dataclass(frozen=True)
 class Objective:
     """What a step computes, with the paper's values.
 
-    `losses` any of itc, itm, lm (itm takes its negatives from itc's features), or alone answer (VQA), reasoning (NLVR2)
-    or dialogue (VisDial), of whose other values only `label_smoothing` counts, for answer. `positives`: `pair`
-    (pre-training) or `id` (retrieval fine-tuning: captions of one image share the target). `negatives`: from the rank's
-    own batch, or from the batches of `all_ranks`. `negative_floor` is added to the softmax that negatives are drawn
-    from.
+    `losses`: any of itc, itm and lm (itm draws its negatives by itc's features), or one of answer (VQA),
+    reasoning (NLVR2) and dialogue (VisDial) alone. Those three ignore the other values, except that answer
+    uses `label_smoothing`. `positives`: `pair` (pre-training) or `id` (retrieval fine-tuning: captions of one
+    image share the target). `negatives`: drawn from the rank's own batch, or from the batches of `all_ranks`.
+    `negative_floor` is added to the softmax that negatives are drawn from.
     """
 
     losses: tuple[Literal["itc", "itm", "lm", "answer", "reasoning", "dialogue"], ...] = ("itc", "itm", "lm")
@@ -53,25 +53,20 @@ class Objective:
     positives: Literal["pair", "id"] = "pair"
     negatives: Literal["local", "all_ranks"] = "local"
     negative_floor: float = 1e-4
-    language_first_steps: int = 0  # the run's first steps train LM alone (small models from scratch: docs/decisions.md)
-    prompt_tokens: int = 0  # leading tokens of a caption, [DEC] included, that carry no LM loss
+    # The run's first steps train LM alone: for small models from scratch (docs/decisions/scenes-and-demo.md).
+    language_first_steps: int = 0
+    prompt_tokens: int = 0  # leading tokens of a caption, [DEC] included, without LM loss
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "losses", tuple(self.losses))
-        if not self.losses or not (self.of_pairs or self.losses in (("answer",), ("reasoning",), ("dialogue",))):
-            raise ValueError("objective.losses must name some of itc, itm, lm, or answer, reasoning or dialogue alone; "
-                             f"got {list(self.losses)}")
         if self.language_first_steps and "lm" not in self.losses:
             raise ValueError("objective.language_first_steps is set but losses has no lm to start with")
         if "itm" in self.losses and "itc" not in self.losses:
-            raise ValueError("objective.losses has itm without itc: ITM draws its negatives from ITC's similarities")
+            raise ValueError("objective.losses has itm without itc: ITM draws its negatives from ITC's "
+                             "similarities")
         if not 0.0 <= self.momentum <= 1.0 or not 0.0 <= self.alpha <= 1.0:
-            raise ValueError(f"objective.momentum and alpha must lie in [0, 1], got {self.momentum} and {self.alpha}")
-
-    @property
-    def of_pairs(self) -> bool:
-        """Whether these are ITC, ITM and LM, over pairs of image and text, and not another task's loss."""
-        return not set(self.losses) - {"itc", "itm", "lm"}
+            raise ValueError(f"objective.momentum and alpha must lie in [0, 1], got {self.momentum} and "
+                             f"{self.alpha}")
 
 
 @dataclass(frozen=True)
@@ -97,7 +92,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class _Pairs:
-    """What ITM compares: `image_embeds` of the batch and of images fetched from other ranks, texts, labels int64."""
+    """ITM's pairs: `image_embeds` of the batch and of images fetched from other
+    ranks, texts, and labels int64."""
 
     image_embeds: Tensor
     stream: TextStream
@@ -116,8 +112,8 @@ class _Features:
 
 
 class _LanguageLoss(nn.Module):
-    """LM of a step. A module, because ZeRO 3 gathers weights for the forward and backward of the module that reads
-    them, and the loss reads the word embeddings."""
+    """The LM loss. A module because ZeRO 3 gathers weights for the forward and backward of the module that
+    reads them, and this loss reads the word embeddings."""
 
     def __init__(self, objective: Objective) -> None:
         super().__init__()
@@ -132,13 +128,13 @@ class _LanguageLoss(nn.Module):
 
 
 class Pretraining(TrainingStep):
-    """The model with its momentum copy and queue: `follow`, then the losses of one or more batches, `enqueue`d behind
-    their backward.
+    """The model with its momentum copy and queue. An optimiser step is `follow`, then the losses of one or
+    more batches, then `enqueue` after their backward.
 
     Args:
-        model: the model to train; it needs the parts that the objective's losses read.
+        model: the model to train, with the parts that the objective's losses read.
         objective: what to compute.
-        seed: of the queue's first entries; ranks give the same.
+        seed: for the queue's first entries; the same on all ranks.
     """
 
     def __init__(self, model: BlipModel, objective: Objective, seed: int) -> None:
@@ -150,26 +146,22 @@ class Pretraining(TrainingStep):
             self.queue = KeyQueue(objective.queue_size, model.config.embed_dim, seed)
 
     def follow(self) -> None:
-        """Update the momentum copy with the weights as they are: once an optimiser step, before its first batch (BLIP
-        section 3.2; the published code does it between the model's features and the copy's, which is the same)."""
+        """Update the momentum copy with the current weights, once per optimiser step, before its first
+        batch (BLIP section 3.2). The published code does it between the model's features and the
+        copy's, with the same result."""
         if "itc" in self.objective.losses:
             self.momentum.update(self.model, self.objective.momentum)
 
-    def forward(self, batch: Batch, alpha: float, language_only: bool = False) -> StepOutput:
-        """Losses of one rank's batch.
-
-        Args:
-            alpha: share of ITC's soft targets at this step.
-            language_only: compute LM alone; the queue stands still.
-        """
-        if language_only:
+    def forward(self, batch: Batch, context: StepContext) -> StepOutput:
+        """Losses of one rank's batch."""
+        if context.language_only:
             return StepOutput(self._grounded(batch, self.model.encode_images(batch.images), None))
         losses: dict[str, Tensor] = {}
         negatives = keys = pairs = None
         image_embeds = self.model.encode_images(batch.images)
         if "itc" in self.objective.losses:
             features = self._features(batch, image_embeds)
-            losses["itc"] = self._contrastive(batch, features, alpha)
+            losses["itc"] = self._contrastive(batch, features, context.alpha)
             if "itm" in self.objective.losses:
                 negatives = self._negatives(batch, features)
                 pairs = self._pairs(batch, image_embeds, negatives)
@@ -178,11 +170,26 @@ class Pretraining(TrainingStep):
         return StepOutput(losses, negatives, keys, pairs.exchanged if pairs else None)
 
     def enqueue(self, *outputs: StepOutput) -> None:
-        """Put a step's keys of all ranks into the queue, rank by rank. Behind the last backward, which reads the queue
-        as it was."""
+        """Put the step's keys of all ranks into the queue, rank by rank. Called after the last backward,
+        which reads the queue as it was."""
         keys = [output.keys for output in outputs if output.keys is not None]
         if keys:
             self.queue.enqueue(*(collectives.gather(torch.cat(parts)) for parts in zip(*keys, strict=True)))
+
+    def momentum_state(self) -> MomentumState | None:
+        if "itc" not in self.objective.losses:
+            return None
+        return MomentumState(self.momentum, self.queue, by_id=self.objective.positives == "id")
+
+    def log_fields(self, output: StepOutput) -> dict[str, float]:
+        """τ where ITC was computed, and with negatives of all ranks the MB of visual tokens that were fetched
+        and that an all-gather would have moved."""
+        fields: dict[str, float] = {}
+        if "itc" in output.losses:
+            fields["temperature"] = self.model.temperature.item()
+        if output.exchanged is not None:
+            fields["exchanged_mb"], fields["gathering_mb"] = (count / 1e6 for count in output.exchanged)
+        return fields
 
     def _features(self, batch: Batch, image_embeds: Tensor) -> _Features:
         with torch.no_grad():
@@ -191,20 +198,22 @@ class Pretraining(TrainingStep):
         return _Features(image, text, *self.momentum.features(batch.images, batch.texts))
 
     def _contrastive(self, batch: Batch, features: _Features, alpha: float) -> Tensor:
-        """ITC, mean of both directions. Keys: the batch's momentum features in front of the queue's."""
+        """ITC, the mean of both directions. Keys are the batch's momentum
+        features, followed by the queue's."""
         by_id = self.objective.positives == "id"
         ids: dict[str, Any] = {"ids": batch.ids, "queue_ids": self.queue.ids} if by_id else {}
         directions = ((features.image, features.momentum_image, features.momentum_text, self.queue.text),
                       (features.text, features.momentum_text, features.momentum_image, self.queue.image))
-        losses = [contrastive(*tensors, self.model.temperature, alpha, **ids).mean() for tensors in directions]
+        losses = [contrastive(*tensors, self.model.temperature, alpha, **ids).mean()
+                  for tensors in directions]
         return (losses[0] + losses[1]) / 2
 
     @torch.no_grad()
     def _negatives(self, batch: Batch, features: _Features) -> Negatives:
         """Draw one negative image per text and one negative text per image.
 
-        Pre-training ranks candidates by the momentum features of the rank's batch; retrieval fine-tuning (`id`
-        positives, or negatives of all ranks) by the model's own features, as published.
+        As published, pre-training ranks candidates by the momentum features of the rank's batch, retrieval
+        fine-tuning (`id` positives, or negatives of all ranks) by the model's own features.
         """
         objective, ids = self.objective, batch.ids
         if objective.positives == "pair" and objective.negatives == "local":
@@ -218,13 +227,14 @@ class Pretraining(TrainingStep):
             first = collectives.world()[0] * len(ids) if objective.negatives == "all_ranks" else 0
             excluded = {"first_own_key": first}
         seed = new_seed()
-        drawn = [hard_negatives(queries, keys, self.model.temperature, floor=objective.negative_floor, seed=seed,
-                                stream=stream, **excluded)
-                 for stream, (queries, keys) in enumerate([(features.text, image_keys), (features.image, text_keys)])]
+        drawn = [hard_negatives(queries, keys, self.model.temperature, floor=objective.negative_floor,
+                                seed=seed, stream=stream, **excluded)
+                 for stream, (queries, keys) in enumerate([(features.text, image_keys),
+                                                           (features.image, text_keys)])]
         return Negatives(image_for_text=drawn[0], text_for_image=drawn[1])
 
     def _grounded(self, batch: Batch, image_embeds: Tensor, pairs: _Pairs | None) -> dict[str, Tensor]:
-        """Pass 2: ITM and LM texts through the stack together, on shared image keys and values."""
+        """Pass 2: ITM and LM texts together through the stack, reading the same image keys and values."""
         own = torch.arange(len(batch.ids), device=image_embeds.device)
         decoder_stream = None
         if "lm" in self.objective.losses:
@@ -254,7 +264,8 @@ class Pretraining(TrainingStep):
             image_embeds = torch.cat([image_embeds, images.fetch(image_embeds)])
             candidates = PackedTexts.cat([texts, others.fetch_texts(texts)])
         has_image, has_text = negative_images >= 0, negative_texts >= 0
-        pairs = PackedTexts.cat([texts, texts.select(own[has_image]), candidates.select(negative_texts[has_text])])
+        pairs = PackedTexts.cat([texts, texts.select(own[has_image]),
+                                 candidates.select(negative_texts[has_text])])
         labels = torch.zeros(len(pairs), dtype=torch.int64, device=own.device)
         labels[: len(own)] = 1
         stream = TextStream(pairs, "encoder", torch.cat([own, negative_images[has_image], own[has_text]]),
@@ -263,7 +274,7 @@ class Pretraining(TrainingStep):
 
     def _pass(self, image_embeds: Tensor, encoder_stream: TextStream | None,
               decoder_stream: TextStream | None) -> dict[str, Tensor]:
-        """Hidden states by mode. A tied stack takes both streams at once, untied stacks one each."""
+        """Hidden states by mode. A tied stack takes both streams at once, untied stacks take one each."""
         streams = {"encoder": encoder_stream, "decoder": decoder_stream}
         present = {mode: stream for mode, stream in streams.items() if stream is not None}
         if self.model.config.text_stacks == "tied" and present:

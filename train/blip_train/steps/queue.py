@@ -1,4 +1,5 @@
-"""The queue of momentum features that serve as further keys of the contrastive loss (MoCo's, one per modality)."""
+"""The queue of momentum features that serve as additional keys of the contrastive loss
+(MoCo's, one per modality)."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 class KeyQueue(nn.Module):
     """The last `size` image and text features of all ranks, with their ids.
 
-    Buffers: `image`, `text` [size, embed_dim], `ids` int64 [size] (`NO_ID` where never filled), `pointer` int64.
-    It starts with unit Gaussian vectors drawn from `seed`.
+    Buffers: `image`, `text` [size, embed_dim], `ids` int64 [size] (`NO_ID` where never filled), `pointer`
+    int64. The features start as normalised Gaussian vectors drawn from `seed`.
     """
 
     image: Tensor
@@ -30,7 +31,7 @@ class KeyQueue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, image: Tensor, text: Tensor, ids: Tensor) -> None:
-        """Overwrite the oldest entries; wraps at the end. More rows than slots keep the last ones.
+        """Overwrite the oldest entries, wrapping at the end. Of more rows than slots the last are kept.
 
         Args:
             image: [rows, embed_dim]; text: the same; ids: int64 [rows].

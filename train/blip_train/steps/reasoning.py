@@ -1,9 +1,10 @@
-"""NLVR2 fine-tuning (BLIP section 5.4): is a sentence true of two images? Each has a cross-attention of its own."""
+"""NLVR2 fine-tuning (BLIP section 5.4): is a sentence true of two images? Each image
+has its own cross-attention."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import Tensor
 from blip_fast.model.blip import BlipModel
 from blip_fast.model.packed_texts import PackedTexts
 from blip_fast.model.tokenizer import Tokenizer
-from blip_train.steps.step import StepOutput, TrainingStep
+from blip_train.steps.step import StepContext, StepOutput, TrainingStep
 
 if TYPE_CHECKING:
     from blip_fast.data.input.decoding import ReadBatch
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PairBatch:
-    """One rank's pairs of images: `images` [batch, 2, 3, size, size], a sentence about each that starts with [ENC], and
-    `labels` int64 [batch], 1 where it is true."""
+    """One rank's pairs of images: `images` [batch, 2, 3, size, size], one sentence about each pair, starting
+    with [ENC], and `labels` int64 [batch], 1 where the sentence is true."""
 
     images: Tensor
     sentences: PackedTexts
@@ -33,7 +34,7 @@ class PairBatch:
 
     @classmethod
     def collate(cls, read: ReadBatch, tokenizer: Tokenizer, max_tokens: int) -> PairBatch:
-        """Read samples, whose captions are the sentences → a batch."""
+        """Read samples → a batch. Their captions are the sentences."""
         labels = torch.tensor([record["label"] for record in read.records], dtype=torch.int64)
         return cls(read.images, tokenizer.pack(read.captions, "[ENC]", max_tokens), labels)
 
@@ -42,13 +43,13 @@ class PairBatch:
 
 
 class Reasoning(TrainingStep):
-    """Loss `reasoning`: two-way cross-entropy of the head's logits."""
+    """Loss `reasoning`: two-way cross-entropy of the reasoning head's logits."""
 
     def __init__(self, model: BlipModel) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, batch: PairBatch, *_: Any) -> StepOutput:
+    def forward(self, batch: PairBatch, context: StepContext) -> StepOutput:
         embeds = self.model.encode_images(batch.images.flatten(0, 1)).unflatten(0, (-1, 2))
         logits = self.model.pair_logits(embeds, batch.sentences)
         return StepOutput({"reasoning": F.cross_entropy(logits, batch.labels)})
