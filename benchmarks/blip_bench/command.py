@@ -157,7 +157,7 @@ def _spread(spread: dict[str, float]) -> str:
 
 
 COMMAND = Command(
-    help="measure captioning, encoding, re-ranking or VQA beside other implementations",
+    help="measure captioning, encoding, re-ranking or VQA next to other implementations",
     example="blip-fast bench caption --images 4 --rounds 5 --json",
     arguments=_arguments,
     run=_run,

@@ -40,7 +40,7 @@ def write_report(records: Sequence[Record], path: Path) -> Path:
     facts = {"Processor": about["cpu"], "Threads": f"{about['threads']} of {about['cores']} cores",
              "Instructions": about["instructions"], "PyTorch": about["torch"]}
     report = Report("Benchmarks",
-                    "blip_fast beside others, in turn in one process. Medians of the rounds.", facts)
+                    "blip_fast and others, in turn in one process. Medians of the rounds.", facts)
     times = [record for record in records if isinstance(record, TimeRecord)]
     if targets := [metric for record in times for metric in _targets(record.summary)]:
         about_targets = "How many times as fast, and how many it should be."

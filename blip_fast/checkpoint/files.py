@@ -84,7 +84,7 @@ def read_pickle(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # unpickling raises whatever a broken file leads it to
         if isinstance(error, pickle.UnpicklingError) and "global" in str(error).lower():
-            raise ValueError(f"{path} holds pickled Python objects beside tensors: refused, since reading "
+            raise ValueError(f"{path} holds pickled Python objects besides tensors: refused, since reading "
                              "them could run code") from error
         raise ValueError(f"{path} is no whole checkpoint that torch.save wrote: fetch or write it "
                          "again") from error

@@ -163,7 +163,7 @@ def _heads(width: int, heads: int | None, part: str, path: Path) -> int:
     if heads is None and width % HEAD_WIDTH:
         raise ValueError(f"{path}: the {part} width {width} is no multiple of {HEAD_WIDTH}, the width of "
                          "BLIP's heads: say how many heads there are (--heads, or "
-                         f"{path.with_suffix('.json').name} beside it)")
+                         f"{path.with_suffix('.json').name} next to it)")
     return heads or width // HEAD_WIDTH
 
 

@@ -24,7 +24,7 @@ def add_capfilt_options(parser: ArgumentParser) -> None:
              "--ray one that all machines of the cluster see")
     add("--resume", action="store_true", help="go on with the folder, leave out shards that are finished")
     add("--captions", type=int, default=1, metavar="N", help="synthetic captions per image")
-    add("--prompt", default="a picture of", help='what captions are written behind; "" for nothing')
+    add("--prompt", default="a picture of", help='what captions begin with; "" for nothing')
     add("--top-p", type=float, default=0.9,
         help="nucleus sampling: draw from tokens that hold this probability")
     add("--top-k", type=int, default=50, help="and from so many tokens at most")

@@ -12,6 +12,6 @@ def add_sharing_options(parser: ArgumentParser, dealt: str, positionals: str) ->
     add("--shard", default="0/1", metavar="I/N", help=f"do the I-th of N parts, {dealt}")
     add("--ray", nargs="?", const="", default=None, metavar="ADDRESS",
         help="spread the work over a Ray cluster (default: that of RAY_ADDRESS or of this machine); "
-             f"write it behind the {positionals}, or as --ray=ADDRESS")
+             f"write it after the {positionals}, or as --ray=ADDRESS")
     add("--cache", default="~/.cache/blip_fast/shards", metavar="DIR", help="where tars under URLs are kept")
     add("--cache-gb", type=float, default=100.0, help="its limit")

@@ -24,7 +24,7 @@ BY_LABEL = ("belief", "bert-cnn")  # values of --rerank that use the image's lik
 
 def _arguments(parser: ArgumentParser) -> None:
     add_model_options(parser)
-    add_image_options(parser, "one a line, perhaps a tab and its own prompt behind")
+    add_image_options(parser, "one per line, optionally followed by a tab and its own prompt")
     add_caption_options(parser)
     add = parser.add_argument
     add("--strip-prompt", action="store_true", help="leave the prompt out of `caption`")

@@ -56,11 +56,11 @@ def _annotations_arguments(parser: ArgumentParser) -> None:
                             "msrvtt-qa", "msvd-qa"),
         help="karpathy (COCO, Flickr30k), coco (also NoCaps), vqa (v2), visual-genome, nlvr2, visdial "
              "(1.0), or of videos msrvtt, msrvtt-qa or msvd-qa; the first three, nlvr2 and msrvtt also as "
-             "beside the published BLIP")
+             "published with BLIP")
     add("files", nargs="+", metavar="FILE",
         help="as published; vqa: questions and annotations, a test set's questions "
              "alone; visual-genome: question_answers.json image_data.json; "
-             "visdial: dialogues, perhaps dense annotations too, behind the "
+             "visdial: dialogues, optionally dense annotations too, after the "
              "training set's dataset_coco.json of Karpathy's split; msvd-qa: "
              "questions and youtube_mapping.txt")
     add("--output", required=True, metavar="FILE.jsonl", help="annotations.jsonl in the folder of images")

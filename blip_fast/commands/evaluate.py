@@ -83,7 +83,7 @@ def _nlvr2_arguments(parser: ArgumentParser) -> None:
 
 def _visdial_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--caption-in", choices=("attention", "text"), default="attention",
-                        help="where the image's caption stands: in the cross-attention beside the "
+                        help="where the image's caption stands: in the cross-attention with the "
                              "image, as in the paper, or in the text before the history, for models whose "
                              "images and texts differ in width or that were not trained on dialogues")
 

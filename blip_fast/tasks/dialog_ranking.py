@@ -90,7 +90,7 @@ class DialogRanker(PretrainedTask):
         widths = self.model.config.vision.width, self.model.config.text.width
         if caption_in == "attention" and widths[0] != widths[1]:
             raise ValueError(f"this model's images are {widths[0]} wide and its texts {widths[1]}, so a "
-                             "caption cannot stand beside the image: put it in the text (caption_in text)")
+                             "caption cannot join the image in one segment: put it in the text (caption_in text)")
         found: list[list[Tensor]] = []
         with evaluating(self.model):
             for image_embeds in encode_images(self.model, [pixels]):

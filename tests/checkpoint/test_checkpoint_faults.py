@@ -114,7 +114,7 @@ def test_a_pickle_with_code_is_refused(tmp_path, hf):
     (hf / "model.safetensors").unlink()
     torch.save({"vision_model.post_layernorm.weight": Code(trace)}, hf / "pytorch_model.bin")
     for source in (tmp_path / "x.pth", hf):
-        with pytest.raises(ValueError, match="holds pickled Python objects beside tensors: refused"):
+        with pytest.raises(ValueError, match="holds pickled Python objects besides tensors: refused"):
             load_model(source)
     assert not trace.exists()
 

@@ -184,7 +184,7 @@ def prepare_model(recipe: Recipe, tokenizer: Tokenizer) -> BlipModel:
             and start.config.vision.width != start.config.text.width)
     if recipe.adapters is not None and (twins or keys):
         raise ValueError(f"{recipe.init} lacks weights of this task, which would start anew but not be "
-                         "trained beside adapters: fine-tune it without them first")
+                         "trained together with adapters: fine-tune it without them first")
     if twins:
         start = reasoning_model(start, recipe.seed)
     parts = dataclasses.replace(

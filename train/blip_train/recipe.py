@@ -225,7 +225,7 @@ class Recipe:
                 raise ValueError(f"objective.losses has {name}, which needs a model with "
                                  f"{kind.losses[name].needs}")
         if self.adapters is not None and self.init is None:
-            raise ValueError("adapters are set but init is not: they train little beside weights that know "
+            raise ValueError("adapters are set but init is not: they train little among weights that know "
                              "something; name a checkpoint")
         if self.evaluation.images and not kind.of_pairs:
             raise ValueError("evaluation.images must be 0 for VQA, NLVR2 and VisDial: a run's report "

@@ -123,7 +123,7 @@ def _captions(report: Report, recipe: Recipe, captioner: Captioner,
 
 
 def _caption_metrics(result: CaptionEvaluation) -> list[Metric]:
-    metrics = [Metric("held-out captions, loss beside unigram entropy", result.loss,
+    metrics = [Metric("held-out captions, loss and unigram entropy", result.loss,
                       chance=result.unigram_entropy, unit="nats per token", lower_is_better=True)]
     if result.slots is not None:
         slots = result.slots

@@ -198,7 +198,7 @@ def visdial_rows(dialogues: Path, companion: Path | None = None) -> Iterator[Row
         raise ValueError(f'{dialogues} has no "split" that is train, val or test: it is of another format')
     if split == "train" and companion is None:
         raise ValueError(f"{dialogues} does not say which of COCO's folders its images are in: "
-                         "name dataset_coco.json of Karpathy's split behind it")
+                         "name dataset_coco.json of Karpathy's split after it")
     coco = _coco_images(companion) if split == "train" and companion is not None else {}
     relevance = {} if split == "train" or companion is None else {
         (_get(entry, "image_id", int, where), _get(entry, "round_id", int, where)):

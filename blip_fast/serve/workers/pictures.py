@@ -59,7 +59,7 @@ def format_of(body: bytes) -> str:
             if size is None or size > len(body):
                 raise not_an_image(f"The {kind} is cut off or broken")
             if size < len(body):
-                raise not_an_image(f"{len(body) - size:,} bytes stand behind the end of the {kind}")
+                raise not_an_image(f"{len(body) - size:,} bytes follow the end of the {kind}")
             return kind
     raise not_an_image("The upload does not begin as a picture does" if body else "The upload is empty")
 

@@ -186,7 +186,7 @@ def test_the_start_of_vqa_is_the_checkpoint(start):
 def test_adapters_refuse_a_start_that_lacks_weights(start):
     for name in ("vqa", "nlvr2"):
         recipe = load_recipe(RECIPES / f"{name}.yaml", ["--init", str(start), "--adapters.rank", "2"])
-        with pytest.raises(ValueError, match="which would start anew but not be trained beside adapters"):
+        with pytest.raises(ValueError, match="which would start anew but not be trained together with adapters"):
             prepare_step(recipe, small_tokenizer())
 
 

@@ -125,11 +125,11 @@ class Watchdog:
 def describe(rank: int, place: Place, timeout: float, places: dict[int, Place], now: float) -> str:
     """The message for a phase that did not end. Ranks whose last report is old, or of an
     earlier phase, did not arrive."""
-    behind = [f"rank {other} did not arrive within {timeout:g} s (last heard of {now - at.heard:.0f} s ago "
-              f"in {at})"
-              for other, at in sorted(places.items())
-              if other != rank and (at.entered < place.entered or now - at.heard > timeout / 2)]
-    return f"{place}: " + ("; ".join(behind) if behind else
+    late = [f"rank {other} did not arrive within {timeout:g} s (last heard of {now - at.heard:.0f} s ago "
+            f"in {at})"
+            for other, at in sorted(places.items())
+            if other != rank and (at.entered < place.entered or now - at.heard > timeout / 2)]
+    return f"{place}: " + ("; ".join(late) if late else
                            f"rank {rank} did not get through within {timeout:g} s, and no other rank is "
                            "behind it")
 

@@ -113,8 +113,8 @@ def _check_resumable(loop: Loop, resume: bool) -> None:
         now = yaml.safe_load(stage.to_yaml())
         if changed := [key for key in before if before[key] != now[key]]:
             raise ValueError(f"{stage.directory} was begun with another recipe ({', '.join(changed)} "
-                             "changed): give the same, choose another --name, or remove it and the stages "
-                             "behind it")
+                             "changed): give the same, choose another --name, or remove it and the later "
+                             "stages")
     drawn = loop.directory / SCENES / DATA
     asked = None if loop.recipe.scenes is None else asdict(loop.recipe.scenes)
     if drawn.is_file() and json.loads(drawn.read_text()) != asked:

@@ -92,7 +92,7 @@ class Dialogues(TrainingStep):
         widths = model.config.vision.width, model.config.text.width
         if widths[0] != widths[1]:
             raise ValueError(f"this model's images are {widths[0]} wide and its texts {widths[1]}, so a "
-                             "caption cannot stand beside the image: start from a model with one width, such "
+                             "caption cannot join the image in one segment: start from a model with one width, such "
                              "as ViT-B")
         self.model = model
 
